@@ -1,0 +1,1 @@
+"""The frame both training stages stand on."""

@@ -1,0 +1,33 @@
+"""Mistakes of a user, each told in one line: where, what, what to do."""
+
+from __future__ import annotations
+
+
+class LodestarError(Exception):
+    """A mistake that the person at the keyboard can mend; printed as `error: ...`, exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(LodestarError):
+    """A recipe, or an override of it, says something that cannot be done."""
+
+
+class LaunchError(LodestarError):
+    """The launcher's environment is incomplete or contradicts itself."""
+
+
+class DataError(LodestarError):
+    """A file of texts is missing, or a row in it is not what its format says."""
+
+
+class ModelError(LodestarError):
+    """A model folder lacks tensors, or holds others than its configuration names."""
+
+
+class CheckpointError(LodestarError):
+    """A checkpoint is damaged, or belongs to another run."""
+
+
+class TrainingError(LodestarError):
+    """Training cannot go on, as when the loss is no longer a number."""
