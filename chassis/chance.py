@@ -37,7 +37,7 @@ def hashed(keys: Tensor, *counters: Tensor | int) -> Tensor:
     """int64 in [0, 2**63): one well-mixed number for each broadcast combination of keys and counters."""
     x = keys
     for counter in counters:
-        x = _mix(x + (counter + 1) * _GOLDEN)
+        x = _mix(x + (torch.as_tensor(counter, dtype=torch.int64, device=keys.device) + 1) * _GOLDEN)
     return _mix(x + _GOLDEN) & 0x7FFF_FFFF_FFFF_FFFF
 
 
@@ -65,3 +65,22 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 def seed_everything(*address: int | str) -> None:
     """Put torch's own generators (CPU and every GPU) at an address: dropout draws from them."""
     torch.manual_seed(key(*address))
+
+
+def permuted(positions: Tensor, size: int, *address: int | str) -> Tensor:
+    """Where each of `positions` (int64, below `size`) goes in a shuffle of `size` rows that the address alone decides.
+
+    A Feistel network on the smallest even number of bits that holds `size`, walked until it lands inside (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains", section 3): any position of any epoch of any corpus, in no
+    memory.
+    """
+    half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
+    mask, secret = (1 << half) - 1, torch.tensor(key(*address))
+    result, outside = positions.clone(), torch.ones_like(positions, dtype=torch.bool)
+    while bool(outside.any()):
+        left, right = result[outside] >> half, result[outside] & mask
+        for turn in range(8):
+            left, right = right, left ^ (hashed(secret, right, turn) & mask)
+        result[outside] = (left << half) | right
+        outside = result >= size
+    return result

@@ -35,6 +35,8 @@ class Model(Section):
     """Replaces the dropout rates of the encoder's configuration; none: as they are."""
     random_weights: bool = False
     """Start from the encoder's configuration alone, with random weights."""
+    random_head: bool = False
+    """The masked-language-model head may be missing from the encoder and start from random weights."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, same result."""
 

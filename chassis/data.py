@@ -1,0 +1,351 @@
+"""Texts from files: tokenised once into an Arrow cache, put in order by arithmetic, loaded step by step.
+
+Rows of an epoch are shuffled by address, so the rows of any step are known without reading those before it, and any
+number of loader workers or ranks sees the same batches.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from chassis import chance
+from chassis.errors import DataError
+
+StepBatch = TypeVar("StepBatch")
+Row = Mapping[str, Any]
+
+# --- reading ---------------------------------------------------------------------------------
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt", ".txt.gz")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, a folder saved by `datasets`, or a data set of the hub."""
+
+    kind: str
+    path: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content."""
+        if self.kind in ("saved", "hub"):
+            return str(_open(self)._fingerprint)
+        digest = hashlib.blake2b(digest_size=16)
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Source]:
+    """Files, globs, folders and hub names as sources, in a stable order; DataError for what does not exist."""
+    sources: list[Source] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir() and (path / "state.json").exists():
+            sources.append(Source("saved", pattern))
+        elif path.is_dir():
+            found = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+            if not found:
+                raise DataError(f"{field}: {pattern}: holds no file of texts (known: {', '.join(SUFFIXES)})")
+            sources += [_file(name, field) for name in found]
+        elif path.is_file():
+            sources.append(_file(pattern, field))
+        elif found := sorted(glob.glob(pattern, recursive=True)):
+            sources += [_file(name, field) for name in found]
+        elif pattern.count("/") <= 1 and not pattern.startswith((".", "/", "~")) and not pattern.endswith(SUFFIXES):
+            sources.append(Source("hub", pattern))
+        else:
+            raise DataError(f"{field}: {pattern}: no such file or folder (check the path; globs and folders work too)")
+    return sources
+
+
+def _file(name: str, field: str) -> Source:
+    if not name.endswith(SUFFIXES):
+        raise DataError(f"{field}: {name}: unknown kind of file (known: {', '.join(SUFFIXES)})")
+    return Source(name.removesuffix(".gz").rpartition(".")[2], name)
+
+
+def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """(where, row) for each row of a source; `where` is FILE:LINE, for whoever has to complain about the row."""
+    if source.kind in ("jsonl", "json"):
+        yield from _read_json(source.path)
+    elif source.kind == "txt":
+        for number, line in _lines(source.path):
+            yield f"{source.path}:{number}", {"text": line}
+    else:
+        for number, row in enumerate(_open(source)):
+            yield f"{source.path}:{number}", row  # type: ignore[misc]
+
+
+def _read_json(path: str) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not valid JSON: {error.msg} (one object on each line)") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a row is an object, got {type(row).__name__} (one object on each line)")
+        yield f"{path}:{number}", row
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+    number = 0
+    try:
+        with opened as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, line.strip()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}:{number + 1}: not valid UTF-8 (convert the file)") from None
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from None
+
+
+def _open(source: Source) -> Any:
+    try:
+        if source.kind == "saved":
+            opened = datasets.load_from_disk(source.path)
+        elif source.kind == "parquet":
+            opened = datasets.Dataset.from_parquet(source.path)
+        else:
+            opened = datasets.load_dataset(source.path, split="train")
+    except Exception as error:  # the library has no common class for what can go wrong with a name or a file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"data.train: {source.path}: cannot be opened: {reason}") from None
+    return opened["train"] if isinstance(opened, datasets.DatasetDict) else opened
+
+
+def stream_rows(sources: Sequence[Source]) -> Any:
+    """The sources one after the other as a stream that is never on the disk as a whole."""
+    parts = []
+    for source in sources:
+        if source.kind == "hub":
+            parts.append(datasets.load_dataset(source.path, split="train", streaming=True))
+        elif source.kind == "saved":
+            parts.append(_open(source).to_iterable_dataset())
+        else:
+            builder = {"jsonl": "json", "txt": "text"}.get(source.kind, source.kind)
+            parts.append(datasets.load_dataset(builder, data_files=[source.path], split="train", streaming=True))
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+
+
+# --- the tokenised cache ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What became of the texts; nothing is cut or dropped without being counted here."""
+
+    fingerprint: str
+    rows: int
+    tokens: int
+    truncated: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised rows, mapped from the disk."""
+
+    rows: datasets.Dataset
+    facts: Facts
+
+
+def tokenised(
+    sources: Sequence[Source],
+    *,
+    cache_dir: Path,
+    settings: Mapping[str, Any],
+    tokenise: Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]],
+    check: Callable[[str, Row], Row | None],
+    features: datasets.Features,
+    processes: int,
+) -> Corpus:
+    """The sources' rows, checked and tokenised; from the cache if the same content met the same settings before.
+
+    settings   everything besides the content that decides the result
+    check      (where, row) -> the columns to keep, none to drop the row; raises DataError
+    tokenise   a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    """
+    address = json.dumps([[s.fingerprint for s in sources], dict(settings)], sort_keys=True)
+    folder = cache_dir.expanduser() / hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
+    if not (folder / "facts.json").exists():
+        _build(folder, sources, tokenise, check, features, processes)
+    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    return Corpus(datasets.load_from_disk(str(folder / "rows")), facts)
+
+
+def _build(
+    folder: Path,
+    sources: Sequence[Source],
+    tokenise: Callable[..., Any],
+    check: Callable[[str, Row], Row | None],
+    features: datasets.Features,
+    processes: int,
+) -> None:
+    draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    given = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal given
+        for source in sources:
+            for where, row in read_rows(source):
+                given += 1
+                kept = check(where, row)
+                if kept is not None:
+                    yield kept
+
+    try:
+        raw = datasets.Dataset.from_list([])
+        kept = list(_in_shards(rows(), draft / "raw"))
+        if kept:
+            raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in kept])
+        if len(raw) == 0:
+            raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
+        table = raw.map(
+            tokenise,
+            batched=True,
+            remove_columns=raw.column_names,
+            num_proc=processes if processes > 1 and len(raw) > 2000 else None,
+            features=features,
+            cache_file_name=str(draft / "mapped.arrow"),
+            desc="tokenising",
+        )
+        counted = table.select_columns(["tokens", "truncated"]).with_format("numpy")
+        tokens = sum(int(batch["tokens"].sum()) for batch in counted.iter(100_000))
+        truncated = sum(int(batch["truncated"].sum()) for batch in counted.iter(100_000))
+        table.save_to_disk(str(draft / "rows"))
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    for path in (draft / "raw", *draft.glob("mapped*.arrow")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    facts = Facts(folder.name, len(table), tokens, truncated, given - len(raw))
+    (draft / "facts.json").write_text(json.dumps(asdict(facts)))
+    try:
+        draft.rename(folder)  # whole or absent
+    except OSError:  # another run on this cache was quicker
+        shutil.rmtree(draft)
+
+
+def _in_shards(rows: Iterator[Row], folder: Path, shard_rows: int = 200_000) -> Iterator[Path]:
+    """Write the rows as Arrow files of `shard_rows` rows, so that memory does not grow with the corpus."""
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir()
+    row = next(rows, None)
+    while row is not None:
+        path = folder / f"{len(list(folder.iterdir())):05d}.arrow"
+        writer = ArrowWriter(path=str(path))
+        for _ in range(shard_rows):
+            writer.write(dict(row))
+            row = next(rows, None)
+            if row is None:
+                break
+        writer.finalize()
+        yield path
+
+
+# --- order -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which rows make the global batch of a step; epochs follow one another without a gap, each row once in each."""
+
+    rows: int
+    global_size: int
+    seed: int
+    name: str = ""
+
+    def batch(self, number: int, part: range) -> tuple[Tensor, Tensor]:
+        """(epochs, rows), int64, of the positions `part` of the batch that is the `number`-th of this order."""
+        positions = torch.arange(part.start, part.stop) + number * self.global_size
+        epochs = positions // self.rows
+        result = torch.empty_like(positions)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            result[here] = chance.permuted(positions[here] % self.rows, self.rows, self.seed, "order", self.name, epoch)
+        return epochs, result
+
+
+class Mixture:
+    """Which of several data sets a step draws its batch from: by weight, as a pure function of the step."""
+
+    def __init__(self, shares: Sequence[float], steps: int, seed: int) -> None:
+        bounds = torch.tensor(shares, dtype=torch.float64).cumsum(0) / sum(shares)
+        draws = chance.uniform(torch.tensor(chance.key(seed, "mixture")), torch.arange(steps))
+        self._choice = torch.bucketize(draws.double(), bounds[:-1], right=True)
+        self._number = torch.zeros(steps, dtype=torch.int64)
+        for which in range(len(shares)):
+            here = self._choice == which
+            self._number[here] = torch.arange(int(here.sum()))
+
+    def at(self, step: int) -> tuple[int, int]:
+        """(data set, how many earlier steps drew from it)."""
+        return int(self._choice[step]), int(self._number[step])
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+class _Steps(TorchDataset[Any]):
+    def __init__(self, collate: Callable[[int], Any]) -> None:
+        self.collate = collate
+
+    def __getitem__(self, step: int) -> Any:
+        return self.collate(step)
+
+
+def step_batches(
+    collate: Callable[[int], StepBatch], *, start: int, total: int, workers: int, pin: bool
+) -> Iterator[StepBatch]:
+    """`collate(step)` for each step from `start` on, prepared ahead by `workers` processes (0: in this one)."""
+    loader = DataLoader(
+        _Steps(collate),
+        batch_size=None,
+        sampler=range(start, total),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin,
+        worker_init_fn=_one_thread,
+    )
+    return iter(loader)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def cut(rows: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """`rows` in `parts` runs whose sizes differ by at most one; some are empty where rows are fewer."""
+    return [rows[i * len(rows) // parts : (i + 1) * len(rows) // parts] for i in range(parts)]
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, multiple: int = 8) -> Tensor:
+    """(B, L) int64; L is the longest row, rounded up to a multiple that matrix units like."""
+    longest = max((len(row) for row in rows), default=1)
+    width = -(-longest // multiple) * multiple
+    result = torch.full((len(rows), width), fill, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        result[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return result

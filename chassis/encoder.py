@@ -1,0 +1,270 @@
+"""Backbone and tokenizer: loaded with every tensor checked by value, and saved so that others open it as it is.
+
+The one place that knows where families of encoders keep their embeddings, positions and head.
+Shape suffixes: N positions, B texts, L tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from chassis import chance
+from chassis.errors import ModelError
+from chassis.schema import Model
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An encoder, and how many of its tensors are, value by value, those of the file."""
+
+    model: PreTrainedModel
+    from_file: int
+    total: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.from_file} of {self.total} tensors from {self.source}"
+
+
+def find_folder(name: str) -> Path:
+    """`name` as a folder: itself, or the local copy of a hub repository of that name."""
+    if Path(name).is_dir():
+        return Path(name)
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        raise ModelError(f"model.encoder: {name}: neither a folder nor a model that the hub or its cache holds") from None
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer; it must be a fast one, because whole words are found by its word ids."""
+    folder = find_folder(model.tokenizer or model.encoder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.tokenizer: {folder}: cannot be opened: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"model.tokenizer: {folder}: not a fast tokenizer (save it with a tokenizer.json)")
+    return tokenizer
+
+
+def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool = False) -> Loaded:
+    """An encoder in fp32 by one of transformers' Auto classes, from a file or, if the recipe says so, from chance.
+
+    random_head   the tensors outside the base model may be missing from the file and start from chance
+    Raises ModelError where a tensor is missing, has another shape, or is not what the file holds.
+    """
+    folder = find_folder(model.encoder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model.encoder: {folder}: cannot be opened: {_first_line(error)}") from None
+    _check_length(model, config)
+    if model.dropout is not None:
+        for name in _dropout_rates(config):
+            setattr(config, name, model.dropout)
+    extra = _without_pooler(auto_class, config)
+    chance.seed_everything(seed, "weights")
+    if model.random_weights:
+        encoder = auto_class.from_config(config, dtype=torch.float32, **extra)
+        loaded = Loaded(encoder, 0, len(list(encoder.parameters())), "chance (model.random_weights)")
+    else:
+        loaded = _from_file(folder, config, auto_class, extra, random_head)
+    if model.activation_checkpointing:
+        loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
+    return loaded
+
+
+def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any], random_head: bool) -> Loaded:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise ModelError(f"model.encoder: {folder}: has no weights (set model.random_weights: true to start from chance)")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what it would warn of is an error below
+    try:
+        encoder = auto_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **extra)
+        held = _tensors(files)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model.encoder: {folder}: cannot be opened: {_first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    prefix = encoder.base_model_prefix + "."
+    wrong: dict[str, str] = {}
+    total = 0
+    for name, parameter in encoder.named_parameters():
+        total += 1
+        found = _in_file(name, prefix, held)
+        if found is None:
+            wrong[name] = "is missing"
+        elif found.shape != parameter.shape:
+            wrong[name] = f"has shape {list(found.shape)}, not {list(parameter.shape)}"
+        elif not torch.equal(found.to(parameter.dtype), parameter.detach()):
+            wrong[name] = "was not loaded"
+    base = {id(parameter) for parameter in encoder.base_model.parameters()}
+    fatal = [name for name, parameter in encoder.named_parameters() if name in wrong and not (random_head and id(parameter) not in base)]
+    if fatal:
+        head_only = all(id(p) not in base for n, p in encoder.named_parameters() if n in fatal)
+        remedy = "set model.random_head: true to start with a random head" if head_only else "use the folder that the model was saved to"
+        more = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
+        raise ModelError(
+            f"model.encoder: {folder}: {total - len(wrong)} of {total} tensors: {fatal[0]} {wrong[fatal[0]]}{more} ({remedy})"
+        )
+    return Loaded(encoder, total - len(wrong), total, str(folder))
+
+
+def _tensors(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
+    """Readers for the tensors of the files, by name; a tensor is read when it is called for."""
+    held: dict[str, Callable[[], Tensor]] = {}
+    for file in files:
+        if file.suffix == ".bin":
+            for name, tensor in torch.load(file, weights_only=True, map_location="cpu", mmap=True).items():
+                held[name] = lambda tensor=tensor: tensor
+        else:
+            reader = safe_open(file, framework="pt")
+            for name in reader.keys():  # noqa: SIM118 (not a dict)
+                held[name] = lambda reader=reader, name=name: reader.get_tensor(name)
+    return held
+
+
+def _in_file(name: str, prefix: str, held: Mapping[str, Callable[[], Tensor]]) -> Tensor | None:
+    """The file's tensor of that name, with or without the base model's prefix, or under a norm's names of before 2019."""
+    names = [name, prefix + name, name.removeprefix(prefix)]
+    for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        names += [candidate.replace(new, old) for candidate in names if new in candidate]
+    return next((held[candidate]() for candidate in names if candidate in held), None)
+
+
+def _without_pooler(auto_class: Any, config: Any) -> dict[str, Any]:
+    """[CLS] itself is the embedding; a pooler would only be a tensor without a gradient."""
+    model_class = auto_class._model_mapping[type(config)]
+    known = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if known else {}
+
+
+def _check_length(model: Model, config: Any) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and model.max_length > positions:
+        raise ModelError(f"model.max_length: {model.max_length} tokens but {model.encoder} knows {positions} positions (lower it)")
+
+
+def _dropout_rates(config: Any) -> list[str]:
+    return [n for n, v in config.to_dict().items() if "dropout" in n and isinstance(v, (int, float)) and not isinstance(v, bool)]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# --- parts -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What RetroMAE borrows of a masked language model. Modules are called, so that ZeRO-3 can gather their weights."""
+
+    base: nn.Module
+    """input_ids, attention_mask -> last_hidden_state"""
+    embeddings: nn.Module
+    """input_ids or inputs_embeds -> (B, L, D), as the first layer reads them"""
+    positions: nn.Embedding | None
+    """The table of absolute positions; none where the backbone rotates (RoPE)."""
+    first_position: int
+    """The row of `positions` that belongs to a text's first token."""
+    head: Callable[[Tensor], Tensor]
+    """(N, D) -> (N, D), the language-model head up to the vocabulary."""
+    vocabulary: nn.Linear
+    """(N, D) -> (N, V), tied to the word embeddings."""
+
+
+def parts_of(model: PreTrainedModel) -> Parts:
+    """Find the parts in any family that keeps them where BERT, RoBERTa or ModernBERT do."""
+    base = model.base_model
+    embeddings = getattr(base, "embeddings", None)
+    vocabulary = model.get_output_embeddings()
+    head = _head_of(model)
+    if embeddings is None or vocabulary is None or head is None:
+        raise ModelError(f"model.encoder: {type(model).__name__}: no embeddings or no masked-language-model head was found in it")
+    positions = getattr(embeddings, "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    return Parts(base, embeddings, positions, 0 if padding is None else padding + 1, head, vocabulary)
+
+
+def _head_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    if hasattr(model, "cls") and hasattr(model.cls, "predictions"):
+        return model.cls.predictions.transform  # type: ignore[union-attr,return-value]
+    if hasattr(model, "lm_head") and hasattr(model.lm_head, "layer_norm"):
+        head: Any = model.lm_head
+        return lambda x_ND: head.layer_norm(nn.functional.gelu(head.dense(x_ND)))
+    return getattr(model, "head", None)
+
+
+def cls_of(hidden_BLD: Tensor) -> Tensor:
+    """(B, L, D) -> (B, D): the vector that stands for the text."""
+    return hidden_BLD[:, 0]
+
+
+# --- saving ----------------------------------------------------------------------------------
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    weights: Mapping[str, Tensor] | None,
+    max_length: int,
+    prompts: Mapping[str, str],
+    card: str,
+) -> None:
+    """A transformers folder that is a sentence-transformers folder too: CLS pooling, normalise, prompts, a card.
+
+    weights   the model's state, if it lies elsewhere than in the model (sharded engines)
+    prompts   by role: `encode_query` applies "query", `encode_document` "document"
+    """
+    from sentence_transformers import __version__ as sentence_transformers_version
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, state_dict=dict(weights) if weights is not None else None)
+    tokenizer.model_max_length = max_length
+    tokenizer.save_pretrained(folder)
+    width = model.config.hidden_size
+    for place, module in (("1_Pooling", Pooling(width, pooling_mode="cls")), ("2_Normalize", Normalize())):
+        (folder / place).mkdir(exist_ok=True)
+        module.save(str(folder / place))
+    kind = "sentence_transformers.models"
+    modules = [("", f"{kind}.Transformer"), ("1_Pooling", f"{kind}.Pooling"), ("2_Normalize", f"{kind}.Normalize")]
+    listed = [{"idx": i, "name": str(i), "path": path, "type": name} for i, (path, name) in enumerate(modules)]
+    _write_json(folder / "modules.json", listed)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "model_type": "SentenceTransformer",
+            "__version__": {"sentence_transformers": sentence_transformers_version},
+            "prompts": {"query": "", "document": "", **prompts},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,135 @@
+"""Who this process is among how many, and the opening and closing of the process group.
+
+The only file that reads the launcher's environment: torchrun, deepspeed, srun, or none of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from chassis.errors import LaunchError
+
+_LAUNCHERS = {
+    "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """This process's place: `rank` of `world_size`, the `local_rank`-th of its node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Placement:
+        """torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK; srun SLURM_PROCID, ...; with none we are alone."""
+        for launcher, names in _LAUNCHERS.items():
+            absent = [name for name in names if name not in env]
+            if launcher == "srun" and "SLURM_STEP_ID" not in env:
+                continue  # inside a batch script SLURM's variables describe the job, not this process
+            if not absent:
+                return cls(*(int(env[name]) for name in names))
+            if len(absent) < len(names):
+                raise LaunchError(f"environment: {', '.join(absent)}: not set (start under {launcher}, or unset the rest)")
+        return cls(rank=0, world_size=1, local_rank=0)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A process that has joined its group; every value the rest of the program needs to know of its surroundings."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(local_rank: int) -> torch.device:
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"environment: LOCAL_RANK: {local_rank} but this node shows {torch.cuda.device_count()} GPUs "
+                "(start as many processes as there are GPUs)"
+            )
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")
+
+
+@contextmanager
+def joined(
+    placement: Placement, *, timeout_minutes: float = 30.0, init_method: str | None = None
+) -> Iterator[Runtime]:
+    """Open the process group on this rank's device, and close it at the end whatever happens.
+
+    A group is opened for a single process too, because DeepSpeed asks for one.
+    """
+    device = choose_device(placement.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_flush_denormal(True)  # sharp softmax gradients are full of denormals: 60 times slower products on CPUs
+    _complete_environment(placement)
+    dist.init_process_group(
+        # gloo beside NCCL carries the few numbers that ranks agree on
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=placement.rank,
+        world_size=placement.world_size,
+        timeout=timedelta(minutes=timeout_minutes),
+        init_method=init_method or _rendezvous(placement),
+    )
+    try:
+        yield Runtime(placement.rank, placement.world_size, placement.local_rank, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def prepare_deepspeed() -> None:
+    """Before DeepSpeed is imported on a machine without a GPU: no compiler, no MPI.
+
+    Its CPU backend would compile a shared-memory op at start (25 to 150 s, and fails where there is no compiler), and
+    its Muon compiles kernels at import; both have plain equivalents.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def local_environment() -> Mapping[str, str]:
+    """The environment, for those few callers that hand parts of it to a library."""
+    return os.environ
+
+
+def _complete_environment(placement: Placement) -> None:
+    """Libraries look for these names themselves; under srun or alone nobody has set them."""
+    ours = {"RANK": placement.rank, "WORLD_SIZE": placement.world_size, "LOCAL_RANK": placement.local_rank}
+    for name, value in ours.items():
+        os.environ.setdefault(name, str(value))
+
+
+def _rendezvous(placement: Placement) -> str:
+    """Where the ranks of this run meet."""
+    if placement.world_size == 1:
+        return "tcp://127.0.0.1:0"  # a single process meets nobody, and a port of its own is never taken
+    host = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+    if host is None:
+        raise LaunchError("environment: MASTER_ADDR: not set (export the first node's address, and MASTER_PORT)")
+    port = os.environ.get("MASTER_PORT") or str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000)
+    os.environ.setdefault("MASTER_ADDR", host)
+    os.environ.setdefault("MASTER_PORT", port)
+    return "env://"

@@ -1,0 +1,46 @@
+"""Real processes for tests: `run_world(fn, size)` runs `fn(rank, size, *args)` on `size` gloo ranks."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+PRELOAD = ["torch", "transformers", "chassis.engine", "retromae.stage", "contrastive.stage"]
+
+
+def run_world(fn: Callable[..., Any], size: int, *args: Any) -> list[Any]:
+    """The results of `fn(rank, size, *args)` in rank order; `fn` is a module's function, its results can be pickled.
+
+    Processes are forked from a server that has torch imported already: seven times faster than `spawn`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(size, mp_context=context) as pool:
+        futures = [pool.submit(_join_and_run, fn, rank, size, f"file://{folder}/store", args) for rank in range(size)]
+        outcomes = [future.result() for future in futures]
+    for outcome in outcomes:
+        if isinstance(outcome, _Failure):
+            raise AssertionError(f"rank {outcome.rank} of {size}:\n{outcome.trace}")
+    return outcomes
+
+
+class _Failure:
+    def __init__(self, rank: int, trace: str) -> None:
+        self.rank, self.trace = rank, trace
+
+
+def _join_and_run(fn: Callable[..., Any], rank: int, size: int, store: str, args: tuple[Any, ...]) -> Any:
+    import torch
+
+    from chassis.runtime import Placement, joined
+
+    torch.set_num_threads(1)
+    try:
+        with joined(Placement(rank, size, rank), timeout_minutes=1.0, init_method=store):
+            return fn(rank, size, *args)
+    except Exception:
+        return _Failure(rank, traceback.format_exc())
