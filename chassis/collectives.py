@@ -121,3 +121,13 @@ def once_per_node(build: Callable[[], Result], local_rank: int) -> Result:
             if my_turn:
                 results.append(build())
     return results[0]
+
+
+def gather_counts(count: int) -> list[int]:
+    """Each rank's number, on every rank, in rank order."""
+    if world_size() == 1:
+        return [count]
+    counts = torch.zeros(world_size(), dtype=torch.int64)  # on the CPU: gloo, without a word to the GPU
+    counts[rank()] = count
+    dist.all_reduce(counts)
+    return counts.tolist()

@@ -6,8 +6,6 @@ number of loader workers or ranks sees the same batches.
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
 import json
 import shutil
@@ -24,129 +22,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from chassis import chance
 from chassis.errors import DataError
+from chassis.sources import Row, Source, read_rows
 
 StepBatch = TypeVar("StepBatch")
-Row = Mapping[str, Any]
 
-# --- reading ---------------------------------------------------------------------------------
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt", ".txt.gz")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file, a folder saved by `datasets`, or a data set of the hub."""
-
-    kind: str
-    path: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with the content."""
-        if self.kind in ("saved", "hub"):
-            return str(_open(self)._fingerprint)
-        digest = hashlib.blake2b(digest_size=16)
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest()
-
-
-def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Source]:
-    """Files, globs, folders and hub names as sources, in a stable order; DataError for what does not exist."""
-    sources: list[Source] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir() and (path / "state.json").exists():
-            sources.append(Source("saved", pattern))
-        elif path.is_dir():
-            found = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
-            if not found:
-                raise DataError(f"{field}: {pattern}: holds no file of texts (known: {', '.join(SUFFIXES)})")
-            sources += [_file(name, field) for name in found]
-        elif path.is_file():
-            sources.append(_file(pattern, field))
-        elif found := sorted(glob.glob(pattern, recursive=True)):
-            sources += [_file(name, field) for name in found]
-        elif pattern.count("/") <= 1 and not pattern.startswith((".", "/", "~")) and not pattern.endswith(SUFFIXES):
-            sources.append(Source("hub", pattern))
-        else:
-            raise DataError(f"{field}: {pattern}: no such file or folder (check the path; globs and folders work too)")
-    return sources
-
-
-def _file(name: str, field: str) -> Source:
-    if not name.endswith(SUFFIXES):
-        raise DataError(f"{field}: {name}: unknown kind of file (known: {', '.join(SUFFIXES)})")
-    return Source(name.removesuffix(".gz").rpartition(".")[2], name)
-
-
-def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """(where, row) for each row of a source; `where` is FILE:LINE, for whoever has to complain about the row."""
-    if source.kind in ("jsonl", "json"):
-        yield from _read_json(source.path)
-    elif source.kind == "txt":
-        for number, line in _lines(source.path):
-            yield f"{source.path}:{number}", {"text": line}
-    else:
-        for number, row in enumerate(_open(source)):
-            yield f"{source.path}:{number}", row  # type: ignore[misc]
-
-
-def _read_json(path: str) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error.msg} (one object on each line)") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a row is an object, got {type(row).__name__} (one object on each line)")
-        yield f"{path}:{number}", row
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
-    number = 0
-    try:
-        with opened as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line.strip()
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{number + 1}: not valid UTF-8 (convert the file)") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from None
-
-
-def _open(source: Source) -> Any:
-    try:
-        if source.kind == "saved":
-            opened = datasets.load_from_disk(source.path)
-        elif source.kind == "parquet":
-            opened = datasets.Dataset.from_parquet(source.path)
-        else:
-            opened = datasets.load_dataset(source.path, split="train")
-    except Exception as error:  # the library has no common class for what can go wrong with a name or a file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"data.train: {source.path}: cannot be opened: {reason}") from None
-    return opened["train"] if isinstance(opened, datasets.DatasetDict) else opened
-
-
-def stream_rows(sources: Sequence[Source]) -> Any:
-    """The sources one after the other as a stream that is never on the disk as a whole."""
-    parts = []
-    for source in sources:
-        if source.kind == "hub":
-            parts.append(datasets.load_dataset(source.path, split="train", streaming=True))
-        elif source.kind == "saved":
-            parts.append(_open(source).to_iterable_dataset())
-        else:
-            builder = {"jsonl": "json", "txt": "text"}.get(source.kind, source.kind)
-            parts.append(datasets.load_dataset(builder, data_files=[source.path], split="train", streaming=True))
-    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-
-
-# --- the tokenised cache ----------------------------------------------------------------------
+# --- the tokenised cache ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,17 @@ class StepReport:
     """1 where the gradient was not finite and nothing was changed, else 0."""
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """What an engine needs of a checkpoint."""
+
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    updates: int
+    """Steps that were not skipped."""
+    values: Mapping[str, float]
+
+
 class Engine(Protocol):
     module: nn.Module
 
@@ -61,8 +72,12 @@ class Engine(Protocol):
         """Whole optimizer states as `PARAMETER:KEY`, on the CPU, the same for any engine; every rank must call."""
         ...
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Take states that any engine at any world size wrote; `updates`: steps that were not skipped."""
+    def values(self) -> dict[str, float]:
+        """The few numbers besides tensors that the next step depends on."""
+        ...
+
+    def resume(self, checkpoint: Resumed) -> None:
+        """Take over states that any engine at any world size wrote; the weights are in the module already."""
         ...
 
 
@@ -76,7 +91,7 @@ def build(module: nn.Module, runtime: Runtime, section: EngineSection, optim: Op
     return ZeroEngine(module, runtime, section, optim, precision)
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Matrix products in half precision on fp32 weights, so that gradients of many chunks add up in fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
 
@@ -84,7 +99,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 class _Autocast(nn.Module):
     """Enters autocast inside the forward, where no engine's own settings can switch it off again."""
 
-    def __init__(self, module: nn.Module, device: torch.device, precision: Precision) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, precision: str) -> None:
         super().__init__()
         self.inner, self.device, self.precision = module, device, precision
 
@@ -116,7 +131,7 @@ class DdpEngine:
         plain = [group for group in parameter_groups if not group["use_muon"]]
         hidden = [group for group in parameter_groups if group["use_muon"]]
         self._adamw = optims.adamw(plain, optim)
-        self._optimizers = [(self._adamw, ("exp_avg", "exp_avg_sq"))]
+        self._optimizers: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [(self._adamw, ("exp_avg", "exp_avg_sq"))]
         if hidden:
             self._optimizers.append((optims.muon(hidden, optim), ("momentum_buffer",)))
         # A loss scale is a power of two: it moves fp16 gradients away from zero and changes no digit of them.
@@ -180,14 +195,21 @@ class DdpEngine:
             for key in keys
         }
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], updates: int) -> None:
+    def values(self) -> dict[str, float]:
+        return {"loss_scale": self._scale, "good_steps": self._good_steps}
+
+    def resume(self, checkpoint: Resumed) -> None:
         for optimizer, keys in self._optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    values = {key: _state_of(self._names[parameter], key, state).to(parameter.device) for key in keys}
+                    name, device = self._names[parameter], parameter.device
+                    state = {key: _state_of(name, key, checkpoint.optimizer).to(device) for key in keys}
                     if optimizer is self._adamw:
-                        values["step"] = torch.tensor(float(updates), device=parameter.device)
-                    optimizer.state[parameter] = values
+                        state["step"] = torch.tensor(float(checkpoint.updates), device=device)
+                    optimizer.state[parameter] = state
+        if not self._fixed_scale:
+            self._scale = checkpoint.values.get("loss_scale", self._scale)
+            self._good_steps = int(checkpoint.values.get("good_steps", 0))
 
 
 class ZeroEngine:
@@ -207,7 +229,7 @@ class ZeroEngine:
         self._device, self._stage = runtime.device, section.zero_stage
         self._rank, self._world_size = runtime.rank, runtime.world_size
         self._names = {parameter: name for name, parameter in module.named_parameters()}
-        self._muon = optim.name == "muon"
+        self._muon, self._half = optim.name == "muon", precision == "fp16"
         parameter_groups = optims.groups(module, optim)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # unused: shares are summed by us
@@ -239,6 +261,7 @@ class ZeroEngine:
     def step(self, lr_factor: float) -> StepReport:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_factor
+        norm = torch.zeros((), device=self._device)
         if self._stage == 0:  # DeepSpeed has neither a norm nor a check here
             norm = nn.utils.get_total_norm([p.grad for p in self._names if p.grad is not None])
             if not bool(torch.isfinite(norm)):
@@ -270,13 +293,22 @@ class ZeroEngine:
                 result[f"{name}:{key}"] = whole.view(_full_shape(parameter)).cpu()
         return result
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor], updates: int) -> None:
+    def values(self) -> dict[str, float]:
+        return {"loss_scale": float(self._engine.optimizer.cur_scale)} if self._half else {}
+
+    def resume(self, checkpoint: Resumed) -> None:
         for parameter, name in self._trained():
             for key in self._keys(parameter):
-                value = _state_of(name, key, state)
-                piece = self._piece(parameter, key, updates)
+                value = _state_of(name, key, checkpoint.optimizer)
+                piece = self._piece(parameter, key, checkpoint.updates)
                 if piece is not None:
                     piece.state.copy_(value.flatten()[piece.start : piece.start + len(piece.state)])
+        if self._half:  # the module holds fp16 copies; the fp32 weights are DeepSpeed's own
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            for parameter, name in self._trained():
+                safe_set_full_fp32_param(parameter, checkpoint.weights[name].to(self._device))
+            self._engine.optimizer.loss_scaler.cur_scale = checkpoint.values.get("loss_scale", 2.0**16)
 
     def _trained(self) -> list[tuple[nn.Parameter, str]]:
         return [(parameter, name) for parameter, name in self._names.items() if parameter.requires_grad]

@@ -1,6 +1,7 @@
 """Who this process is among how many, and the opening and closing of the process group.
 
-The only file that reads the launcher's environment: torchrun, deepspeed, srun, or none of them.
+The only file that reads the launcher's environment: torchrun, deepspeed, srun, or none of them. Loads without torch,
+so that mistakes in a recipe are told at once and by one rank alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from chassis.errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
 
 _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -59,6 +61,8 @@ class Runtime:
 
 
 def choose_device(local_rank: int) -> torch.device:
+    import torch
+
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise LaunchError(
@@ -77,6 +81,9 @@ def joined(
 
     A group is opened for a single process too, because DeepSpeed asks for one.
     """
+    import torch
+    import torch.distributed as dist
+
     device = choose_device(placement.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -102,6 +109,8 @@ def prepare_deepspeed() -> None:
     Its CPU backend would compile a shared-memory op at start (25 to 150 s, and fails where there is no compiler), and
     its Muon compiles kernels at import; both have plain equivalents.
     """
+    import torch
+
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

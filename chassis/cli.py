@@ -1,0 +1,71 @@
+"""The doors' common frame: options, strict recipes, plans, and one line for each mistake. Loads without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from chassis import config
+from chassis.errors import ConfigError, LodestarError
+from chassis.plan import in_words
+from chassis.runtime import Placement
+
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
+
+
+def door(
+    argv: Sequence[str] | None,
+    *,
+    usage: str,
+    schema: type[AnyRecipe],
+    plan: Callable[[AnyRecipe, int], dict[str, Any]],
+    run: Callable[[AnyRecipe, Placement], None],
+) -> int:
+    """Parse the options, load the recipe, then plan or run; the exit code: 0, or 2 after a mistake told in one line."""
+    rank = 0
+    try:
+        placement = Placement.from_env()
+        rank = placement.rank
+        options = _parse(argv, usage)
+        recipe = config.load(schema, options.config, options.overrides)
+        if options.plan is not None:
+            found = plan(recipe, options.plan or placement.world_size)
+            print(json.dumps(found) if options.json else in_words(found))
+        else:
+            run(recipe, placement)
+        return 0
+    except LodestarError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # launchers end all ranks when one has gone: let rank 0 speak first
+        return error.exit_code
+
+
+def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
+    parser = _Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, as optim.lr=1e-5")
+    parser.add_argument(
+        "--plan", nargs="?", type=_world_size, const=0, metavar="WORLD_SIZE", help="say what the run would do, and exit"
+    )
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; not needed
+    return parser.parse_intermixed_args(argv)
+
+
+def _world_size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"command line: {message} (see --help)")

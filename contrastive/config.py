@@ -1,0 +1,79 @@
+"""The recipe of a fine-tuning run. Loads without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from chassis.config import Section
+from chassis.schema import Batch, Checkpoint, Count, Engine, Evaluate, Model, Natural, Optim, Positive, Run, Schedule, Track
+
+ENGLISH_INSTRUCTION = "Represent this sentence for searching relevant passages: "
+
+
+class Loss(Section):
+    temperature: Positive = 0.01
+    """Divides the cosine of query and passage; smaller is sharper."""
+    share_negatives: bool = True
+    """Score against the passages of all ranks; false: of this rank alone, which depends on the number of ranks."""
+    distillation: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL divergence from the teacher's scores (pos_scores, neg_scores) over a row's own passages."""
+    matryoshka: list[Count] = []
+    """Widths besides the full one at which the loss is taken too; all count the same."""
+
+
+class Weighted(Section):
+    path: str
+    """A file, glob, folder or hub name."""
+    weight: Positive = 1.0
+    """How often its rows are drawn, relative to a data set of weight 1."""
+    in_batch_negatives: bool = True
+    """false: its queries see only the passages of their own row, as for classes with few labels."""
+
+
+class Data(Section):
+    train: Annotated[list[str | Weighted], Field(min_length=1)]
+    """BGE JSONL, or (anchor, positive, negative_1, ...) columns; each entry is a data set, each batch is of one."""
+    negatives_per_query: Natural = 1
+    """Of each row, drawn anew in each epoch; repeated where a row has fewer, none where it has none."""
+    query_instruction: str = ""
+    """Put before each query, and kept in the model as its prompt named query."""
+    passage_instruction: str = ""
+    query_max_length: Count | None = None
+    """Tokens; none: model.max_length."""
+    passage_max_length: Count | None = None
+    cache_dir: str = "~/.cache/lodestar"
+    """Where tokenised texts are kept, shared by all runs."""
+    processes: Annotated[int, Field(ge=1)] = 4
+    """Processes that tokenise."""
+    workers: Natural = 2
+    """Processes on each rank that prepare batches ahead; 0: none."""
+
+
+class FinetuneEvaluate(Evaluate):
+    keep_best: str | None = None
+    """A metric, as ndcg_at_10: model/ becomes the best evaluated model, not the last."""
+
+
+class FinetuneRecipe(Section):
+    """Contrastive fine-tuning."""
+
+    run: Run
+    model: Model
+    data: Data
+    loss: Loss = Loss()
+    batch: Batch
+    optim: Optim
+    schedule: Schedule
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: FinetuneEvaluate = FinetuneEvaluate()
+    track: Track = Track()
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> FinetuneRecipe:
+        if self.evaluate.keep_best and not self.evaluate.data:
+            raise ValueError("evaluate.keep_best needs evaluate.data (name a BEIR folder)")
+        return self

@@ -1,0 +1,67 @@
+"""The recipe of a pre-training run. Loads without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from chassis.config import Section
+from chassis.schema import Batch, Checkpoint, Engine, Evaluate, Model, Natural, Optim, Run, Schedule, Track
+
+
+class Mask(Section):
+    encoder: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the tokens that the encoder does not see and must name."""
+    decoder: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the tokens that each position of the decoder does not see."""
+    decoder_sets: Natural = 256
+    """Masks drawn for each text, of which every position picks one; 0: every position draws its own."""
+
+
+class Decoder(Section):
+    query: Literal["positions", "embedding"] = "positions"
+    """Query stream: position embedding + cls, or the embedding module applied to cls (with norm and dropout)."""
+
+
+class Loss(Section):
+    bag_of_words: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of DupMAE's bag-of-words term; 0: off, DupMAE itself takes 0.1."""
+
+
+class Data(Section):
+    train: Annotated[list[str], Field(min_length=1)]
+    """Files (JSONL, Parquet, text; gz too), globs, folders, folders saved by `datasets`, or hub names."""
+    field: str = "text"
+    """Which field of a row is the text."""
+    long_texts: Literal["cut", "split"] = "cut"
+    """Texts over max_length: cut off the rest, or make it further rows."""
+    streaming: bool = False
+    """Read while training, without a cache; needs schedule.steps. Rows are shuffled within windows."""
+    cache_dir: str = "~/.cache/lodestar"
+    """Where tokenised texts are kept, shared by all runs."""
+    processes: Annotated[int, Field(ge=1)] = 4
+    """Processes that tokenise."""
+    workers: Natural = 2
+    """Processes on each rank that prepare batches ahead; 0: none."""
+
+
+class PretrainRecipe(Section):
+    """RetroMAE pre-training."""
+
+    run: Run
+    model: Model
+    data: Data
+    mask: Mask = Mask()
+    decoder: Decoder = Decoder()
+    loss: Loss = Loss()
+    batch: Batch
+    optim: Optim
+    schedule: Schedule
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    engine: Engine = Engine(kind="deepspeed", zero_stage=1)
+    checkpoint: Checkpoint = Checkpoint()
+    evaluate: Evaluate = Evaluate()
+    track: Track = Track()
+
+

@@ -1,0 +1,89 @@
+"""RetroMAE: an encoder whose [CLS] vector alone must carry a text to a one-layer decoder.
+
+Xiao et al. 2022, "RetroMAE: pre-training retrieval-oriented language models via masked auto-encoder", section 3;
+the bag-of-words term: Xiao et al. 2023, "RetroMAE-2: duplex masked auto-encoder", section 3.2.
+Shape suffixes: B texts, L tokens (padded), N labelled positions, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from chassis.encoder import cls_of, parts_of
+from retromae.config import Decoder as DecoderSection
+from retromae.config import Mask
+from retromae.decoder import Decoder
+from retromae.loss import bag_of_words_nll, summed_nll
+from retromae.masks import IGNORED, decoder_visibility
+
+
+class RetroMAE(nn.Module):
+    """Encoder with its language-model head, and the decoder that shares its embeddings and head."""
+
+    def __init__(
+        self, encoder: PreTrainedModel, *, mask: Mask, decoder: DecoderSection, max_length: int, bag_of_words: bool
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = Decoder.for_encoder(encoder.config)
+        self._parts = parts_of(encoder)
+        self._mask, self._query, self._bag_of_words = mask, decoder.query, bag_of_words
+        self.positions: nn.Embedding | None = None
+        if self._parts.positions is None:  # the backbone rotates: the decoder needs positions of its own
+            self.positions = nn.Embedding(max_length, encoder.config.hidden_size)
+            nn.init.normal_(self.positions.weight, std=encoder.config.initializer_range)
+
+    def forward(
+        self,
+        masked_BL: Tensor,
+        labels_BL: Tensor,
+        clean_BL: Tensor,
+        words_BL: Tensor,
+        lengths_B: Tensor,
+        keys_B: Tensor,
+        counted_B: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of nats, fp32: the encoder's over its labels, the decoder's over its own, the bag of words' over texts."""
+        parts = self._parts
+        place_L = torch.arange(clean_BL.shape[1], device=clean_BL.device)
+        real_BL = place_L < lengths_B[:, None]
+        hidden_BLD = parts.base(input_ids=masked_BL, attention_mask=real_BL.long()).last_hidden_state
+        guessed_BL = labels_BL != IGNORED
+        encoder_nats = self._nats(hidden_BLD[guessed_BL], labels_BL[guessed_BL])
+
+        visible_B1LL = decoder_visibility(words_BL, lengths_B, keys_B, self._mask.decoder, self._mask.decoder_sets)
+        rebuilt_BLD = self._decode(cls_of(hidden_BLD), clean_BL, place_L, visible_B1LL)
+        inner_BL = (place_L > 0) & (place_L < lengths_B[:, None] - 1) & counted_B[:, None]
+        decoder_nats = self._nats(rebuilt_BLD[inner_BL], clean_BL[inner_BL])
+
+        bag_nats = encoder_nats.new_zeros(())
+        if self._bag_of_words:
+            vocabulary = parts.vocabulary
+            bag_nats = bag_of_words_nll(
+                parts.head(hidden_BLD), vocabulary.weight, vocabulary.bias, clean_BL, (words_BL >= 0) & counted_B[:, None]
+            )
+        return encoder_nats, decoder_nats, bag_nats
+
+    def _decode(self, cls_BD: Tensor, clean_BL: Tensor, place_L: Tensor, visible_B1LL: Tensor) -> Tensor:
+        parts = self._parts
+        embedded_BLD = parts.embeddings(input_ids=clean_BL)
+        if self.positions is not None:
+            position_LD = self.positions(place_L)
+            embedded_BLD = embedded_BLD + position_LD
+        else:
+            position_LD = parts.positions(place_L + parts.first_position)  # type: ignore[misc]
+        cls_B1D = cls_BD[:, None]
+        hiddens_BLD = torch.cat([cls_B1D, embedded_BLD[:, 1:]], dim=1)
+        if self._query == "positions":
+            query_BLD = position_LD + cls_B1D
+        else:
+            query_BLD = parts.embeddings(inputs_embeds=cls_B1D.expand_as(embedded_BLD))
+            if self.positions is not None:
+                query_BLD = query_BLD + position_LD
+        return self.decoder(query_BLD, hiddens_BLD, visible_B1LL)
+
+    def _nats(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        vocabulary = self._parts.vocabulary
+        return summed_nll(self._parts.head(hidden_ND), vocabulary.weight, vocabulary.bias, target_N)

@@ -1,0 +1,35 @@
+"""What one step of pre-training is: shares of two losses, summed over micro-batches that need not know each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from chassis import chance
+from chassis.collectives import sum_over_ranks
+from chassis.engine import Engine
+from retromae.collate import StepBatch
+
+
+class PretrainStage:
+    """loss = encoder's nats / all its labels + decoder's nats / all its labels + weight * bag of words / all texts."""
+
+    def __init__(self, *, bag_of_words: float, seed: int, rank: int, device: torch.device) -> None:
+        self._bag_of_words, self._seed, self._rank, self._device = bag_of_words, seed, rank, device
+
+    def backward(self, batch: StepBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
+        counts = torch.tensor([batch.encoder_labels, batch.decoder_labels, batch.rows], dtype=torch.float64)
+        counts = sum_over_ranks(counts).float().clamp(min=1).to(self._device)
+        shares = torch.zeros(3, device=self._device)
+        for i, micro_batch in enumerate(batch.micro_batches):
+            last = i == len(batch.micro_batches) - 1
+            chance.seed_everything(self._seed, "dropout", step, self._rank, i)
+            nats = engine.run(*micro_batch.tensors(self._device), last=last)
+            parts = torch.stack(nats) / counts
+            engine.backward(parts[0] + parts[1] + self._bag_of_words * parts[2], last=last)
+            shares += parts.detach()
+        loss = shares[0] + shares[1] + self._bag_of_words * shares[2]
+        scalars = {"loss": loss, "encoder_loss": shares[0], "decoder_loss": shares[1]}
+        return {**scalars, "bag_of_words_loss": shares[2]} if self._bag_of_words else scalars
