@@ -25,7 +25,9 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-def write(directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> Path:
+def write(
+    directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]
+) -> Path:
     """Commit a checkpoint: `NAME.safetensors` for each group of tensors, and `state.json` with the values."""
     final = directory / f"step-{step:08d}"
     draft = directory / f".{final.name}.draft"
@@ -63,13 +65,17 @@ def check(folder: Path) -> None:
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{manifest}: damaged (delete {folder} to go on from the one before)") from None
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{manifest}: format {content.get('format')} is not known to this version (knows {FORMAT})")
+        raise CheckpointError(
+            f"{manifest}: format {content.get('format')} is not known to this version (knows {FORMAT})"
+        )
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing (delete {folder} to go on from the one before)")
         if path.stat().st_size != expected["bytes"] or _hash(path) != expected["sha256"]:
-            raise CheckpointError(f"{path}: damaged: its hash is not the manifest's (delete {folder} to go on from the one before)")
+            raise CheckpointError(
+                f"{path}: damaged: its hash is not the manifest's (delete {folder} to go on from the one before)"
+            )
 
 
 def steps(directory: Path) -> list[int]:

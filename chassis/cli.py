@@ -25,20 +25,20 @@ def door(
     usage: str,
     schema: type[AnyRecipe],
     plan: Callable[[AnyRecipe, int], dict[str, Any]],
-    run: Callable[[AnyRecipe, Placement], None],
+    run: Callable[[AnyRecipe, Placement], int],
 ) -> int:
-    """Parse the options, load the recipe, then plan or run; the exit code: 0, or 2 after a mistake told in one line."""
+    """Parse the options, load the recipe, then plan or run; the exit code: 2 after a mistake told in one line."""
     rank = 0
     try:
         placement = Placement.from_env()
         rank = placement.rank
         options = _parse(argv, usage)
         recipe = config.load(schema, options.config, options.overrides)
-        if options.plan is not None:
-            found = plan(recipe, options.plan or placement.world_size)
+        if options.plan is None:
+            return run(recipe, placement)
+        found = plan(recipe, options.plan or placement.world_size)
+        if rank == 0:
             print(json.dumps(found) if options.json else in_words(found))
-        else:
-            run(recipe, placement)
         return 0
     except LodestarError as error:
         if rank == 0:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -143,6 +144,20 @@ def _in_shards(rows: Iterator[Row], folder: Path, shard_rows: int = 200_000) -> 
                 break
         writer.finalize()
         yield path
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A draft beside `folder` that takes its place once it is whole."""
+    draft, old = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    yield draft
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- order -----------------------------------------------------------------------------------

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from chassis import chance
+from chassis.config import dump
 from chassis.errors import ModelError
 from chassis.schema import Model
 
@@ -49,7 +51,9 @@ def find_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        raise ModelError(f"model.encoder: {name}: neither a folder nor a model that the hub or its cache holds") from None
+        raise ModelError(
+            f"model.encoder: {name}: neither a folder nor a model that the hub or its cache holds"
+        ) from None
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -94,11 +98,15 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
 def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any], random_head: bool) -> Loaded:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
-        raise ModelError(f"model.encoder: {folder}: has no weights (set model.random_weights: true to start from chance)")
+        raise ModelError(
+            f"model.encoder: {folder}: has no weights (set model.random_weights: true to start from chance)"
+        )
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn of is an error below
     try:
-        encoder = auto_class.from_pretrained(folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **extra)
+        encoder = auto_class.from_pretrained(
+            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **extra
+        )
         held = _tensors(files)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.encoder: {folder}: cannot be opened: {_first_line(error)}") from None
@@ -117,10 +125,18 @@ def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any]
         elif not torch.equal(found.to(parameter.dtype), parameter.detach()):
             wrong[name] = "was not loaded"
     base = {id(parameter) for parameter in encoder.base_model.parameters()}
-    fatal = [name for name, parameter in encoder.named_parameters() if name in wrong and not (random_head and id(parameter) not in base)]
+    fatal = [
+        name
+        for name, parameter in encoder.named_parameters()
+        if name in wrong and not (random_head and id(parameter) not in base)
+    ]
     if fatal:
         head_only = all(id(p) not in base for n, p in encoder.named_parameters() if n in fatal)
-        remedy = "set model.random_head: true to start with a random head" if head_only else "use the folder that the model was saved to"
+        remedy = (
+            "set model.random_head: true to start with a random head"
+            if head_only
+            else "use the folder that the model was saved to"
+        )
         more = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
         raise ModelError(
             f"model.encoder: {folder}: {total - len(wrong)} of {total} tensors: {fatal[0]} {wrong[fatal[0]]}{more} ({remedy})"
@@ -160,11 +176,17 @@ def _without_pooler(auto_class: Any, config: Any) -> dict[str, Any]:
 def _check_length(model: Model, config: Any) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and model.max_length > positions:
-        raise ModelError(f"model.max_length: {model.max_length} tokens but {model.encoder} knows {positions} positions (lower it)")
+        raise ModelError(
+            f"model.max_length: {model.max_length} tokens but {model.encoder} knows {positions} positions (lower it)"
+        )
 
 
 def _dropout_rates(config: Any) -> list[str]:
-    return [n for n, v in config.to_dict().items() if "dropout" in n and isinstance(v, (int, float)) and not isinstance(v, bool)]
+    return [
+        n
+        for n, v in config.to_dict().items()
+        if "dropout" in n and isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
 
 
 def _first_line(error: BaseException) -> str:
@@ -199,7 +221,9 @@ def parts_of(model: PreTrainedModel) -> Parts:
     vocabulary = model.get_output_embeddings()
     head = _head_of(model)
     if embeddings is None or vocabulary is None or head is None:
-        raise ModelError(f"model.encoder: {type(model).__name__}: no embeddings or no masked-language-model head was found in it")
+        raise ModelError(
+            f"model.encoder: {type(model).__name__}: no embeddings or no masked-language-model head was found in it"
+        )
     positions = getattr(embeddings, "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
     return Parts(base, embeddings, positions, 0 if padding is None else padding + 1, head, vocabulary)
@@ -264,6 +288,21 @@ def save_model(
         },
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def model_card(title: str, recipe: BaseModel, facts: Mapping[str, Any]) -> str:
+    """README.md of a model folder: how it was trained, in numbers."""
+    values = json.dumps({key: value for key, value in facts.items() if value is not None}, indent=2)
+    return (
+        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
+        "tags: [sentence-transformers, feature-extraction, lodestar]\n---\n\n"
+        f"# {title}\n\nThe embedding is the normalised [CLS] vector.\n\n"
+        "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
+        'model = SentenceTransformer("path/to/this/folder")\n'
+        'queries = model.encode_query(["a question"])  # the query prompt is applied\n'
+        'passages = model.encode_document(["a passage"])\n```\n\n'
+        f"## Training\n\n```json\n{values}\n```\n\n```yaml\n{dump(recipe)}```\n"
+    )
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -131,7 +131,9 @@ class DdpEngine:
         plain = [group for group in parameter_groups if not group["use_muon"]]
         hidden = [group for group in parameter_groups if group["use_muon"]]
         self._adamw = optims.adamw(plain, optim)
-        self._optimizers: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [(self._adamw, ("exp_avg", "exp_avg_sq"))]
+        self._optimizers: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [
+            (self._adamw, ("exp_avg", "exp_avg_sq"))
+        ]
         if hidden:
             self._optimizers.append((optims.muon(hidden, optim), ("momentum_buffer",)))
         # A loss scale is a power of two: it moves fp16 gradients away from zero and changes no digit of them.
@@ -223,7 +225,9 @@ class ZeroEngine:
 
         self.module = module
         if optim.name == "muon" and section.zero_stage == 3:
-            raise ConfigError("engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)")
+            raise ConfigError(
+                "engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)"
+            )
         if precision == "fp16" and section.zero_stage == 0:
             raise ConfigError("engine.zero_stage: fp16 needs 1, 2 or 3 under deepspeed (or engine.kind: ddp)")
         self._device, self._stage = runtime.device, section.zero_stage
@@ -278,7 +282,10 @@ class ZeroEngine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         whole = {name: safe_get_full_fp32_param(parameter) for parameter, name in self._names.items()}
-        return {n: (p if whole[n] is None else whole[n]).detach().to("cpu", torch.float32, copy=True) for p, n in self._names.items()}
+        return {
+            n: (p if whole[n] is None else whole[n]).detach().to("cpu", torch.float32, copy=True)
+            for p, n in self._names.items()
+        }
 
     def optimizer_state(self) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
@@ -314,7 +321,9 @@ class ZeroEngine:
         return [(parameter, name) for parameter, name in self._names.items() if parameter.requires_grad]
 
     def _keys(self, parameter: Tensor) -> tuple[str, ...]:
-        return ("momentum_buffer",) if getattr(parameter, "use_muon", False) and self._muon else ("exp_avg", "exp_avg_sq")
+        return (
+            ("momentum_buffer",) if getattr(parameter, "use_muon", False) and self._muon else ("exp_avg", "exp_avg_sq")
+        )
 
     def _piece(self, parameter: Any, key: str, updates: int | None = None) -> _Piece | None:
         """This rank's piece of a parameter's state, if it has one; created at zero where `updates` is given."""

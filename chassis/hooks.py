@@ -46,12 +46,10 @@ class LogHook(_Quiet):
         rows_per_epoch: int,
         rows_per_step: int,
         give_up_after: int,
-        extra: Mapping[str, float],
     ) -> None:
         self._tracker, self._bar, self._meter = tracker, bar, meter
         self._every, self._peak_lr, self._give_up_after = every, peak_lr, give_up_after
         self._epochs_per_step = rows_per_step / rows_per_epoch if rows_per_epoch else math.nan
-        self._extra = extra
         self._skipped: torch.Tensor | float = 0.0
         self._streak: torch.Tensor | float = 0.0
 
@@ -76,7 +74,6 @@ class LogHook(_Quiet):
             "lr": self._peak_lr * done.lr_factor,
             "grad_norm": float(done.report.grad_norm),
             **rates,
-            **self._extra,
             "skipped": int(progress.skipped),
         }
         progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", "lr")}
@@ -96,7 +93,9 @@ class LogHook(_Quiet):
 def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str, float]:
     """Speeds add up over ranks, padding is averaged, memory is that of the fullest device."""
     summed = sum_over_ranks(
-        torch.tensor([local["samples_per_second"], local["tokens_per_second"], local["padding_share"], 1.0], device=device)
+        torch.tensor(
+            [local["samples_per_second"], local["tokens_per_second"], local["padding_share"], 1.0], device=device
+        )
     ).tolist()
     peak = max_over_ranks(torch.tensor(float(local["peak_memory_bytes"]), device=device, dtype=torch.float64))
     return {
@@ -110,7 +109,9 @@ def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str,
 class CheckpointHook(_Quiet):
     """Commits a checkpoint every so many steps, at the end, and before a stop."""
 
-    def __init__(self, engine: Engine, directory: Path, section: Checkpoint, identity: Mapping[str, Any], rank: int) -> None:
+    def __init__(
+        self, engine: Engine, directory: Path, section: Checkpoint, identity: Mapping[str, Any], rank: int
+    ) -> None:
         self._engine, self._directory, self._section = engine, directory, section
         self._identity, self._rank = identity, rank
         self._saved: int | None = None
@@ -141,7 +142,9 @@ class CheckpointHook(_Quiet):
 class EvaluateHook(_Quiet):
     """Calls `evaluate(step)` at the start if asked, every so many steps, and at the end."""
 
-    def __init__(self, evaluate: Callable[[int], dict[str, Any]], tracker: Tracker, *, every: int, at_start: bool) -> None:
+    def __init__(
+        self, evaluate: Callable[[int], dict[str, Any]], tracker: Tracker, *, every: int, at_start: bool
+    ) -> None:
         self._evaluate, self._tracker, self._every, self._at_start = evaluate, tracker, every, at_start
         self._last: int | None = None
 

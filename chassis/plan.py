@@ -45,7 +45,9 @@ def encoder_shape(model: Model) -> EncoderShape:
 
         cached = try_to_load_from_cache(model.encoder, "config.json") if not Path(model.encoder).exists() else None
         if not isinstance(cached, str):
-            raise ConfigError(f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)")
+            raise ConfigError(
+                f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
+            )
         path = Path(cached)
     config = json.loads(path.read_text(encoding="utf-8"))
     try:
@@ -116,7 +118,14 @@ def rows_and_steps(train: Sequence[str], schedule: Schedule, global_size: int) -
 
 
 def describe(
-    *, batch: Batch, schedule: Schedule, world_size: int, rows: int | None, steps: int | None, memory: Memory, **more: Any
+    *,
+    batch: Batch,
+    schedule: Schedule,
+    world_size: int,
+    rows: int | None,
+    steps: int | None,
+    memory: Memory,
+    **more: Any,
 ) -> dict[str, Any]:
     """The plan as one object, ready for JSON."""
     plan = BatchPlan(batch.global_size, world_size, batch.micro_size)

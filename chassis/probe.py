@@ -40,7 +40,9 @@ class Probe:
         self._batch_size, self._runtime, self._fill = section.batch_size, runtime, tokenizer.pad_token_id
         texts = {"query": self._beir.queries, "document": self._beir.documents}
         self._ids = {
-            role: tokenizer([prompts.get(role, "") + text for text in those], truncation=True, max_length=max_lengths[role])["input_ids"]
+            role: tokenizer(
+                [prompts.get(role, "") + text for text in those], truncation=True, max_length=max_lengths[role]
+            )["input_ids"]
             for role, those in texts.items()
         }
 

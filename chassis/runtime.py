@@ -42,7 +42,9 @@ class Placement:
             if not absent:
                 return cls(*(int(env[name]) for name in names))
             if len(absent) < len(names):
-                raise LaunchError(f"environment: {', '.join(absent)}: not set (start under {launcher}, or unset the rest)")
+                raise LaunchError(
+                    f"environment: {', '.join(absent)}: not set (start under {launcher}, or unset the rest)"
+                )
         return cls(rank=0, world_size=1, local_rank=0)
 
 
@@ -74,9 +76,7 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 @contextmanager
-def joined(
-    placement: Placement, *, timeout_minutes: float = 30.0, init_method: str | None = None
-) -> Iterator[Runtime]:
+def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: str | None = None) -> Iterator[Runtime]:
     """Open the process group on this rank's device, and close it at the end whatever happens.
 
     A group is opened for a single process too, because DeepSpeed asks for one.

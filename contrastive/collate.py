@@ -66,7 +66,9 @@ def check_row(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
             raise DataError(f"{where}: {name}: must be a list of texts, got {type(texts).__name__}")
         scores = row.get(f"{name}_scores") or []
         if scores and (not isinstance(scores, list) or len(scores) != len(texts)):
-            raise DataError(f"{where}: {name}_scores: {len(scores)} scores for {len(texts)} texts (give one for each, or none)")
+            raise DataError(
+                f"{where}: {name}_scores: {len(scores)} scores for {len(texts)} texts (give one for each, or none)"
+            )
         if not all(isinstance(score, (int, float)) and not isinstance(score, bool) for score in scores):
             raise DataError(f"{where}: {name}_scores: must be numbers")
         full = [i for i, text in enumerate(texts) if text.strip()]
@@ -79,7 +81,11 @@ def check_row(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _from_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     names = [name for name in row if name == "negative" or name.startswith("negative_")]
-    return {"query": row["anchor"], "pos": [row.get("positive")], "neg": [row[name] for name in names if row[name] is not None]}
+    return {
+        "query": row["anchor"],
+        "pos": [row.get("positive")],
+        "neg": [row[name] for name in names if row[name] is not None],
+    }
 
 
 def content_hash(text: str) -> int:
@@ -100,7 +106,9 @@ class Tokenise:
     def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
         queries, passages = [], []
-        for query, prompt, kind, pos, neg in zip(*(columns[n] for n in ("query", "prompt", "type", "pos", "neg")), strict=True):
+        for query, prompt, kind, pos, neg in zip(
+            *(columns[n] for n in ("query", "prompt", "type", "pos", "neg")), strict=True
+        ):
             instruction = self.query_instruction if prompt is None else prompt
             queries.append(instruction + query)
             symmetric = kind in ("symmetric_sts", "symmetric_clustering")

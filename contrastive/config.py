@@ -7,7 +7,20 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from chassis.config import Section
-from chassis.schema import Batch, Checkpoint, Count, Engine, Evaluate, Model, Natural, Optim, Positive, Run, Schedule, Track
+from chassis.schema import (
+    Batch,
+    Checkpoint,
+    Count,
+    Engine,
+    Evaluate,
+    Model,
+    Natural,
+    Optim,
+    Positive,
+    Run,
+    Schedule,
+    Track,
+)
 
 ENGLISH_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 
@@ -49,6 +62,15 @@ class Data(Section):
     """Processes that tokenise."""
     workers: Natural = 2
     """Processes on each rank that prepare batches ahead; 0: none."""
+
+    @property
+    def sets(self) -> list[Weighted]:
+        """The entries of `train`, each with its weight."""
+        return [Weighted(path=each) if isinstance(each, str) else each for each in self.train]
+
+    def length(self, role: Literal["query", "passage"], otherwise: int) -> int:
+        """Tokens that a text of this role is cut to."""
+        return (self.query_max_length if role == "query" else self.passage_max_length) or otherwise
 
 
 class FinetuneEvaluate(Evaluate):

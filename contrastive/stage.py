@@ -84,16 +84,27 @@ class FinetuneStage:
         place_G = torch.arange(teacher_QG.shape[1], device=self._device)
         own_QG = batch.start_Q.to(self._device)[:, None] + place_G
         valid_QG = place_G < batch.count_Q.to(self._device)[:, None]
-        group_QGD = p_PD[own_QG.clamp(max=max(0, len(p_PD) - 1))] if len(p_PD) else p_PD.new_zeros(0, len(place_G), p_PD.shape[1])
+        group_QGD = (
+            p_PD[own_QG.clamp(max=max(0, len(p_PD) - 1))]
+            if len(p_PD)
+            else p_PD.new_zeros(0, len(place_G), p_PD.shape[1])
+        )
         return distillation_share(
-            q_QD, group_QGD, teacher_QG, temperature=self._loss.temperature, weight=1.0 / self._global_size, valid_BG=valid_QG
+            q_QD,
+            group_QGD,
+            teacher_QG,
+            temperature=self._loss.temperature,
+            weight=1.0 / self._global_size,
+            valid_BG=valid_QG,
         )
 
 
 Shares = Mapping[str, Tensor]
 
 
-def backward_in_one_pass(run: Callable[[int], Tensor], count: int, shares_of: Callable[[Tensor], Shares], engine: Engine) -> Shares:
+def backward_in_one_pass(
+    run: Callable[[int], Tensor], count: int, shares_of: Callable[[Tensor], Shares], engine: Engine
+) -> Shares:
     """Every graph fits: embed, take the loss, go back through all of it at once."""
     parts = [run(i) for i in range(count)]
     leaf_ND = torch.cat(parts).detach().requires_grad_()

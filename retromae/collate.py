@@ -35,27 +35,32 @@ class Tokenise:
     """Batches of texts -> token ids and, for each token, the number of its word (-1 for special tokens)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, split: bool) -> None:
-        self.tokenizer, self.max_length, self.split = tokenizer, max_length, split
+        self.tokenizer, self.split = tokenizer, split
+        sample = tokenizer("a", return_special_tokens_mask=True)
+        marks: list[int] = sample["special_tokens_mask"]
+        start, end = marks.index(0), len(marks) - marks[::-1].index(0)
+        self.before, self.after = sample["input_ids"][:start], sample["input_ids"][end:]
+        self.room = max_length - len(self.before) - len(self.after)
+        self.special = set(tokenizer.all_special_ids)
 
     def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        encoded = self.tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False)
+        encoded = self.tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
         rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
         for i, ids in enumerate(encoded["input_ids"]):
-            words = encoded.word_ids(i)
-            pieces = range(0, len(ids), room) if self.split else range(min(1, len(ids)))
-            for start in pieces:
-                self._add(rows, ids[start : start + room], words[start : start + room], len(ids) > room and not self.split)
+            # a text may spell out a special token; that is no word either
+            words = [-1 if n in self.special or w is None else w for n, w in zip(ids, encoded.word_ids(i), strict=True)]
+            starts = range(0, len(ids), self.room) if self.split else range(min(1, len(ids)))
+            for start in starts:
+                part = slice(start, start + self.room)
+                self._add(rows, ids[part], words[part], truncated=len(ids) > self.room and not self.split)
         return rows
 
-    def _add(self, rows: dict[str, list[Any]], ids: list[int], words: list[int | None], truncated: bool) -> None:
-        row = self.tokenizer.build_inputs_with_special_tokens(ids)
-        before = row.index(ids[0])
-        first = words[0] or 0
-        numbers = [-1 if word is None else word - first for word in words]
-        rows["input_ids"].append(row)
-        rows["words"].append([-1] * before + numbers + [-1] * (len(row) - before - len(ids)))
-        rows["tokens"].append(len(row))
+    def _add(self, rows: dict[str, list[Any]], ids: list[int], words: list[int], *, truncated: bool) -> None:
+        first = next((word for word in words if word >= 0), 0)
+        numbers = [word - first if word >= 0 else -1 for word in words]
+        rows["input_ids"].append([*self.before, *ids, *self.after])
+        rows["words"].append([-1] * len(self.before) + numbers + [-1] * len(self.after))
+        rows["tokens"].append(len(rows["input_ids"][-1]))
         rows["truncated"].append(truncated)
 
 
@@ -72,7 +77,9 @@ class _Check:
         text = row.get(self.field)
         if not isinstance(text, str):
             known = ", ".join(row) or "none"
-            raise DataError(f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {known})")
+            raise DataError(
+                f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {known})"
+            )
         return {"text": text} if text.strip() else None
 
 
@@ -154,7 +161,13 @@ class Collate:
         words_BL = padded([row["words"] for row in rows], -1).short()
         lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
         masked_BL, labels_BL = mask_tokens(
-            clean_BL, words_BL, lengths_B, keys_B, self.ratio, self.tokenizer.mask_token_id, ordinary_ids(self.tokenizer)  # type: ignore[arg-type]
+            clean_BL,
+            words_BL,
+            lengths_B,
+            keys_B,
+            self.ratio,
+            self.tokenizer.mask_token_id,
+            ordinary_ids(self.tokenizer),  # type: ignore[arg-type]
         )
         if not counted:
             labels_BL.fill_(IGNORED)

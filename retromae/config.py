@@ -63,5 +63,3 @@ class PretrainRecipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     evaluate: Evaluate = Evaluate()
     track: Track = Track()
-
-

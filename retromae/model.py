@@ -62,9 +62,18 @@ class RetroMAE(nn.Module):
         if self._bag_of_words:
             vocabulary = parts.vocabulary
             bag_nats = bag_of_words_nll(
-                parts.head(hidden_BLD), vocabulary.weight, vocabulary.bias, clean_BL, (words_BL >= 0) & counted_B[:, None]
+                parts.head(hidden_BLD),
+                vocabulary.weight,
+                vocabulary.bias,
+                clean_BL,
+                (words_BL >= 0) & counted_B[:, None],
             )
         return encoder_nats, decoder_nats, bag_nats
+
+    def cls(self, ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        """(B, D): the vectors of unmasked texts."""
+        real_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
+        return cls_of(self._parts.base(input_ids=ids_BL, attention_mask=real_BL.long()).last_hidden_state)
 
     def _decode(self, cls_BD: Tensor, clean_BL: Tensor, place_L: Tensor, visible_B1LL: Tensor) -> Tensor:
         parts = self._parts

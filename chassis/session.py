@@ -1,0 +1,320 @@
+"""A training run from its recipe to its result: what both stages do alike, around what each prepares."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from chassis import checkpoint, config, data
+from chassis.collectives import agreed, barrier, from_main
+from chassis.engine import Engine, Precision, Resumed, build
+from chassis.errors import CheckpointError, DataError
+from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
+from chassis.loop import Hook, Progress, Stage, fit
+from chassis.meter import Bar, Meter
+from chassis.report import write_report
+from chassis.runtime import Placement, Runtime, joined, local_environment
+from chassis.schedule import lr_factor
+from chassis.schema import Batch, Checkpoint, Evaluate, Optim, Run, Schedule, Track
+from chassis.schema import Engine as EngineSection
+from chassis.track import Tracker
+
+STOPPED = 3
+"""Exit code of a run that was asked to stop; the same command goes on from where it was."""
+
+
+class Recipe(Protocol):
+    """The sections that both stages' recipes have."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def optim(self) -> Optim: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def engine(self) -> EngineSection: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def evaluate(self) -> Evaluate: ...
+    @property
+    def track(self) -> Track: ...
+
+
+@dataclass
+class Prepared:
+    """What a stage brings to a run."""
+
+    module: nn.Module
+    stage: Stage[Any]
+    total_steps: int
+    rows: int | None
+    """Of an epoch; none for a stream."""
+    collate: Callable[[int], Any] | None
+    """step -> batch; none if `stream` is given."""
+    workers: int
+    identity: Mapping[str, Any]
+    """What must be the same in a run that goes on from a checkpoint."""
+    export: Callable[[Mapping[str, torch.Tensor], Path, Mapping[str, Any]], None]
+    """(weights by name, folder, facts of the run) -> the folder holds the result."""
+    evaluate: Callable[[Engine], dict[str, Any]] | None = None
+    stream: Callable[[int], Iterator[Any]] | None = None
+    """first step -> batches"""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What became of the data; goes to summary.json."""
+    keep_best: str | None = None
+    """A metric: the result is the best evaluated model, not the last."""
+
+
+def train(recipe: Any, placement: Placement, prepare: Callable[[Any, Runtime], Prepared]) -> int:
+    """Run to the end, or until asked to stop; returns the exit code."""
+    with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime:
+        return _Session(recipe, runtime).run(prepare)
+
+
+class _Session:
+    def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
+        self.recipe, self.runtime = recipe, runtime
+        self.folder = Path(recipe.run.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.clock = Clock()
+
+    def run(self, prepare: Callable[[Any, Runtime], Prepared]) -> int:
+        recipe, runtime = self.recipe, self.runtime
+        with agreed():
+            if runtime.is_main:
+                self._open_folder()
+        with agreed():
+            prepared = prepare(recipe, runtime)
+        progress = Progress(prepared.total_steps)
+        with agreed():
+            if not prepared.total_steps:
+                raise DataError(
+                    f"schedule.epochs: {recipe.schedule.epochs} x {prepared.rows} rows do not fill one batch of "
+                    f"{recipe.batch.global_size} (lower batch.global_size, or raise schedule.epochs)"
+                )
+            resumed = self._find_checkpoint(prepared, progress)
+        if progress.done and self._is_finished(progress):
+            self._say(
+                f"{self.folder}: all {progress.total_steps} steps are done; the model lies in {self.folder / 'model'}"
+            )
+            return 0
+        engine = build(prepared.module, runtime, recipe.engine, recipe.optim, recipe.precision)
+        if resumed is not None:
+            with agreed():
+                engine.resume(resumed)
+            self._say(f"goes on from step {progress.step} of {progress.total_steps}")
+        self._train(prepared, engine, progress)
+        if progress.stop is not None:
+            self._say(f"stopped by {progress.stop} at step {progress.step}; the same command goes on from here")
+        return STOPPED if progress.stop is not None else 0
+
+    def _train(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
+        recipe, main = self.recipe, self.runtime.is_main
+        tracker = self._tracker(progress)
+        bar = Bar(total=progress.total_steps, initial=progress.step, enabled=main)
+        hooks: list[Hook] = [self._log_hook(prepared, tracker, bar)]
+        if prepared.evaluate is not None:
+            hooks.append(self._evaluate_hook(prepared, engine, tracker))
+        identity = dict(prepared.identity)
+        hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
+        hooks.insert(-1, StopHook(self.runtime.world_size))
+        warmup = recipe.schedule.warmup_steps(progress.total_steps)
+        shape, floor = recipe.schedule.shape, recipe.schedule.floor
+        try:
+            fit(
+                prepared.stage,
+                engine,
+                self._batches(prepared, progress),
+                progress=progress,
+                lr_factor_at=lambda step: lr_factor(
+                    step, total=progress.total_steps, warmup=warmup, floor=floor, shape=shape
+                ),
+                hooks=hooks,
+            )
+            if progress.stop is None:
+                self._finish(prepared, engine, progress)
+        finally:
+            tracker.close()
+        if main:
+            self._summarise(prepared, progress)
+        barrier()
+
+    def _batches(self, prepared: Prepared, progress: Progress) -> Iterator[Any]:
+        if prepared.stream is not None:
+            return prepared.stream(progress.step)
+        assert prepared.collate is not None
+        return data.step_batches(
+            prepared.collate,
+            start=progress.step,
+            total=progress.total_steps,
+            workers=prepared.workers,
+            pin=self.runtime.device.type == "cuda",
+        )
+
+    # --- before ---
+
+    def _open_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(config.dump(self.recipe), encoding="utf-8")  # type: ignore[arg-type]
+
+    def _find_checkpoint(self, prepared: Prepared, progress: Progress) -> Resumed | None:
+        """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
+        found, passed = from_main(
+            checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume) if self.runtime.is_main else None
+        )
+        for line in passed:
+            self._say(f"warning: {line}")
+        if found is None:
+            return None
+        tensors, values = checkpoint.read(found)
+        for key, now in prepared.identity.items():
+            if key in values and values[key] != now:
+                raise CheckpointError(
+                    f"{found}: {key}: the checkpoint has {values[key]!r}, this run {now!r} "
+                    "(restore it, choose another run.output_dir, or set checkpoint.resume=none)"
+                )
+        progress.step, progress.skipped = values["step"], values["skipped"]
+        weights = tensors["weights"]
+        with torch.no_grad():
+            for name, parameter in prepared.module.named_parameters():
+                if name not in weights or weights[name].shape != parameter.shape:
+                    raise CheckpointError(f"{found}: {name}: missing or of another shape: it belongs to another model")
+                parameter.copy_(weights[name])
+        updates = progress.step - int(progress.skipped)
+        return Resumed(weights, tensors["optimizer"], updates, values.get("engine", {}))
+
+    def _is_finished(self, progress: Progress) -> bool:
+        summary = self.folder / "summary.json"
+        finished = (
+            summary.is_file() and json.loads(summary.read_text()).get("finished") and (self.folder / "model").is_dir()
+        )
+        return bool(from_main(finished))
+
+    def _tracker(self, progress: Progress) -> Tracker:
+        if not self.runtime.is_main:
+            return Tracker.silent()
+        self._write("environment.json", environment(self.runtime, self.recipe.run.output_dir))
+        values = json.loads(self.recipe.model_dump_json())  # type: ignore[attr-defined]
+        tracker = Tracker.open(self.folder, self.recipe.track, self.recipe.run.name, values, local_environment())
+        tracker.resume_at(progress.step)
+        return tracker
+
+    def _log_hook(self, prepared: Prepared, tracker: Tracker, bar: Bar) -> LogHook:
+        return LogHook(
+            tracker,
+            bar,
+            Meter(),
+            every=self.recipe.track.log_every,
+            peak_lr=self.recipe.optim.lr,
+            rows_per_epoch=prepared.rows or 0,
+            rows_per_step=self.recipe.batch.global_size,
+            give_up_after=self.recipe.engine.give_up_after,
+        )
+
+    def _evaluate_hook(self, prepared: Prepared, engine: Engine, tracker: Tracker) -> EvaluateHook:
+        def evaluate(step: int) -> dict[str, Any]:
+            assert prepared.evaluate is not None
+            engine.module.eval()
+            found = prepared.evaluate(engine)
+            engine.module.train()
+            if prepared.keep_best is not None:
+                self._keep_if_best(prepared, engine, step, found)
+            return found
+
+        section = self.recipe.evaluate
+        return EvaluateHook(evaluate, tracker, every=section.every_steps, at_start=section.at_start)
+
+    # --- after ---
+
+    def _keep_if_best(self, prepared: Prepared, engine: Engine, step: int, found: Mapping[str, Any]) -> None:
+        metric = prepared.keep_best or ""
+        if metric not in found:
+            known = ", ".join(name for name in found if name != "evaluation")
+            raise DataError(f"evaluate.keep_best: {metric}: not a metric (one of {known})")
+        record = self.folder / "best.json"
+        best = from_main(json.loads(record.read_text()) if record.is_file() else None) if step else None
+        if best is None or found[metric] > best["value"] or best["step"] == step:
+            self._export(prepared, engine, {"steps": step, **found})
+            if self.runtime.is_main:
+                self._write("best.json", {"metric": metric, "value": found[metric], "step": step})
+        barrier()
+
+    def _finish(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
+        if prepared.keep_best is None or not (self.folder / "best.json").is_file():
+            self._export(prepared, engine, {"steps": progress.step, **progress.final})
+
+    def _export(self, prepared: Prepared, engine: Engine, facts: Mapping[str, Any]) -> None:
+        weights = engine.weights()
+        if self.runtime.is_main:
+            with data.replacing(self.folder / "model") as draft:
+                prepared.export(weights, draft, {**prepared.facts, **facts})
+        barrier()
+
+    def _summarise(self, prepared: Prepared, progress: Progress) -> None:
+        earlier = json.loads(path.read_text()) if (path := self.folder / "summary.json").is_file() else {}
+        went_on = earlier.get("steps", 0) < progress.step
+        self._write(
+            "summary.json",
+            {
+                "finished": progress.done and progress.stop is None,
+                "stopped_by": progress.stop,
+                "steps": progress.step,
+                "total_steps": progress.total_steps,
+                "skipped": int(progress.skipped),
+                **prepared.facts,
+                "seconds": (earlier.get("seconds", 0.0) if went_on else 0.0) + self.clock.seconds(),
+                "final": progress.final,
+            },
+        )
+        write_report(self.folder)
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        (self.folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _say(self, line: str) -> None:
+        if self.runtime.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+
+def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
+    """Versions, hardware, world size and commit: what someone needs who wants the same numbers again."""
+    packages = ("torch", "transformers", "deepspeed", "datasets", "accelerate", "sentence-transformers", "tokenizers")
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": device or platform.machine(),
+        "world_size": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "git_commit": _commit(),
+        "command": sys.argv,
+        "output_dir": output_dir,
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

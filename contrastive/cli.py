@@ -1,0 +1,58 @@
+"""The door of fine-tuning: torchrun, deepspeed, srun or plain python launch/finetune.py --config FILE [KEY=VALUE ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from chassis import cli
+from chassis.plan import describe, encoder_shape, memory, rows_and_steps
+from chassis.runtime import Placement
+from chassis.schema import BatchPlan
+from contrastive.config import FinetuneRecipe
+
+TILE_BYTES = 64 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.door(argv, usage=__doc__ or "", schema=FinetuneRecipe, plan=plan, run=run)
+
+
+def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
+    """What `--plan` prints."""
+    data, batch = recipe.data, recipe.batch
+    rows, steps = rows_and_steps([each.path for each in data.sets], recipe.schedule, batch.global_size)
+    share = BatchPlan(batch.global_size, world_size, batch.micro_size)
+    largest = max(share.rows_per_rank)
+    passages_per_query = 1 + data.negatives_per_query
+    seen = batch.global_size if recipe.loss.share_negatives else largest
+    shape = encoder_shape(recipe.model)
+    query, passage = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
+    row_tokens = query + passages_per_query * passage
+    texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
+    return describe(
+        batch=batch,
+        schedule=recipe.schedule,
+        world_size=world_size,
+        rows=rows,
+        steps=steps,
+        negatives_per_query=seen * passages_per_query - 1,
+        tokens_at_most=None if steps is None else steps * batch.global_size * row_tokens,
+        memory=memory(
+            shape,
+            engine=recipe.engine,
+            world_size=world_size,
+            precision=recipe.precision,
+            tokens_at_once=-(-largest // share.passes) * (1 + passages_per_query) * max(query, passage),
+            checkpointing=recipe.model.activation_checkpointing,
+            embeddings=4 * shape.width * texts,
+            tile=min(TILE_BYTES, 4 * largest * seen * passages_per_query),
+        ),
+    )
+
+
+def run(recipe: FinetuneRecipe, placement: Placement) -> int:
+    from chassis.session import train  # torch comes in here, after every mistake in the recipe has been told
+    from contrastive.prepare import prepare
+
+    return train(recipe, placement, prepare)

@@ -1,0 +1,123 @@
+"""From a fine-tuning recipe to what a run needs: rows, model, stage, evaluation and export."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModel, PreTrainedTokenizerBase
+
+from chassis.collectives import once_per_node
+from chassis.data import Corpus, Mixture, Order, tokenised
+from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
+from chassis.engine import Engine, autocast
+from chassis.errors import ConfigError
+from chassis.probe import Probe
+from chassis.runtime import Runtime
+from chassis.schema import BatchPlan
+from chassis.session import Prepared
+from chassis.sources import find_sources
+from contrastive.collate import FEATURES, Collate, DataSet, Tokenise, check_row, settings
+from contrastive.config import FinetuneRecipe
+from contrastive.model import Tower
+from contrastive.stage import FinetuneStage
+
+
+def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
+    model, data, seed, size = recipe.model, recipe.data, recipe.run.seed, recipe.batch.global_size
+    tokenizer = load_tokenizer(model)
+    if tokenizer.pad_token_id is None:
+        raise ConfigError("model.tokenizer: has no padding token (add one)")
+    query_length, passage_length = (data.length(role, model.max_length) for role in ("query", "passage"))
+    tokenise = Tokenise(tokenizer, data.query_instruction, data.passage_instruction, query_length, passage_length)
+    corpora = once_per_node(lambda: [_corpus(recipe, each.path, tokenise) for each in data.sets], runtime.local_rank)
+    rows = sum(len(corpus.rows) for corpus in corpora)
+    total = recipe.schedule.total_steps(rows, size)
+    sets = [
+        DataSet(corpus.rows, Order(len(corpus.rows), size, seed, str(i)), each.in_batch_negatives)
+        for i, (each, corpus) in enumerate(zip(data.sets, corpora, strict=True))
+    ]
+    shares = [each.weight * len(corpus.rows) for each, corpus in zip(data.sets, corpora, strict=True)]
+    plan = BatchPlan(size, runtime.world_size, recipe.batch.micro_size)
+    loaded = load_encoder(model, AutoModel, seed=seed)
+    if runtime.is_main:
+        print(loaded, file=sys.stderr)
+    width = loaded.model.config.hidden_size
+    for narrower in recipe.loss.matryoshka:
+        if narrower >= width:
+            raise ConfigError(f"loss.matryoshka: {narrower}: not narrower than the embedding (it has {width})")
+    module = Tower(loaded.model)
+    fingerprints = [corpus.facts.fingerprint for corpus in corpora]
+    return Prepared(
+        module=module,
+        stage=FinetuneStage(loss=recipe.loss, global_size=size, seed=seed, device=runtime.device),
+        total_steps=total,
+        rows=rows,
+        collate=Collate(
+            sets,
+            Mixture(shares, total, seed),
+            plan,
+            runtime.rank,
+            seed,
+            data.negatives_per_query,
+            tokenizer.pad_token_id,  # type: ignore[arg-type]
+        ),
+        workers=data.workers,
+        identity={"stage": "finetune", "seed": seed, "global_size": size, "data": fingerprints},
+        export=_export(recipe, module, tokenizer),
+        evaluate=_evaluation(recipe, module, tokenizer, runtime) if recipe.evaluate.data else None,
+        facts={
+            name: sum(getattr(c.facts, name) for c in corpora) for name in ("rows", "tokens", "truncated", "dropped")
+        },
+        keep_best=recipe.evaluate.keep_best,
+    )
+
+
+def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise) -> Corpus:
+    return tokenised(
+        find_sources([path]),
+        cache_dir=Path(recipe.data.cache_dir),
+        settings=settings(recipe.data, tokenise),
+        tokenise=tokenise,
+        check=check_row,
+        features=FEATURES,
+        processes=recipe.data.processes,
+    )
+
+
+def _evaluation(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> Any:
+    data, longest = recipe.data, recipe.model.max_length
+    probe = Probe(
+        recipe.evaluate,
+        tokenizer,
+        runtime,
+        max_lengths={"query": longest, "document": longest},
+        prompts={"query": data.query_instruction, "document": data.passage_instruction},
+    )
+
+    def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        with autocast(runtime.device, recipe.precision):
+            return module(ids_BL, lengths_B)
+
+    def evaluate(engine: Engine) -> dict[str, Any]:
+        return {"evaluation": probe.name, **probe.measure(embed)}
+
+    return evaluate
+
+
+def _export(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedTokenizerBase) -> Any:
+    def export(weights: Mapping[str, Tensor], folder: Path, facts: Mapping[str, Any]) -> None:
+        save_model(
+            module.encoder,
+            tokenizer,
+            folder,
+            weights={name.removeprefix("encoder."): tensor for name, tensor in weights.items()},
+            max_length=recipe.model.max_length,
+            prompts={"query": recipe.data.query_instruction, "document": recipe.data.passage_instruction},
+            card=model_card("A text-embedding model for retrieval", recipe, facts),
+        )
+
+    return export

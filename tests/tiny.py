@@ -1,0 +1,114 @@
+"""Tiny encoders, tokenizers and texts that tests make for themselves; nothing comes from a hub."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+)
+
+WORDS = (
+    "shuffle rows tensor matrix graph node edge search vector index text query passage rank loss mask token train "
+    "learn encoder decoder gradient batch step model layer attention norm memory device kernel cache file folder"
+).split()
+FAMILIES = ("bert", "xlm-roberta", "modernbert")
+
+
+def texts(count: int, seed: int = 0, longest: int = 24) -> list[str]:
+    """Sentences of 3 to `longest` words."""
+    chance = random.Random(seed)
+    return [" ".join(chance.choice(WORDS) + chance.choice(["", "s", "ing"]) for _ in range(chance.randint(3, longest))) for _ in range(count)]
+
+
+def tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """WordPiece for bert, SentencePiece-like unigrams for xlm-roberta, byte-level BPE for modernbert."""
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if family == "xlm-roberta" else ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    cls, pad, sep, unk, mask = names
+    trainer: Any
+    if family == "bert":
+        made = Tokenizer(models.WordPiece(unk_token=unk))
+        made.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=names, show_progress=False)
+    elif family == "xlm-roberta":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+        trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=names, unk_token=unk, show_progress=False)
+    else:
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(texts(300, seed=7), trainer)
+    ends = [(cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))]
+    made.post_processor = processors.TemplateProcessing(single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=ends)  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, cls_token=cls, pad_token=pad, sep_token=sep, unk_token=unk, mask_token=mask, model_max_length=64
+    )
+
+
+def encoder(folder: Path, family: str = "bert", *, dropout: float = 0.0, seed: int = 0, layers: int = 2, width: int = 32) -> Path:
+    """A masked language model of random weights with its tokenizer, saved as a transformers folder."""
+    made = tokenizer(family)
+    sizes = {
+        "vocab_size": len(made), "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "intermediate_size": 2 * width, "pad_token_id": made.pad_token_id, "initializer_range": 0.2,
+    }  # fmt: skip
+    kept = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config: Any
+    if family == "bert":
+        config = BertConfig(max_position_embeddings=64, **sizes, **kept)
+    elif family == "xlm-roberta":
+        config = XLMRobertaConfig(max_position_embeddings=66, **sizes, **kept)
+    else:
+        rates = {name: dropout for name in ("embedding_dropout", "mlp_dropout", "attention_dropout")}
+        ends = {"cls_token_id": made.cls_token_id, "sep_token_id": made.sep_token_id}
+        ends |= {"bos_token_id": made.cls_token_id, "eos_token_id": made.sep_token_id}
+        config = ModernBertConfig(max_position_embeddings=64, local_attention=16, **sizes, **rates, **ends)
+    torch.manual_seed(seed)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    made.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def pretrain_file(path: Path, count: int = 40) -> Path:
+    return write_jsonl(path, [{"text": text} for text in texts(count)])
+
+
+def finetune_file(path: Path, count: int = 40, negatives: int = 2, scores: bool = False) -> Path:
+    every = texts(count * (2 + negatives), seed=3)
+    rows = []
+    for i in range(count):
+        query, pos, *neg = every[i * (2 + negatives) : (i + 1) * (2 + negatives)]
+        row: dict[str, Any] = {"query": query, "pos": [pos, pos + " again"], "neg": neg}
+        if scores:
+            row |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.1 * j for j in range(negatives)]}
+        rows.append(row)
+    return write_jsonl(path, rows)
+
+
+def beir_folder(folder: Path, count: int = 12) -> Path:
+    """Queries that are the first words of their documents."""
+    documents = texts(count, seed=11)
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)])
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": " ".join(t.split()[:3])} for i, t in enumerate(documents)])
+    (folder / "qrels").mkdir()
+    lines = [f"q{i}\td{i}\t1" for i in range(count)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
+    return folder
