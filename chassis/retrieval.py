@@ -67,7 +67,7 @@ def read_beir(
         raise DataError(f"{folder}: no such folder (name one with corpus.jsonl, queries.jsonl and qrels/)")
     qrels_path = _split_path(folder, split)
     corpus_path, queries_path = (_plain_or_gz(folder / name) for name in ("corpus.jsonl", "queries.jsonl"))
-    judged, lines_of = _read_qrels(qrels_path)
+    judged, query_lines, document_lines = _read_qrels(qrels_path)
 
     queries: dict[str, str] = {}
     for where, row in _rows(queries_path):
@@ -77,7 +77,8 @@ def read_beir(
         queries[query_id] = _text(where, row, "text")
     for query_id in judged:
         if query_id not in queries:
-            raise DataError(f"{qrels_path}:{lines_of[query_id, None]}: query-id: no query {query_id!r} in {queries_path}")
+            where = f"{qrels_path}:{query_lines[query_id]}"
+            raise DataError(f"{where}: query-id: no query {query_id!r} in {queries_path} (mend the one or the other)")
 
     kept = [query_id for query_id in queries if any(grade > 0 for grade in judged.get(query_id, {}).values())]
     if not kept:
@@ -97,9 +98,9 @@ def read_beir(
         ids.append(document.id)
         texts.append(document.full)
     if unknown:
-        first = min(unknown, key=lambda document_id: lines_of[None, document_id])
-        line = lines_of[None, first]
-        raise DataError(f"{qrels_path}:{line}: corpus-id: no document {first!r} in {corpus_path} (mend the one or the other)")
+        first = min(unknown, key=lambda document_id: document_lines[document_id])
+        where = f"{qrels_path}:{document_lines[first]}"
+        raise DataError(f"{where}: corpus-id: no document {first!r} in {corpus_path} (mend the one or the other)")
     return Beir(
         name=folder.resolve().name,
         document_ids=ids,
@@ -131,7 +132,7 @@ def _split_path(folder: Path, split: str) -> Path:
         if path.is_file():
             return path
     there = sorted({path.name.removesuffix(".gz").removesuffix(".tsv") for path in folder.glob("qrels/*.tsv*")})
-    raise DataError(f"{folder / 'qrels'}: no split {split!r} (there: {', '.join(there) or 'none; add qrels/SPLIT.tsv'})")
+    raise DataError(f"{folder / 'qrels'}: no split {split!r} (there: {', '.join(there) or 'none'})")
 
 
 def _plain_or_gz(path: Path) -> Path:
@@ -141,17 +142,18 @@ def _plain_or_gz(path: Path) -> Path:
     raise DataError(f"{path}: no such file, nor with .gz (BEIR's layout has corpus.jsonl, queries.jsonl and qrels/)")
 
 
-def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[tuple[str | None, str | None], int]]:
-    """Grades by query and document, and the line that first names each query (id, None) and document (None, id)."""
+def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, int], dict[str, int]]:
+    """Grades by query and document; the line that first names each query, and each document."""
     judged: dict[str, dict[str, int]] = {}
-    lines_of: dict[tuple[str | None, str | None], int] = {}
+    query_lines: dict[str, int] = {}
+    document_lines: dict[str, int] = {}
     for number, line in _lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3:
-            raise DataError(f"{path}:{number}: row: {len(fields)} fields (write query-id, corpus-id, score between tabs)")
+            raise DataError(f"{path}:{number}: row: {len(fields)} fields (write query-id, corpus-id, score)")
         if number == 1:
             if fields[2].lstrip("-").isdigit():
-                raise DataError(f"{path}:1: row: a judgement where the header belongs (begin with query-id, corpus-id, score)")
+                raise DataError(f"{path}:1: row: no header (begin with query-id, corpus-id, score)")
             continue
         query_id, document_id, grade = fields
         try:
@@ -159,10 +161,11 @@ def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[tuple[str |
         except ValueError:
             raise DataError(f"{path}:{number}: score: must be a whole number, got {grade!r}") from None
         if found != int(grade):
-            raise DataError(f"{path}:{number}: score: {query_id!r} with {document_id!r} was judged {found} above (keep one)")
-        lines_of.setdefault((query_id, None), number)
-        lines_of.setdefault((None, document_id), number)
-    return judged, lines_of
+            pair = f"{query_id!r} with {document_id!r}"
+            raise DataError(f"{path}:{number}: score: {pair} was judged {found} above (keep one)")
+        query_lines.setdefault(query_id, number)
+        document_lines.setdefault(document_id, number)
+    return judged, query_lines, document_lines
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -172,7 +175,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: row: not valid JSON: {error.msg} (one object on each line)") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: row: must be an object, got {type(row).__name__} (one object on each line)")
+            raise DataError(f'{path}:{number}: row: must be an object, got {type(row).__name__} (as {{"_id": ...}})')
         yield f"{path}:{number}", row
 
 
@@ -266,9 +269,7 @@ def trec_order(run: Run) -> dict[str, list[str]]:
     return ranked
 
 
-def metrics(
-    ranked: Mapping[str, Sequence[str]], relevant: Relevant, at: Sequence[int] = (10, 100)
-) -> dict[str, float]:
+def metrics(ranked: Mapping[str, Sequence[str]], relevant: Relevant, at: Sequence[int] = (10, 100)) -> dict[str, float]:
     """`ndcg_at_10`, `mrr_at_10`, `recall_at_10`, `precision_at_10`, `map_at_10`, and the same for each cutoff of `at`.
 
     Definitions are trec_eval's: nDCG takes the grade itself as gain and log2(rank + 1) as discount; the other metrics

@@ -26,6 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from string import punctuation
 from typing import Any
 
 HELD_OUT = ("networkx", "sklearn", "sentence_transformers")
@@ -35,6 +36,8 @@ SHORTEST_PASSAGE = 40
 """Characters."""
 LONGEST_NAME = 40
 """Characters; longer strings in a call that registers documentation are the documentation."""
+ALPHABET = 100
+"""Letters and signs that the tokenizer knows; others are [UNK]."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SKIPPED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_vendor"}
 _REGISTERED = {"add_docstr", "add_newdoc"}  # how torch, numpy and scipy document what is written in C
@@ -291,11 +294,22 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocabulary: int = 400
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    texts = [text[:1000] for text in texts]  # further than the demo's encoder reads
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(learner.normalizer.normalize_str(text))
+    letters = sorted(sorted(counts.keys() - set(" ")), key=lambda letter: -counts[letter])[:ALPHABET]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=200, show_progress=False
+        vocab_size=vocabulary,
+        # left alone, the trainer breaks ties between rare letters, and numbers those within words, by chance
+        special_tokens=[*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters if letter not in punctuation)],
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)
-    tokenizer = BertTokenizer(vocab=learner.get_vocab(), model_max_length=max_length)
+    vocab = dict(sorted(learner.get_vocab().items(), key=lambda item: item[1]))
+    tokenizer = BertTokenizer(vocab=vocab, model_max_length=max_length)
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
 
@@ -357,7 +371,9 @@ def build_encoder(data: Path, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/demo/data"), help="folder of the data")
     parser.add_argument("--encoder", type=Path, help="also train a tokenizer and make a small encoder, in this folder")

@@ -1,0 +1,228 @@
+"""Models and BM25 side by side on a BEIR folder: one table, one JSON.
+
+Shape suffixes: Q queries, N documents, D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from chassis.cli import door
+from chassis.config import Section
+from chassis.errors import ModelError
+from chassis.runtime import Placement, choose_device
+from chassis.schema import Evaluate
+
+if TYPE_CHECKING:
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from torch import Tensor
+
+    from chassis.retrieval import Beir
+
+COLUMNS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "recall@100"}
+Row = dict[str, Any]
+"""`model`, a label, and the metrics."""
+
+
+class EvaluateRecipe(Section):
+    """Retrieval of models that are trained already."""
+
+    models: Annotated[list[str] | dict[str, str], Field(min_length=1)]
+    """Folders (or hub names) in sentence-transformers' format; or the same, each under a label."""
+    evaluate: Evaluate
+    bm25: bool = True
+    """Also BM25, and its mix with the last model."""
+    output_dir: str | None = None
+    """Where evaluation.json goes; none: nowhere."""
+    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: a GPU if there is one."""
+
+    @model_validator(mode="after")
+    def _on_something(self) -> EvaluateRecipe:
+        if self.evaluate.data is None:
+            raise ValueError("needs evaluate.data (name a BEIR folder)")
+        return self
+
+    @property
+    def labelled(self) -> dict[str, str]:
+        return self.models if isinstance(self.models, dict) else {path: path for path in self.models}
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+def load_model(path: str | Path, device: torch.device) -> SentenceTransformer:
+    """A sentence-transformers folder or hub name; ModelError in one line for anything else."""
+    from sentence_transformers import SentenceTransformer
+
+    if not (Path(path) / "modules.json").is_file() and (Path(path).exists() or str(path).startswith((".", "/", "~"))):
+        # sentence-transformers would put mean pooling on a bare encoder and go on
+        what = "no modules.json there" if Path(path).exists() else "no such folder"
+        raise ModelError(f"{path}: {what} (name a sentence-transformers folder, as model/ of a run)")
+    try:
+        return SentenceTransformer(str(path), device=str(device)).eval()
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
+
+
+def embed(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    role: Literal["query", "document"],
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    progress: bool = False,
+) -> Tensor:
+    """(N, D) fp32 on the CPU, in the order of `texts`, with the model's own prompt for the role."""
+    import torch
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    encode = model.encode_query if role == "query" else model.encode_document
+    with torch.autocast(model.device.type, dtype) if dtype else nullcontext():
+        found = encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
+    assert isinstance(found, torch.Tensor)
+    found_ND = found.float().cpu()
+    if not found_ND.isfinite().all():
+        raise ModelError(f"embeddings: not all are finite in {precision} (take precision: fp32, or check the model)")
+    return found_ND
+
+
+def evaluate_model(
+    path: str | Path,
+    beir: Beir,
+    *,
+    device: torch.device,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    progress: bool = False,
+) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
+    """The metrics of a model, by one process, and its run: (Q, K) scores and rows, deep enough to mix with another."""
+    from chassis.retrieval import evaluate_run, search
+    from contrastive.bm25 import POOL
+
+    model = load_model(path, device)
+    how: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
+    query_QD = embed(model, beir.queries, "query", **how)
+    document_ND = embed(model, beir.documents, "document", **how)
+    scores_QK, index_QK = search(query_QD, document_ND, POOL)
+    return evaluate_run(beir, scores_QK[:, :100], index_QK[:, :100]), (scores_QK, index_QK)
+
+
+def compare(
+    models: Mapping[str, str | Path],
+    beir: Beir,
+    *,
+    device: torch.device,
+    bm25: bool = True,
+    batch_size: int = 64,
+    precision: str = "fp32",
+    progress: bool = False,
+) -> list[Row]:
+    """A row for BM25, one for each labelled model, and one for the last model mixed with BM25."""
+    from chassis.retrieval import evaluate_run
+    from contrastive.bm25 import POOL, fuse, rank_bm25
+
+    rows: list[Row] = []
+    bm25_run = rank_bm25(beir, POOL) if bm25 else None
+    if bm25_run:
+        rows.append({"model": "BM25", **evaluate_run(beir, bm25_run[0][:, :100], bm25_run[1][:, :100])})
+    for last, (label, path) in enumerate(models.items(), 1 - len(models)):
+        found, model_run = evaluate_model(
+            path, beir, device=device, batch_size=batch_size, precision=precision, progress=progress
+        )
+        rows.append({"model": label, **found})
+        if bm25_run and last == 0:
+            rows.append({"model": f"{label} + BM25", **evaluate_run(beir, *fuse([bm25_run, model_run], 100))})
+    return rows
+
+
+# --- telling ---------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """The table, the best of each column in bold."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    table.add_column("model", overflow="fold")
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        best = {key: row[key] == max(other[key] for other in rows) for key in COLUMNS}
+        cells = [Text(f"{row[key]:.4f}", style="bold" if best[key] else "") for key in COLUMNS]
+        table.add_row(Text(row["model"]), *cells)
+    Console().print(table)
+
+
+def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Path:
+    """`evaluation.json`: what was measured on, and the rows with all their metrics."""
+    path = Path(folder) / "evaluation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"evaluation": beir.name, "split": split, "queries": len(beir.queries), "documents": len(beir.documents)}
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps({**facts, "rows": list(rows)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+# --- the door --------------------------------------------------------------------------------
+
+
+def plan(recipe: EvaluateRecipe, world_size: int) -> dict[str, Any]:
+    beir = _beir(recipe)
+    return {
+        "world_size": world_size,
+        "models": ", ".join(recipe.labelled),
+        "evaluation": beir.name,
+        "split": recipe.evaluate.split,
+        "queries": len(beir.queries),
+        "documents": len(beir.documents),
+        "texts_per_rank": -(-(len(beir.queries) + len(beir.documents)) // world_size),
+        "characters": sum(map(len, beir.queries)) + sum(map(len, beir.documents)),
+    }
+
+
+def run(recipe: EvaluateRecipe, placement: Placement) -> int:
+    import torch
+
+    device = choose_device(placement.local_rank) if recipe.device == "auto" else torch.device("cpu")
+    beir = _beir(recipe)
+    rows = compare(
+        recipe.labelled,
+        beir,
+        device=device,
+        bm25=recipe.bm25,
+        batch_size=recipe.evaluate.batch_size,
+        precision=recipe.precision,
+        progress=placement.rank == 0,
+    )
+    if placement.rank == 0:
+        size = f"{len(beir.queries):,} queries, {len(beir.documents):,} documents"
+        show(rows, f"{beir.name}, {recipe.evaluate.split}: {size}")
+        if recipe.output_dir:
+            print(f"written: {write(recipe.output_dir, beir, recipe.evaluate.split, rows)}")
+    return 0
+
+
+def _beir(recipe: EvaluateRecipe) -> Beir:
+    from chassis.retrieval import read_beir
+
+    section = recipe.evaluate
+    assert section.data is not None
+    return read_beir(section.data, section.split, max_queries=section.max_queries, max_documents=section.max_documents)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return door(argv, usage="Measure models on a BEIR folder.", schema=EvaluateRecipe, plan=plan, run=run)

@@ -1,0 +1,193 @@
+"""Questions to a trained model: a corpus embedded once, the nearest documents printed.
+
+Shape suffixes: N documents, D embedding width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chassis.errors import ConfigError, DataError, LodestarError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from torch import Tensor
+
+    from chassis.retrieval import Document
+
+SNIPPET_CHARACTERS = 240
+
+
+@dataclass(frozen=True)
+class Hit:
+    score: float
+    """Cosine of query and document, where the model normalises."""
+    document: Document
+
+
+class Searcher:
+    """A model and the embeddings of its documents, from `cache` where the same ones are there already."""
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        documents: Iterable[Document],
+        *,
+        cache: Path | None = None,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> None:
+        """cache   a safetensors file of (N, D) fp32, named by `cache_file`; written if it is not there"""
+        from contrastive.evaluate import embed
+
+        self.model, self.documents = model, list(documents)
+        if not self.documents:
+            raise DataError("corpus: holds no document (one object on each line, with _id and text)")
+        stored = _read(cache, len(self.documents))
+        if stored is None:
+            texts = [document.full for document in self.documents]
+            stored = embed(model, texts, "document", batch_size=batch_size, progress=progress)
+            _write(cache, stored)
+        self.document_ND = stored
+
+    def ask(self, query: str, k: int = 5) -> list[Hit]:
+        """The k nearest documents, best first."""
+        from chassis.retrieval import search
+        from contrastive.evaluate import embed
+
+        scores, found = search(embed(self.model, [query], "query"), self.document_ND, k)
+        hits = zip(scores[0].tolist(), found[0].tolist(), strict=True)
+        return [Hit(score, self.documents[row]) for score, row in hits]
+
+
+def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
+    """`search_cache/KEY.safetensors` beside the model; the key changes with the model's files and the documents."""
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted(path for path in model_folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(model_folder)}\0{path.stat().st_size}\0".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    for document in documents:
+        digest.update(json.dumps([document.id, document.full]).encode())
+    return model_folder.resolve().parent / "search_cache" / f"{digest.hexdigest()}.safetensors"
+
+
+def _read(cache: Path | None, documents: int) -> Tensor | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if cache is None or not cache.is_file():
+        return None
+    try:
+        stored = load_file(cache)["documents"]
+    except (SafetensorError, KeyError):
+        return None  # damaged: embed again, and write it anew
+    return stored if len(stored) == documents else None
+
+
+def _write(cache: Path | None, document_ND: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    if cache is None:
+        return
+    draft = cache.with_name(f".{cache.name}.{os.getpid()}.draft")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"documents": document_ND.contiguous()}, draft)
+        draft.replace(cache)
+    except OSError as error:
+        print(f"warning: {cache}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
+
+
+# --- the door --------------------------------------------------------------------------------
+
+
+def default_corpus(model_folder: Path) -> str:
+    """What the run that trained the model wrote down as `search_corpus` in its summary.json."""
+    summary = model_folder.resolve().parent / "summary.json"
+    try:
+        found = json.loads(summary.read_text(encoding="utf-8")).get("search_corpus")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    if not isinstance(found, str):
+        raise ConfigError(f"{summary}: search_corpus: not there (give --corpus a corpus.jsonl or a BEIR folder)")
+    return found
+
+
+def show(query: str, hits: Sequence[Hit]) -> None:
+    """Score, id, title and the beginning of the text of each hit."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(query, style="bold"))
+    for rank, hit in enumerate(hits, 1):
+        line = Text.assemble(f"{rank:>3}  {hit.score:.3f}  ", (hit.document.id, "cyan"), f"  {hit.document.title}")
+        console.print(line)
+        snippet = " ".join(hit.document.text.split())
+        cut = snippet if len(snippet) <= SNIPPET_CHARACTERS else snippet[:SNIPPET_CHARACTERS].rsplit(" ", 1)[0] + " ..."
+        console.print(Padding(Text(cut, style="dim"), (0, 0, 0, 12)))
+    console.print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        options = _parse(argv)
+        searcher = _open(options)
+        for query in options.query or _typed():
+            show(query, searcher.ask(query, options.top))
+        return 0
+    except LodestarError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(description="Search a corpus with a trained model.", allow_abbrev=False)
+    parser.add_argument("query", nargs="*", help="what to look for, in quotes; none: read lines from the terminal")
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="as model/ of a run")
+    parser.add_argument("--corpus", metavar="PATH", help="a corpus.jsonl or BEIR folder; none: what the run wrote down")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="how many documents to show (5)")
+    options = parser.parse_intermixed_args(argv)
+    if options.top < 1:
+        raise ConfigError(f"command line: --top: must be 1 or more, got {options.top}")
+    return options
+
+
+def _open(options: argparse.Namespace) -> Searcher:
+    folder = Path(options.model)
+    if not folder.is_dir():
+        raise ConfigError(f"command line: --model: {folder}: no such folder (name model/ of a run)")
+    corpus = options.corpus or default_corpus(folder)
+
+    from chassis.retrieval import read_corpus
+    from chassis.runtime import choose_device
+    from contrastive.evaluate import load_model
+
+    documents = list(read_corpus(corpus))
+    model = load_model(folder, choose_device(0))
+    return Searcher(model, documents, cache=cache_file(folder, documents), progress=sys.stderr.isatty())
+
+
+def _typed() -> Iterable[str]:
+    """Lines of the standard input, without empty ones; a prompt where someone types them."""
+    if sys.stdin.isatty():
+        print("Type a query and press Enter; Ctrl-D ends.", file=sys.stderr)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.strip()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"command line: {message} (see --help)")

@@ -1,0 +1,143 @@
+"""One optimizer step of either stage on real ranks, and the same step by plain formulas in double precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from chassis import config
+from chassis.engine import build
+from chassis.runtime import Runtime
+from chassis.schema import BatchPlan
+from chassis.session import Prepared
+from contrastive.config import FinetuneRecipe
+from contrastive.prepare import prepare as prepare_finetune
+from retromae.config import PretrainRecipe
+from retromae.masks import IGNORED, decoder_visibility
+from retromae.prepare import prepare as prepare_pretrain
+from tests import tiny
+
+ROWS = 19  # divides by none of the world sizes
+BETA = 0.9
+
+Outcome = tuple[float, dict[str, Tensor]]
+"""Loss of the global batch, and its gradient by parameter."""
+
+
+def recipe(stage: str, folder: Path, *overrides: str) -> Any:
+    """A recipe of the tiny fixture; makes what is not there yet."""
+    if not (folder / "bert").exists():
+        tiny.encoder(folder / "bert", "bert")
+    data = folder / f"{stage}.jsonl"
+    if not data.exists():
+        tiny.pretrain_file(data) if stage == "pretrain" else tiny.finetune_file(data, scores=True)
+    values = f"""
+run: {{output_dir: {folder}/runs/{stage}}}
+model: {{encoder: {folder}/bert, max_length: 32}}
+data: {{train: [{data}], cache_dir: {folder}/cache, workers: 0, processes: 1}}
+batch: {{global_size: {ROWS}, micro_size: 4}}
+optim: {{lr: 1e-3, betas: [{BETA}, 0.999], clip_norm: 0}}
+schedule: {{steps: 2, warmup_ratio: 0}}
+precision: fp32
+engine: {{kind: ddp, zero3_persistence_threshold: 0}}
+{"loss: {temperature: 0.1}" if stage == "finetune" else ""}
+"""
+    path = folder / f"{stage}.yaml"
+    path.write_text(values)
+    return config.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
+
+
+def prepared(made: Any, rank: int, size: int) -> tuple[Prepared, Runtime]:
+    runtime = Runtime(rank, size, rank, torch.device("cpu"))
+    prepare = prepare_pretrain if isinstance(made, PretrainRecipe) else prepare_finetune
+    return prepare(made, runtime), runtime
+
+
+def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Outcome:
+    """A real step by `size` ranks. AdamW's first moment after it is (1 - beta) times the gradient, under any engine."""
+    from chassis.collectives import sum_over_ranks
+
+    made = recipe(stage, folder, *overrides)
+    ready, runtime = prepared(made, rank, size)
+    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
+    engine.module.train()
+    assert ready.collate is not None
+    shares = ready.stage.backward(ready.collate(0), engine, 0)
+    loss = sum_over_ranks(shares["loss"].detach().double())
+    engine.step(1.0)
+    gradient = {
+        name.removesuffix(":exp_avg"): value.double() / (1 - BETA)
+        for name, value in engine.optimizer_state().items()
+        if name.endswith(":exp_avg")
+    }
+    return float(loss), gradient
+
+
+def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> list[Outcome]:
+    """Several steps in one world; a job is (stage, *overrides)."""
+    return [step(rank, size, stage, folder, *overrides) for stage, *overrides in jobs]
+
+
+def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
+    """RetroMAE's loss on the whole batch at once, in fp64, with torch's own cross-entropy on whole logits."""
+    made = recipe("pretrain", folder, *overrides, f"batch.micro_size={ROWS}")
+    ready, _ = prepared(made, 0, 1)
+    assert ready.collate is not None
+    (batch,) = ready.collate(0).micro_batches
+    model: Any = ready.module.double().eval()
+    place = torch.arange(batch.clean_BL.shape[1])
+    attention = (place < batch.lengths_B[:, None]).long()
+    out = model.encoder(input_ids=batch.masked_BL, attention_mask=attention, output_hidden_states=True)
+    first = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORED)
+    visible = decoder_visibility(batch.words_BL, batch.lengths_B, batch.keys_B, made.mask.decoder, made.mask.decoder_sets)
+    rebuilt = model._decode(out.hidden_states[-1][:, 0], batch.clean_BL, place, visible)
+    labels = batch.clean_BL.masked_fill((place == 0) | (place >= batch.lengths_B[:, None] - 1), IGNORED)
+    second = F.cross_entropy(model.encoder.cls(rebuilt).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    return _outcome(model, first + second)
+
+
+def plain_finetune(folder: Path, *overrides: str) -> Outcome:
+    """InfoNCE on the whole score matrix, in fp64."""
+    made = recipe("finetune", folder, *overrides, f"batch.micro_size={ROWS}")
+    ready, _ = prepared(made, 0, 1)
+    assert ready.collate is not None
+    batch = ready.collate(0)
+    model: Any = ready.module.double().eval()
+    texts = [ids for micro_batch in batch.micro_batches for ids in _embed(model, micro_batch)]
+    vectors = torch.stack([texts[i] for i in batch.place_N.argsort()])
+    q, d = vectors[:ROWS], vectors[ROWS:]
+    scores = q @ d.T / made.loss.temperature
+    loss = F.cross_entropy(scores, batch.start_Q)
+    if made.loss.distillation:
+        groups = batch.teacher_QG.shape[1]
+        student = torch.stack([scores[i, batch.start_Q[i] : batch.start_Q[i] + groups] for i in range(ROWS)])
+        teacher = batch.teacher_QG.double().softmax(1)
+        loss = loss + made.loss.distillation * F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
+    return _outcome(model, loss)
+
+
+def _embed(model: Any, micro_batch: Any) -> Tensor:
+    attention = torch.arange(micro_batch.ids_BL.shape[1]) < micro_batch.lengths_B[:, None]
+    hidden = model.encoder(input_ids=micro_batch.ids_BL, attention_mask=attention.long()).last_hidden_state
+    return F.normalize(hidden[:, 0], dim=1)
+
+
+def _outcome(model: Any, loss: Tensor) -> Outcome:
+    loss.backward()
+    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(found: Outcome, wanted: Outcome) -> float:
+    """The larger of the relative errors of the loss and of the gradient as one vector."""
+    loss, gradient = found
+    assert gradient.keys() == wanted[1].keys()
+    flat, right = (torch.cat([g[name].flatten() for name in sorted(g)]) for g in (gradient, wanted[1]))
+    return max(abs(loss - wanted[0]) / abs(wanted[0]), float((flat - right).norm() / right.norm()))
+
+
+def expected_rows(size: int) -> list[int]:
+    return BatchPlan(ROWS, size, 4).rows_per_rank

@@ -1,0 +1,144 @@
+"""The evaluation of trained models, and its door."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from chassis.errors import ModelError
+from chassis.retrieval import evaluate_embeddings, read_beir
+from contrastive.evaluate import compare, embed, evaluate_model, load_model, main
+
+CPU = torch.device("cpu")
+TEXTS = ["cats purr", "dogs bark", "fish swim in the sea", "birds sing", "cats chase birds", "who barks", "what swims"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    """A BERT of width 16 with random weights, CLS pooling and a query prompt, as sentence-transformers saves it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    root = tmp_path_factory.mktemp("models")
+    wordpiece = BertWordPieceTokenizer()
+    wordpiece.train_from_iterator(TEXTS, vocab_size=120, min_frequency=1, show_progress=False)
+    tokenizer = BertTokenizerFast(tokenizer_object=wordpiece._tokenizer)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,  # far from 0, so that texts differ
+    )
+    BertModel(config).save_pretrained(root / "plain")
+    tokenizer.save_pretrained(root / "plain")
+    modules = [Transformer(str(root / "plain"), max_seq_length=32), Pooling(16, pooling_mode="cls"), Normalize()]
+    model = SentenceTransformer(modules=modules, prompts={"query": "who ", "document": ""}, device="cpu")
+    model.save(str(root / "model"))
+    return root / "model"
+
+
+@pytest.fixture
+def beir_folder(tmp_path) -> Path:
+    folder = tmp_path / "pets"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(TEXTS[:5])]
+    queries = [{"_id": "q0", "text": "barks"}, {"_id": "q1", "text": "what swims"}]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\nq1\td2\t1\n")
+    return folder
+
+
+def recipe(folder: Path, **values: object) -> str:
+    path = folder / "evaluate.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return str(path)
+
+
+def test_embeddings_are_the_cls_vectors_in_the_order_of_the_texts_with_the_query_prompt(model_folder):
+    from transformers import AutoModel, AutoTokenizer
+
+    encoder, tokenizer = AutoModel.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
+    for role, prompt in (("query", "who "), ("document", "")):
+        got = embed(load_model(model_folder, CPU), TEXTS, role, batch_size=2)
+        for row, text in zip(got, TEXTS, strict=True):  # one at a time: no padding, no sorting
+            with torch.no_grad():
+                cls = encoder(**tokenizer(prompt + text, return_tensors="pt")).last_hidden_state[0, 0]
+            expected = torch.nn.functional.normalize(cls, dim=0)
+            torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)  # batches change the order of sums
+
+
+def test_a_model_is_measured_as_its_embeddings_are(model_folder, beir_folder):
+    beir = read_beir(beir_folder, "test")
+    found, (scores, rows) = evaluate_model(model_folder, beir, device=CPU)
+    model = load_model(model_folder, CPU)
+    expected = evaluate_embeddings(beir, embed(model, beir.queries, "query"), embed(model, beir.documents, "document"))
+    assert found == expected
+    assert scores.shape == rows.shape == (2, 5)
+
+
+def test_models_stand_beside_bm25_and_the_last_is_mixed_with_it(model_folder, beir_folder):
+    beir = read_beir(beir_folder, "test")
+    rows = compare({"first": model_folder, "last": model_folder}, beir, device=CPU)
+    assert [row["model"] for row in rows] == ["BM25", "first", "last", "last + BM25"]
+    assert rows[0]["ndcg_at_10"] == 1.0  # each query shares its one word with its one document
+    assert {key: value for key, value in rows[1].items() if key != "model"} == {
+        key: value for key, value in rows[2].items() if key != "model"
+    }
+    assert [row["model"] for row in compare({"only": model_folder}, beir, device=CPU, bm25=False)] == ["only"]
+
+
+def test_the_door_prints_a_table_and_writes_one_json(model_folder, beir_folder, tmp_path, capsys):
+    config = recipe(tmp_path, models={"mine": str(model_folder)}, evaluate={"data": str(beir_folder)}, device="cpu")
+    assert main(["--config", config, f"output_dir={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("nDCG@10", "recall@100", "BM25", "mine", "2 queries, 5 documents"))
+    written = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert (written["evaluation"], written["split"], written["queries"], written["documents"]) == ("pets", "test", 2, 5)
+    assert [row["model"] for row in written["rows"]] == ["BM25", "mine", "mine + BM25"]
+    assert written["rows"][0]["map_at_100"] == 1.0
+
+
+def test_a_plan_counts_texts_and_opens_no_model(beir_folder, tmp_path, capsys):
+    config = recipe(tmp_path, models=["no/such/model"], evaluate={"data": str(beir_folder)})
+    assert main(["--config", config, "--plan", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["world_size"], plan["queries"], plan["documents"], plan["texts_per_rank"]) == (4, 2, 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"models": []}, "evaluate.yaml:1: models: must"),
+        ({"evaluate": {}}, "needs evaluate.data (name a BEIR folder)"),
+        ({"models": ["./absent"]}, "./absent: no such folder (name a sentence-transformers folder"),
+        ({"evaluate": {"data": "absent"}}, "absent: no such folder (name one with corpus.jsonl"),
+    ],
+)
+def test_each_mistake_is_one_line_and_exit_code_2(beir_folder, tmp_path, capsys, values, complaint):
+    usual = {"models": ["./absent"], "evaluate": {"data": str(beir_folder)}, "bm25": False, "device": "cpu"}
+    assert main(["--config", recipe(tmp_path, **{**usual, **values})]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
+
+
+def test_a_bare_encoder_is_refused_because_its_pooling_would_be_guessed(model_folder):
+    with pytest.raises(ModelError, match=r"no modules\.json there"):
+        load_model(model_folder.parent / "plain", CPU)
+
+
+def test_embeddings_that_are_not_numbers_are_an_error_not_a_low_score(model_folder):
+    model = load_model(model_folder, CPU)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="not all are finite"):
+        embed(model, TEXTS, "document")
