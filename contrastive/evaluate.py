@@ -6,8 +6,9 @@ Shape suffixes: Q queries, N documents, D embedding width.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -60,18 +61,55 @@ class EvaluateRecipe(Section):
 
 
 def load_model(path: str | Path, device: torch.device) -> SentenceTransformer:
-    """A sentence-transformers folder or hub name; ModelError in one line for anything else."""
+    """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing."""
     from sentence_transformers import SentenceTransformer
 
-    if not (Path(path) / "modules.json").is_file() and (Path(path).exists() or str(path).startswith((".", "/", "~"))):
+    folder = Path(path)
+    if not (folder / "modules.json").is_file() and (folder.exists() or str(path).startswith((".", "/", "~"))):
         # sentence-transformers would put mean pooling on a bare encoder and go on
-        what = "no modules.json there" if Path(path).exists() else "no such folder"
+        what = "no modules.json there" if folder.exists() else "no such folder"
         raise ModelError(f"{path}: {what} (name a sentence-transformers folder, as model/ of a run)")
     try:
-        return SentenceTransformer(str(path), device=str(device)).eval()
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        with _quiet_transformers():
+            model = SentenceTransformer(str(path), device=str(device)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
+    if missing := _missing(model, folder):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{path}: {missing[0]}{more} not in its files (use the folder that the model was saved to)")
+    return model
+
+
+def _missing(model: SentenceTransformer, folder: Path) -> list[str]:
+    """Parameters of the encoder that its folder does not hold; transformers draws those at random, with a warning."""
+    from safetensors import safe_open
+    from transformers import PreTrainedModel
+
+    files = list(folder.glob("*.safetensors"))
+    encoder = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if not files or encoder is None:
+        return []
+    held = {name for file in files for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118 (not a dict)
+    prefix = f"{encoder.base_model_prefix}."
+    names = (name for name, _ in encoder.named_parameters() if not name.startswith("pooler."))  # [CLS] needs no pooler
+    return [name for name in names if not held & {name, prefix + name, name.removeprefix(prefix)}]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without a bar for each model, and without its report of tensors: `_missing` says what matters."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def embed(
@@ -206,7 +244,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
         bm25=recipe.bm25,
         batch_size=recipe.evaluate.batch_size,
         precision=recipe.precision,
-        progress=placement.rank == 0,
+        progress=placement.rank == 0 and sys.stderr.isatty(),
     )
     if placement.rank == 0:
         size = f"{len(beir.queries):,} queries, {len(beir.documents):,} documents"

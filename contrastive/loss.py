@@ -7,6 +7,7 @@ own row, T queries of a tile, N any texts, R positions of queries that are treat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,32 +58,31 @@ class Identity:
 
     def hidden(self, positive_B: Tensor) -> Tensor:
         """(B, M) bool: the pairs that are no negatives, as `info_nce` takes them."""
-        equal_BM, outside_BM = self.masks(torch.arange(len(positive_B), device=positive_B.device), positive_B)
-        return equal_BM | outside_BM
+        rows_B = torch.arange(len(positive_B), device=positive_B.device)
+        return self.equal(rows_B, positive_B) | self.outside(rows_B, positive_B)
 
-    def masks(self, rows_R: Tensor, positive_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Two (R, M) bool masks for some of the queries, both false at the positives.
-
-        equal     the passage is the positive's text, or the query's, or answers a query of the same text
-        outside   the query is alone, and the passage is not of its row
-        """
+    def equal(self, rows_R: Tensor, positive_R: Tensor) -> Tensor:
+        """(R, M) bool, false at the positives: the passage is the positive's text, or the query's, or answers one
+        like it."""
         query_R1 = self.query_B[rows_R, None]
         equal_RM = self.passage_M == self.passage_M[positive_R, None]
         equal_RM |= self.passage_M == query_R1
         equal_RM |= self.owner_M == query_R1
+        return equal_RM.scatter_(1, positive_R[:, None], False)
+
+    def outside(self, rows_R: Tensor, positive_R: Tensor) -> Tensor:
+        """(R, M) bool, false at the positives: the query is alone, and the passage is not of its row."""
         column_M = torch.arange(len(self.passage_M), device=self.passage_M.device)
         outside_RM = column_M < self.start_B[rows_R, None]
         outside_RM |= column_M >= self.end_B[rows_R, None]
         outside_RM &= self.alone_B[rows_R, None]
-        for mask_RM in (equal_RM, outside_RM):
-            mask_RM.scatter_(1, positive_R[:, None], False)
-        return equal_RM, outside_RM
+        return outside_RM.scatter_(1, positive_R[:, None], False)
 
     def touched(self, positive_B: Tensor) -> Tensor:
-        """(B,) bool: whether any passage may be hidden from a query; found by sorting, without looking at all pairs."""
-        answer_B = self.passage_M[positive_B]
-        equal_B = _others(self.passage_M, answer_B, positive_B) | _others(self.passage_M, self.query_B, positive_B)
-        return self.alone_B | equal_B | _others(self.owner_M, self.query_B, positive_B)
+        """(B,) bool: whether `equal` holds anywhere in a query's row; by sorting, without looking at all pairs."""
+        touched_B = _elsewhere(self.passage_M, self.passage_M[positive_B], positive_B)
+        touched_B |= _elsewhere(self.passage_M, self.query_B, positive_B)
+        return touched_B | _elsewhere(self.owner_M, self.query_B, positive_B)
 
 
 class Share(NamedTuple):
@@ -127,22 +127,27 @@ def contrastive_share(
     q_BD, d_MD = _exact(q_BD, d_MD)
     wants = torch.is_grad_enabled()
     with torch.no_grad(), _no_autocast(q_BD):
-        run = _Tiles(q_BD, d_MD, temperature, wants and q_BD.requires_grad, wants and d_MD.requires_grad)
+        run = _Sums(q_BD, d_MD, temperature, wants and q_BD.requires_grad, wants and d_MD.requires_grad)
         weight_B = torch.as_tensor(weight, dtype=q_BD.dtype, device=q_BD.device).expand(len(q_BD))
         rows = max(1, tile_bytes // max(1, len(d_MD) * q_BD.element_size()))
-        # Queries from which something is hidden come in tiles of their own: only they pay for the comparisons.
-        touched_B = identity.touched(positive_B)
-        for rows_R, masked in ((touched_B.nonzero()[:, 0], True), ((~touched_B).nonzero()[:, 0], False)):
-            for rows_T in rows_R.split(_even(len(rows_R), rows)):
+        # Queries that need masks come in tiles of their own: only they pay for the comparisons.
+        touched_B, alone_B = identity.touched(positive_B), identity.alone_B
+        for chosen_B, equal, outside in (
+            (~touched_B & ~alone_B, False, False),
+            (touched_B & ~alone_B, True, False),
+            (alone_B, True, True),
+        ):
+            for rows_T in _tiles(chosen_B.nonzero()[:, 0], rows):
                 positive_T = positive_B[rows_T]
-                masks = identity.masks(rows_T, positive_T) if masked else None
-                run.add(rows_T, positive_T, weight_B[rows_T], masks)
-        negatives = len(q_BD) * max(0, len(d_MD) - 1) - run.absent
+                equal_TM = identity.equal(rows_T, positive_T) if equal else None
+                outside_TM = identity.outside(rows_T, positive_T) if outside else None
+                run.add(rows_T, positive_T, weight_B[rows_T], equal_TM, outside_TM)
+        negatives = len(q_BD) * max(0, len(d_MD) - 1) - run.hidden - run.outside
     value = _Known.apply(q_BD, d_MD, run.value, run.dq_BD, run.dd_MD)
     return Share(value, run.hidden, negatives, run.correct)
 
 
-class _Tiles:
+class _Sums:
     """Sums over tiles of queries x all passages. A learned temperature t needs no more: dt = -(q . dq).sum() / t."""
 
     def __init__(self, q_BD: Tensor, d_MD: Tensor, temperature: float, wants_dq: bool, wants_dd: bool) -> None:
@@ -150,25 +155,28 @@ class _Tiles:
         self.dq_BD = torch.zeros_like(self.q_BD) if wants_dq else None
         self.dd_MD = torch.zeros_like(self.d_MD) if wants_dd else None
         self.value = q_BD.new_zeros(())
-        self.hidden, self.absent, self.correct = q_BD.new_zeros(3, dtype=torch.int64)
+        self.hidden, self.outside, self.correct = q_BD.new_zeros(3, dtype=torch.int64)
         self.buffer = q_BD.new_empty(0)
 
-    def add(self, rows_T: Tensor, positive_T: Tensor, weight_T: Tensor, masks: tuple[Tensor, Tensor] | None) -> None:
+    def add(
+        self, rows_T: Tensor, positive_T: Tensor, weight_T: Tensor, equal_TM: Tensor | None, outside_TM: Tensor | None
+    ) -> None:
         """nats = softplus(x), x = logsumexp(negatives) - positive: exact also where the positive wins by far, and
         with it the gradient, whose softmax over the negatives is multiplied by sigmoid(x) = 1 - p(positive)."""
         q_TD, positive_T1 = self.q_BD[rows_T], positive_T[:, None]
         scores_TM = torch.mm(q_TD / self.temperature, self.d_MD.T, out=self._scores(len(rows_T)))
         positive_score_T = scores_TM.gather(1, positive_T1)[:, 0]
-        if masks is not None:
-            equal_TM, outside_TM = masks
-            self.hidden += (equal_TM & ~outside_TM).sum()
-            self.absent += (equal_TM | outside_TM).sum()
-            for mask_TM in masks:
-                scores_TM.masked_fill_(mask_TM, -torch.inf)
+        if outside_TM is not None:
+            self.outside += outside_TM.count_nonzero()
+            scores_TM.masked_fill_(outside_TM, -torch.inf)
+        if equal_TM is not None:
+            equal_TM = equal_TM if outside_TM is None else equal_TM & ~outside_TM
+            self.hidden += equal_TM.count_nonzero()
+            scores_TM.masked_fill_(equal_TM, -torch.inf)
         scores_TM.scatter_(1, positive_T1, -torch.inf)
         # The clamps let a query without any negative through: 0 nats, no gradient.
         most_T = scores_TM.amax(1).clamp_(min=torch.finfo(scores_TM.dtype).min)
-        self.correct += (positive_score_T > most_T).sum()
+        self.correct += (positive_score_T > most_T).count_nonzero()
         powers_TM = scores_TM.sub_(most_T[:, None]).exp_()
         total_T = powers_TM.sum(1).clamp_(min=1.0)
         x_T = most_T + total_T.log() - positive_score_T
@@ -256,12 +264,12 @@ def _no_autocast(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _even(count: int, most: int) -> int:
-    """Rows of a tile: as many tiles as needed, nearly equal."""
-    return max(1, -(-count // max(1, -(-count // most))))
+def _tiles(rows_R: Tensor, most: int) -> Sequence[Tensor]:
+    """As few parts as hold at most so many rows, nearly equal; none of nothing."""
+    return rows_R.tensor_split(-(-len(rows_R) // most)) if len(rows_R) else ()
 
 
-def _others(column_M: Tensor, wanted_B: Tensor, positive_B: Tensor) -> Tensor:
+def _elsewhere(column_M: Tensor, wanted_B: Tensor, positive_B: Tensor) -> Tensor:
     """(B,) bool: whether the column holds a query's hash anywhere but at its positive."""
     sorted_M = column_M.sort().values
     found_B = torch.searchsorted(sorted_M, wanted_B, right=True) - torch.searchsorted(sorted_M, wanted_B)

@@ -49,8 +49,6 @@ class Searcher:
         from contrastive.evaluate import embed
 
         self.model, self.documents = model, list(documents)
-        if not self.documents:
-            raise DataError("corpus: holds no document (one object on each line, with _id and text)")
         stored = _read(cache, len(self.documents))
         if stored is None:
             texts = [document.full for document in self.documents]
@@ -175,6 +173,8 @@ def _open(options: argparse.Namespace) -> Searcher:
     from contrastive.evaluate import load_model
 
     documents = list(read_corpus(corpus))
+    if not documents:
+        raise DataError(f"{corpus}: holds no document (one object on each line, with _id and text)")
     model = load_model(folder, choose_device(0))
     return Searcher(model, documents, cache=cache_file(folder, documents), progress=sys.stderr.isatty())
 

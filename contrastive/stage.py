@@ -68,9 +68,8 @@ class FinetuneStage:
             )  # fmt: skip
             shares["loss"] = shares["loss"] + found.value if shares else found.value
             if width == x_ND.shape[1]:
-                pairs = batch.rows * (len(d_MD) - 1) - found.hidden
                 shares |= {
-                    "negatives_per_query": pairs / self._global_size,
+                    "negatives_per_query": found.negatives / self._global_size,
                     "hidden_pairs": found.hidden.float(),
                     "accuracy": found.correct / self._global_size,
                 }

@@ -315,9 +315,14 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocabulary: int = 400
 
 
 def make_encoder(folder: Path, *, seed: int = 42, max_length: int = 128) -> int:
-    """A two-layer BERT of random weights, with its MLM head, beside the tokenizer in `folder`; returns its size."""
+    """A two-layer BERT of random weights, with its MLM head, beside the tokenizer in `folder`; returns its parameters.
+
+    It opens with transformers and, as the [CLS] vector, with sentence-transformers.
+    """
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
+
+    from chassis.encoder import save_model
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = BertConfig(
@@ -335,7 +340,8 @@ def make_encoder(folder: Path, *, seed: int = 42, max_length: int = 128) -> int:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BertForMaskedLM(config)
-    model.save_pretrained(folder)
+    card = "# A small encoder of random weights\n\nIts tokenizer is trained; the rest is not.\n"
+    save_model(model, tokenizer, folder, weights=None, max_length=max_length, prompts={}, card=card)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -44,7 +44,7 @@ optim: {{lr: 1e-3, betas: [{BETA}, 0.999], clip_norm: 0}}
 schedule: {{steps: 2, warmup_ratio: 0}}
 precision: fp32
 engine: {{kind: ddp, zero3_persistence_threshold: 0}}
-{"loss: {temperature: 0.1}" if stage == "finetune" else ""}
+{"loss: {temperature: 0.02}" if stage == "finetune" else ""}
 """
     path = folder / f"{stage}.yaml"
     path.write_text(values)
@@ -128,7 +128,7 @@ def _embed(model: Any, micro_batch: Any) -> Tensor:
 
 def _outcome(model: Any, loss: Tensor) -> Outcome:
     loss.backward()
-    return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def distance(found: Outcome, wanted: Outcome) -> float:

@@ -3,59 +3,39 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from chassis.errors import ModelError
-from chassis.retrieval import evaluate_embeddings, read_beir
+from chassis.retrieval import evaluate_embeddings, evaluate_run, read_beir
+from contrastive.bm25 import rank_bm25
 from contrastive.evaluate import compare, embed, evaluate_model, load_model, main
+from tests import tiny
 
 CPU = torch.device("cpu")
-TEXTS = ["cats purr", "dogs bark", "fish swim in the sea", "birds sing", "cats chase birds", "who barks", "what swims"]
+TEXTS = tiny.texts(7, seed=5)
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """A BERT of width 16 with random weights, CLS pooling and a query prompt, as sentence-transformers saves it."""
+    """A small BERT of random weights, CLS pooling and a query prompt, as sentence-transformers saves it."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
 
     root = tmp_path_factory.mktemp("models")
-    wordpiece = BertWordPieceTokenizer()
-    wordpiece.train_from_iterator(TEXTS, vocab_size=120, min_frequency=1, show_progress=False)
-    tokenizer = BertTokenizerFast(tokenizer_object=wordpiece._tokenizer)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-        initializer_range=0.5,  # far from 0, so that texts differ
-    )
-    BertModel(config).save_pretrained(root / "plain")
-    tokenizer.save_pretrained(root / "plain")
-    modules = [Transformer(str(root / "plain"), max_seq_length=32), Pooling(16, pooling_mode="cls"), Normalize()]
-    model = SentenceTransformer(modules=modules, prompts={"query": "who ", "document": ""}, device="cpu")
+    encoder = tiny.encoder(root / "plain")
+    modules = [Transformer(str(encoder), max_seq_length=32), Pooling(32, pooling_mode="cls"), Normalize()]
+    model = SentenceTransformer(modules=modules, prompts={"query": "search ", "document": ""}, device="cpu")
     model.save(str(root / "model"))
     return root / "model"
 
 
 @pytest.fixture
 def beir_folder(tmp_path) -> Path:
-    folder = tmp_path / "pets"
-    (folder / "qrels").mkdir(parents=True)
-    corpus = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(TEXTS[:5])]
-    queries = [{"_id": "q0", "text": "barks"}, {"_id": "q1", "text": "what swims"}]
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\nq1\td2\t1\n")
-    return folder
+    return tiny.beir_folder(tmp_path / "words")
 
 
 def recipe(folder: Path, **values: object) -> str:
@@ -68,11 +48,13 @@ def test_embeddings_are_the_cls_vectors_in_the_order_of_the_texts_with_the_query
     from transformers import AutoModel, AutoTokenizer
 
     encoder, tokenizer = AutoModel.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
-    for role, prompt in (("query", "who "), ("document", "")):
+    for role, prompt in (("query", "search "), ("document", "")):
         got = embed(load_model(model_folder, CPU), TEXTS, role, batch_size=2)
         for row, text in zip(got, TEXTS, strict=True):  # one at a time: no padding, no sorting
             with torch.no_grad():
-                cls = encoder(**tokenizer(prompt + text, return_tensors="pt")).last_hidden_state[0, 0]
+                cls = encoder(
+                    **tokenizer(prompt + text, truncation=True, max_length=32, return_tensors="pt")
+                ).last_hidden_state[0, 0]
             expected = torch.nn.functional.normalize(cls, dim=0)
             torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)  # batches change the order of sums
 
@@ -83,17 +65,15 @@ def test_a_model_is_measured_as_its_embeddings_are(model_folder, beir_folder):
     model = load_model(model_folder, CPU)
     expected = evaluate_embeddings(beir, embed(model, beir.queries, "query"), embed(model, beir.documents, "document"))
     assert found == expected
-    assert scores.shape == rows.shape == (2, 5)
+    assert scores.shape == rows.shape == (12, 12)
 
 
 def test_models_stand_beside_bm25_and_the_last_is_mixed_with_it(model_folder, beir_folder):
     beir = read_beir(beir_folder, "test")
     rows = compare({"first": model_folder, "last": model_folder}, beir, device=CPU)
     assert [row["model"] for row in rows] == ["BM25", "first", "last", "last + BM25"]
-    assert rows[0]["ndcg_at_10"] == 1.0  # each query shares its one word with its one document
-    assert {key: value for key, value in rows[1].items() if key != "model"} == {
-        key: value for key, value in rows[2].items() if key != "model"
-    }
+    assert rows[0] == {"model": "BM25", **evaluate_run(beir, *rank_bm25(beir, 100))}
+    assert {**rows[1], "model": ""} == {**rows[2], "model": ""} != {**rows[3], "model": ""}
     assert [row["model"] for row in compare({"only": model_folder}, beir, device=CPU, bm25=False)] == ["only"]
 
 
@@ -101,18 +81,18 @@ def test_the_door_prints_a_table_and_writes_one_json(model_folder, beir_folder, 
     config = recipe(tmp_path, models={"mine": str(model_folder)}, evaluate={"data": str(beir_folder)}, device="cpu")
     assert main(["--config", config, f"output_dir={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("nDCG@10", "recall@100", "BM25", "mine", "2 queries, 5 documents"))
+    assert all(word in printed for word in ("nDCG@10", "recall@100", "BM25", "mine", "12 queries, 12 documents"))
     written = json.loads((tmp_path / "out/evaluation.json").read_text())
-    assert (written["evaluation"], written["split"], written["queries"], written["documents"]) == ("pets", "test", 2, 5)
+    assert (written["evaluation"], written["split"], written["queries"]) == ("words", "test", 12)
     assert [row["model"] for row in written["rows"]] == ["BM25", "mine", "mine + BM25"]
-    assert written["rows"][0]["map_at_100"] == 1.0
+    assert 0 < written["rows"][0]["map_at_100"] <= 1
 
 
 def test_a_plan_counts_texts_and_opens_no_model(beir_folder, tmp_path, capsys):
     config = recipe(tmp_path, models=["no/such/model"], evaluate={"data": str(beir_folder)})
     assert main(["--config", config, "--plan", "4", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert (plan["world_size"], plan["queries"], plan["documents"], plan["texts_per_rank"]) == (4, 2, 5, 2)
+    assert (plan["world_size"], plan["queries"], plan["documents"], plan["texts_per_rank"]) == (4, 12, 12, 6)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +114,22 @@ def test_each_mistake_is_one_line_and_exit_code_2(beir_folder, tmp_path, capsys,
 def test_a_bare_encoder_is_refused_because_its_pooling_would_be_guessed(model_folder):
     with pytest.raises(ModelError, match=r"no modules\.json there"):
         load_model(model_folder.parent / "plain", CPU)
+
+
+def test_a_folder_without_one_of_its_tensors_is_refused_and_one_without_a_pooler_is_not(model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "copy"
+    shutil.copytree(model_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    without_pooler = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(without_pooler, folder / "model.safetensors", {"format": "pt"})
+    expected = embed(load_model(model_folder, CPU), TEXTS, "document")
+    assert torch.equal(embed(load_model(folder, CPU), TEXTS, "document"), expected)
+    without_pooler.pop("encoder.layer.1.output.dense.bias")
+    save_file(without_pooler, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"encoder\.layer\.1\.output\.dense\.bias not in its files"):
+        load_model(folder, CPU)
 
 
 def test_embeddings_that_are_not_numbers_are_an_error_not_a_low_score(model_folder):
