@@ -120,6 +120,8 @@ def once_per_node(build: Callable[[], Result], local_rank: int) -> Result:
         with agreed(group):
             if my_turn:
                 results.append(build())
+    if group is not None:
+        dist.destroy_process_group(group)
     return results[0]
 
 

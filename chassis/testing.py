@@ -6,7 +6,7 @@ import multiprocessing
 import tempfile
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 PRELOAD = ["torch", "transformers", "chassis.engine", "retromae.stage", "contrastive.stage"]
@@ -21,11 +21,13 @@ def run_world(fn: Callable[..., Any], size: int, *args: Any) -> list[Any]:
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(size, mp_context=context) as pool:
         futures = [pool.submit(_join_and_run, fn, rank, size, f"file://{folder}/store", args) for rank in range(size)]
-        outcomes = [future.result() for future in futures]
-    for outcome in outcomes:
-        if isinstance(outcome, _Failure):
-            raise AssertionError(f"rank {outcome.rank} of {size}:\n{outcome.trace}")
-    return outcomes
+        for future in as_completed(futures):
+            failure = future.result()
+            if isinstance(failure, _Failure):
+                for process in list(pool._processes.values()):
+                    process.terminate()  # its peers would wait for it until a time-out
+                raise AssertionError(f"rank {failure.rank} of {size}:\n{failure.trace}")
+        return [future.result() for future in futures]
 
 
 class _Failure:

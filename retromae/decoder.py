@@ -1,40 +1,51 @@
-"""The decoder: one transformer layer whose every position looks at its own selection of the text.
+"""The decoder of RetroMAE: one BERT layer whose queries and keys come from different streams.
 
-Xiao et al. 2022, "RetroMAE", section 3.3 (enhanced decoding); the layer is BERT's, with two input streams.
-Shape suffixes: B texts, H heads, L tokens (padded), D width, d width of a head.
+Shape suffixes: B texts, L tokens (padded), D width.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
+
+from chassis.errors import ModelError
 
 
 class Decoder(nn.Module):
-    """LN(dense(attention(query, hiddens)) + query), then LN(feed-forward + residual); randomly initialised."""
+    """Cross-attention, then a feed-forward block, each with dropout, residual and LayerNorm after it.
+
+    Follows "Enhanced decoding" (Xiao et al. 2022, "RetroMAE"). Linear weights start normal, biases zero.
+    """
 
     def __init__(
         self,
-        *,
         width: int,
         heads: int,
         feed_forward_width: int,
-        activation: str,
-        dropout: float,
-        attention_dropout: float,
-        norm_eps: float,
-        init_std: float,
+        activation: str = "gelu",
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        norm_eps: float = 1e-12,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        self._heads, self._attention_dropout = heads, attention_dropout
-        self.query, self.key, self.value, self.dense = (nn.Linear(width, width) for _ in range(4))
-        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.rise, self.fall = nn.Linear(width, feed_forward_width), nn.Linear(feed_forward_width, width)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self._activation, self._dropout = ACT2FN[activation], nn.Dropout(dropout)
+        if width % heads:
+            raise ModelError(f"decoder: a width of {width} does not divide into {heads} heads (change either)")
+        self.heads = heads
+        self.attention_dropout = attention_dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.mix = nn.Linear(width, width)
+        self.mix_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.widen = nn.Linear(width, feed_forward_width)
+        self.activation = ACT2FN[activation]
+        self.narrow = nn.Linear(feed_forward_width, width)
+        self.narrow_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=init_std)
@@ -42,35 +53,46 @@ class Decoder(nn.Module):
 
     @classmethod
     def for_encoder(cls, config: Any) -> Decoder:
-        """A layer of the encoder's own sizes; families name some of them differently."""
-
-        def first(*names: str, otherwise: Any) -> Any:
-            return next((found for name in names if (found := getattr(config, name, None)) is not None), otherwise)
-
+        """A decoder of the same measures as one layer of an encoder; `config` is its transformers configuration."""
         return cls(
-            width=config.hidden_size,
-            heads=config.num_attention_heads,
-            feed_forward_width=config.intermediate_size,
-            activation=first("hidden_act", "hidden_activation", otherwise="gelu"),
-            dropout=first("hidden_dropout_prob", "mlp_dropout", otherwise=0.1),
-            attention_dropout=first("attention_probs_dropout_prob", "attention_dropout", otherwise=0.1),
-            norm_eps=first("layer_norm_eps", "norm_eps", otherwise=1e-12),
-            init_std=first("initializer_range", otherwise=0.02),
+            width=_first(config, "hidden_size"),
+            heads=_first(config, "num_attention_heads"),
+            feed_forward_width=_first(config, "intermediate_size"),
+            activation=_first(config, "hidden_act", "hidden_activation", default="gelu"),
+            dropout=_first(config, "hidden_dropout_prob", "mlp_dropout", default=0.1),
+            attention_dropout=_first(config, "attention_probs_dropout_prob", "attention_dropout", default=0.1),
+            norm_eps=_first(config, "layer_norm_eps", "norm_eps", default=1e-12),
+            init_std=_first(config, "initializer_range", default=0.02),
         )
 
     def forward(self, query_BLD: Tensor, hiddens_BLD: Tensor, visible_B1LL: Tensor) -> Tensor:
-        """(B, L, D); visible_B1LL is True where row i may look at column j."""
-        context_BHLd = F.scaled_dot_product_attention(
+        """(B, L, D): what each query makes of the hiddens it may see.
+
+        query_BLD      one query for each position; also the residual of the attention
+        hiddens_BLD    keys and values
+        visible_B1LL   bool, True where row i attends to column j; a row that sees nothing attends to nothing
+        """
+        context_BLD = F.scaled_dot_product_attention(
             self._split(self.query(query_BLD)),
             self._split(self.key(hiddens_BLD)),
             self._split(self.value(hiddens_BLD)),
             attn_mask=visible_B1LL,
-            dropout_p=self._attention_dropout if self.training else 0.0,
+            dropout_p=self.attention_dropout if self.training else 0.0,
         )
-        context_BLD = context_BHLd.transpose(1, 2).flatten(2)
-        attended_BLD = self.attention_norm(self._dropout(self.dense(context_BLD)) + query_BLD)
-        changed_BLD = self._dropout(self.fall(self._activation(self.rise(attended_BLD))))
-        return self.norm(changed_BLD + attended_BLD)
+        context_BLD = context_BLD.transpose(1, 2).flatten(2)
+        mixed_BLD = self.mix_norm(self.dropout(self.mix(context_BLD)) + query_BLD)
+        return self.narrow_norm(self.dropout(self.narrow(self.activation(self.widen(mixed_BLD)))) + mixed_BLD)
 
     def _split(self, x_BLD: Tensor) -> Tensor:
-        return x_BLD.unflatten(2, (self._heads, -1)).transpose(1, 2)
+        """(B, L, D) -> (B, heads, L, D / heads)."""
+        return x_BLD.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+def _first(config: Any, *names: str, default: Any = None) -> Any:
+    """The first of these attributes that the configuration has: families call the same thing by different names."""
+    for name in names:
+        if (value := getattr(config, name, None)) is not None:
+            return value
+    if default is None:
+        raise ModelError(f"{type(config).__name__}: has no {' or '.join(names)} (name an encoder that has one)")
+    return default

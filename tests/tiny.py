@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,9 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
         made = Tokenizer(models.WordPiece(unk_token=unk))
         made.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-        trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=names, show_progress=False)
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=120, special_tokens=names, initial_alphabet=list(string.ascii_lowercase), show_progress=False
+        )
     elif family == "xlm-roberta":
         made = Tokenizer(models.Unigram())
         made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]

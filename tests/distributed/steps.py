@@ -44,10 +44,11 @@ optim: {{lr: 1e-3, betas: [{BETA}, 0.999], clip_norm: 0}}
 schedule: {{steps: 2, warmup_ratio: 0}}
 precision: fp32
 engine: {{kind: ddp, zero3_persistence_threshold: 0}}
-{"loss: {temperature: 0.02}" if stage == "finetune" else ""}
+{"loss: {temperature: 0.1}" if stage == "finetune" else ""}
 """
     path = folder / f"{stage}.yaml"
-    path.write_text(values)
+    if not path.exists():
+        path.write_text(values)
     return config.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
 
 

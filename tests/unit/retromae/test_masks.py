@@ -1,0 +1,208 @@
+"""Masks against a walk written with loops, and the rules that hold for every text."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from chassis.chance import hashed, key
+from retromae.masks import _DECODER, _ROW, IGNORED, budget, choose_words, decoder_visibility, mask_tokens
+
+MASK_ID, FIRST_ORDINARY, VOCABULARY = 4, 5, 1000
+ORDINARY = torch.arange(FIRST_ORDINARY, VOCABULARY)
+
+
+def a_text(rng: random.Random, length: int, longest_word: int) -> list[int]:
+    """Word numbers of one text of `length` tokens: a special token, words of 1 to `longest_word` tokens, another."""
+    words = [-1]
+    while len(words) < length - 1:
+        number = words[-1] + 1
+        words += [number] * min(rng.randint(1, longest_word), length - 1 - len(words))
+    return [*words, -1]
+
+
+def a_batch(seed: int, texts: int, longest: int, longest_word: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """words_BL, lengths_B, keys_B of texts of 3 to `longest` tokens."""
+    rng = random.Random(seed)
+    rows = [a_text(rng, rng.randint(3, longest), longest_word) for _ in range(texts)]
+    width = max(map(len, rows))
+    words = torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int16)
+    return words, torch.tensor(list(map(len, rows))), torch.tensor([key(seed, "mask", i) for i in range(texts)])
+
+
+def random_order(key_1: Tensor, draw: int, words: int) -> list[int]:
+    """The order at this address: 18 of the 31 bits that a set has of its hash, ties by number."""
+
+    def place(word: int) -> tuple[int, int]:
+        bits = int(hashed(key_1, draw // 2, word))
+        half = bits >> 32 if draw % 2 else bits & 0x7FFF_FFFF
+        return half >> 13, word
+
+    return sorted(range(words), key=place)
+
+
+def walk(words_L: list[int], room: int, order: list[int], *, stop_at_the_first_overshoot: bool = False) -> list[bool]:
+    """Words in this order until the room is filled; a word that would overshoot is skipped."""
+    taken: set[int] = set()
+    for word in order:
+        if room == 0:
+            break
+        size = words_L.count(word)
+        if size > room:
+            if stop_at_the_first_overshoot:
+                break
+            continue
+        taken.add(word)
+        room -= size
+    return [word in taken for word in words_L]
+
+
+@pytest.mark.parametrize("longest_word", [1, 4, 30])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_words_are_chosen_as_by_a_walk_in_the_same_order(longest_word: int, ratio: float) -> None:
+    words, lengths, keys = a_batch(1, texts=12, longest=70, longest_word=longest_word)
+    room = budget(lengths, ratio)
+    chosen = choose_words(words, room, keys, sets=5)
+    expected, careless = [], []
+    for row, r, k in zip(words.tolist(), room.tolist(), keys, strict=True):
+        orders = [random_order(k, draw, max(row) + 1) for draw in range(5)]
+        expected.append([walk(row, r, order) for order in orders])
+        careless.append([walk(row, r, order, stop_at_the_first_overshoot=True) for order in orders])
+    assert torch.equal(chosen, torch.tensor(expected))
+    assert longest_word == 1 or not torch.equal(chosen, torch.tensor(careless))
+
+
+def test_the_budget_is_rounded_as_python_does_and_at_least_one() -> None:
+    lengths = torch.arange(2, 513)
+    for ratio in (0.15, 0.3, 0.5):
+        assert budget(lengths, ratio).tolist() == [max(1, round(ratio * n)) for n in lengths.tolist()]
+
+
+def test_special_tokens_and_pads_are_never_chosen_and_words_only_whole() -> None:
+    words, lengths, keys = a_batch(2, texts=40, longest=90)
+    chosen = choose_words(words, budget(lengths, 0.5), keys, sets=8)
+    assert not chosen[(words < 0)[:, None].expand_as(chosen)].any()
+    same_word = (words[:, 1:] == words[:, :-1])[:, None].expand(-1, 8, -1)
+    torch.testing.assert_close(chosen[:, :, 1:][same_word], chosen[:, :, :-1][same_word])
+    assert (chosen.sum(2) <= budget(lengths, 0.5)[:, None]).all()
+
+
+def test_the_budget_is_met_where_short_words_abound() -> None:
+    words, lengths, keys = a_batch(3, texts=40, longest=200, longest_word=1)
+    chosen = choose_words(words, budget(lengths, 0.3), keys, sets=3)
+    assert torch.equal(chosen.sum(2), budget(lengths, 0.3)[:, None].expand(-1, 3))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_the_ratio_holds_over_a_corpus(ratio: float) -> None:
+    words, lengths, keys = a_batch(4, texts=300, longest=300)
+    chosen = choose_words(words, budget(lengths, ratio), keys, sets=4)
+    assert int(chosen.sum()) / (4 * int(lengths.sum())) == pytest.approx(ratio, rel=0.01)
+
+
+def test_each_word_is_as_likely_and_sets_are_independent() -> None:
+    texts, length, sets = 1000, 34, 4
+    words = torch.tensor([[-1, *range(length - 2), -1]]).expand(texts, -1)
+    keys = torch.tensor([key(5, i) for i in range(texts)])
+    chosen = choose_words(words, torch.full((texts,), 16), keys, sets)[:, :, 1:-1].double()
+    # 4,000 draws at 1/2 have a standard deviation of 0.008: five of them.
+    assert (chosen.mean((0, 1)) - 0.5).abs().max() < 0.04
+    for other in range(1, sets):
+        assert float((chosen[:, 0] * chosen[:, other]).mean()) == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_text_gets_the_same_masks_in_any_batch_and_padding() -> None:
+    words, lengths, keys = a_batch(6, texts=9, longest=50)
+    ids = torch.randint(FIRST_ORDINARY, VOCABULARY, words.shape, generator=torch.Generator().manual_seed(6))
+    together = mask_tokens(ids, words, lengths, keys, 0.3, MASK_ID, ORDINARY)
+    seen = {sets: decoder_visibility(words, lengths, keys, 0.5, sets) for sets in (0, 7, 256)}
+    for i, n in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        for pads in (0, 13):
+            words_1L = torch.nn.functional.pad(words[one, :n], (0, pads), value=-1)
+            ids_1L = torch.nn.functional.pad(ids[one, :n], (0, pads))
+            alone = mask_tokens(ids_1L, words_1L, lengths[one], keys[one], 0.3, MASK_ID, ORDINARY)
+            for got, expected in zip(alone, together, strict=True):
+                assert torch.equal(got[0, :n], expected[i, :n])
+            for sets, expected in seen.items():
+                got = decoder_visibility(words_1L, lengths[one], keys[one], 0.5, sets)
+                assert torch.equal(got[0, 0, :n, :n], expected[i, 0, :n, :n])
+                assert not got[..., n:].any()
+    other = decoder_visibility(words, lengths, keys + 1, 0.5, 7)
+    assert not torch.equal(other, seen[7])
+
+
+def test_word_numbers_may_start_anywhere() -> None:
+    words, lengths, keys = a_batch(7, texts=5, longest=40)
+    shifted = torch.where(words < 0, words, words + 1000)
+    room = budget(lengths, 0.5)
+    assert torch.equal(choose_words(shifted, room, keys, 3), choose_words(words, room, keys, 3))
+
+
+def test_a_text_beyond_the_limit_is_an_error() -> None:
+    with pytest.raises(ValueError, match="8193 tokens"):
+        choose_words(torch.zeros(1, 8193, dtype=torch.int16), torch.tensor([1]), torch.tensor([0]), 1)
+
+
+def test_of_the_chosen_tokens_80_percent_are_masked_10_random_and_10_kept() -> None:
+    words, lengths, keys = a_batch(8, texts=500, longest=300)
+    ids = torch.randint(FIRST_ORDINARY, VOCABULARY, words.shape, generator=torch.Generator().manual_seed(8))
+    masked, labels = mask_tokens(ids, words, lengths, keys, 0.3, MASK_ID, ORDINARY)
+    chosen = labels != IGNORED
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(masked[~chosen], ids[~chosen])
+    assert not chosen[words < 0].any()
+    assert int(chosen.sum()) / int(lengths.sum()) == pytest.approx(0.3, rel=0.01)
+    # Some 22,000 tokens: three standard deviations are below 0.01. One random token in 995 is the clean one.
+    now, clean = masked[chosen], ids[chosen]
+    assert float((now == MASK_ID).double().mean()) == pytest.approx(0.8, abs=0.01)
+    assert float((now == clean).double().mean()) == pytest.approx(0.1, abs=0.01)
+    random_ids = now[(now != MASK_ID) & (now != clean)]
+    assert len(random_ids) / len(now) == pytest.approx(0.1, abs=0.01)
+    assert int(random_ids.min()) >= FIRST_ORDINARY and len(random_ids.unique()) > 600
+
+
+@pytest.mark.parametrize("sets", [0, 1, 6, 256])
+def test_the_decoder_sees_what_the_rules_say(sets: int) -> None:
+    words, lengths, keys = a_batch(9, texts=6, longest=30)
+    visible = decoder_visibility(words, lengths, keys, 0.5, sets)
+    assert visible.shape == (6, 1, words.shape[1], words.shape[1])
+    for text, (row, n) in enumerate(zip(words.tolist(), lengths.tolist(), strict=True)):
+        draws = min(n, sets) if sets else n
+        room = max(1, round(0.5 * n))
+        hidden = []
+        for draw in range(draws):
+            order = random_order(hashed(keys[text], _DECODER), draw, max(row) + 1)
+            hidden.append(walk(row, room, order))
+        for i in range(n):
+            pick = int(hashed(hashed(keys[text], _ROW), i)) % draws if sets else i
+            for j in range(len(row)):
+                expected = (j == 0 or not hidden[pick][j]) and j != i and j < n
+                assert bool(visible[text, 0, i, j]) == expected, (text, i, j)
+
+
+def test_rows_of_one_set_share_their_mask_and_free_rows_do_not() -> None:
+    words, lengths, keys = a_batch(10, texts=1, longest=60, longest_word=1)
+    words, lengths = torch.tensor([[-1, *range(58), -1]]), torch.tensor([60])
+
+    def patterns(sets: int) -> int:
+        visible = decoder_visibility(words, lengths, keys, 0.5, sets)[0, 0]
+        visible.diagonal().fill_(True)  # the own column differs by rule; 1 where the draw hides it too
+        agree = [(a != b).sum() <= 2 for k, a in enumerate(visible) for b in visible[:k]]
+        return sum(map(int, agree))
+
+    assert patterns(1) == 60 * 59 // 2
+    assert 0 < patterns(8) < 60 * 59 // 2
+    assert patterns(0) == 0
+
+
+def test_encoder_and_decoder_draw_apart() -> None:
+    words, lengths, keys = a_batch(11, texts=20, longest=60)
+    labels = mask_tokens(words.long() + 10, words, lengths, keys, 0.5, MASK_ID, ORDINARY)[1]
+    hidden = ~decoder_visibility(words, lengths, keys, 0.5, 1)[:, 0, 0]
+    hidden[:, 0] = False
+    hidden &= words >= 0
+    assert not torch.equal(hidden, labels != IGNORED)
