@@ -1,2 +1,6 @@
 """temporary"""
-def write_report(folder): (folder/"report.html").write_text("temporary"); return folder/"report.html"
+
+
+def write_report(folder):
+    (folder / "report.html").write_text("temporary")
+    return folder / "report.html"

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from chassis.collectives import once_per_node
 from chassis.data import Order, tokenised
-from chassis.encoder import cls_of, load_encoder, load_tokenizer, model_card, save_model
+from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
 from chassis.errors import ConfigError
 from chassis.probe import Probe

@@ -18,22 +18,61 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-WORDS = (
-    "shuffle rows tensor matrix graph node edge search vector index text query passage rank loss mask token train "
-    "learn encoder decoder gradient batch step model layer attention norm memory device kernel cache file folder"
-).split()
+WORDS = [
+    "shuffle",
+    "rows",
+    "tensor",
+    "matrix",
+    "graph",
+    "node",
+    "edge",
+    "search",
+    "vector",
+    "index",
+    "text",
+    "query",
+    "passage",
+    "rank",
+    "loss",
+    "mask",
+    "token",
+    "train",
+    "learn",
+    "encoder",
+    "decoder",
+    "gradient",
+    "batch",
+    "step",
+    "model",
+    "layer",
+    "attention",
+    "norm",
+    "memory",
+    "device",
+    "kernel",
+    "cache",
+    "file",
+    "folder",
+]
 FAMILIES = ("bert", "xlm-roberta", "modernbert")
 
 
 def texts(count: int, seed: int = 0, longest: int = 24) -> list[str]:
     """Sentences of 3 to `longest` words."""
     chance = random.Random(seed)
-    return [" ".join(chance.choice(WORDS) + chance.choice(["", "s", "ing"]) for _ in range(chance.randint(3, longest))) for _ in range(count)]
+    return [
+        " ".join(chance.choice(WORDS) + chance.choice(["", "s", "ing"]) for _ in range(chance.randint(3, longest)))
+        for _ in range(count)
+    ]
 
 
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     """WordPiece for bert, SentencePiece-like unigrams for xlm-roberta, byte-level BPE for modernbert."""
-    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if family == "xlm-roberta" else ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    names = (
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        if family == "xlm-roberta"
+        else ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+    )
     cls, pad, sep, unk, mask = names
     trainer: Any
     if family == "bert":
@@ -51,21 +90,40 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=330, special_tokens=names, initial_alphabet=alphabet, show_progress=False
+        )
     made.train_from_iterator(texts(300, seed=7), trainer)
     ends = [(cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))]
-    made.post_processor = processors.TemplateProcessing(single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=ends)  # type: ignore[assignment]
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=ends
+    )  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, cls_token=cls, pad_token=pad, sep_token=sep, unk_token=unk, mask_token=mask, model_max_length=64
+        tokenizer_object=made,
+        cls_token=cls,
+        pad_token=pad,
+        sep_token=sep,
+        unk_token=unk,
+        mask_token=mask,
+        model_max_length=64,
     )
 
 
-def encoder(folder: Path, family: str = "bert", *, dropout: float = 0.0, seed: int = 0, layers: int = 2, width: int = 32) -> Path:
+def encoder(
+    folder: Path,
+    family: str = "bert",
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    layers: int = 2,
+    width: int = 32,
+    std: float = 0.2,
+) -> Path:
     """A masked language model of random weights with its tokenizer, saved as a transformers folder."""
     made = tokenizer(family)
     sizes = {
         "vocab_size": len(made), "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "intermediate_size": 2 * width, "pad_token_id": made.pad_token_id, "initializer_range": 0.2,
+        "intermediate_size": 2 * width, "pad_token_id": made.pad_token_id, "initializer_range": std,
     }  # fmt: skip
     kept = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config: Any
@@ -79,7 +137,9 @@ def encoder(folder: Path, family: str = "bert", *, dropout: float = 0.0, seed: i
         ends |= {"bos_token_id": made.cls_token_id, "eos_token_id": made.sep_token_id}
         config = ModernBertConfig(max_position_embeddings=64, local_attention=16, **sizes, **rates, **ends)
     torch.manual_seed(seed)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForMaskedLM.from_config(config)
+    model.get_input_embeddings().weight.data *= 5  # texts that differ give vectors that differ, even untrained
+    model.save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
 
@@ -109,8 +169,12 @@ def finetune_file(path: Path, count: int = 40, negatives: int = 2, scores: bool 
 def beir_folder(folder: Path, count: int = 12) -> Path:
     """Queries that are the first words of their documents."""
     documents = texts(count, seed=11)
-    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)])
-    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": " ".join(t.split()[:3])} for i, t in enumerate(documents)])
+    write_jsonl(
+        folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(documents)]
+    )
+    write_jsonl(
+        folder / "queries.jsonl", [{"_id": f"q{i}", "text": " ".join(t.split()[:3])} for i, t in enumerate(documents)]
+    )
     (folder / "qrels").mkdir()
     lines = [f"q{i}\td{i}\t1" for i in range(count)]
     (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")

@@ -31,7 +31,7 @@ Outcome = tuple[float, dict[str, Tensor]]
 def recipe(stage: str, folder: Path, *overrides: str) -> Any:
     """A recipe of the tiny fixture; makes what is not there yet."""
     if not (folder / "bert").exists():
-        tiny.encoder(folder / "bert", "bert")
+        tiny.encoder(folder / "bert", "bert", layers=1, width=16, std=0.3)
     data = folder / f"{stage}.jsonl"
     if not data.exists():
         tiny.pretrain_file(data) if stage == "pretrain" else tiny.finetune_file(data, scores=True)
@@ -94,7 +94,9 @@ def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
     attention = (place < batch.lengths_B[:, None]).long()
     out = model.encoder(input_ids=batch.masked_BL, attention_mask=attention, output_hidden_states=True)
     first = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORED)
-    visible = decoder_visibility(batch.words_BL, batch.lengths_B, batch.keys_B, made.mask.decoder, made.mask.decoder_sets)
+    visible = decoder_visibility(
+        batch.words_BL, batch.lengths_B, batch.keys_B, made.mask.decoder, made.mask.decoder_sets
+    )
     rebuilt = model._decode(out.hidden_states[-1][:, 0], batch.clean_BL, place, visible)
     labels = batch.clean_BL.masked_fill((place == 0) | (place >= batch.lengths_B[:, None] - 1), IGNORED)
     second = F.cross_entropy(model.encoder.cls(rebuilt).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)

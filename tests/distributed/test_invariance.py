@@ -42,7 +42,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exact(folder: Path) -> dict[tuple[str, str], steps.Outcome]:
     """Plain formulas on the whole batch, in fp64."""
-    return {(stage, name): PLAIN[stage](folder, *more) for stage, options in OPTIONS.items() for name, more in options.items()}
+    return {
+        (stage, name): PLAIN[stage](folder, *more)
+        for stage, options in OPTIONS.items()
+        for name, more in options.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,9 @@ def reference(folder: Path, exact: object) -> dict[tuple[str, str], steps.Outcom
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} ranks")
-def found(request: pytest.FixtureRequest, folder: Path, exact: object) -> dict[tuple[str, str, str], list[steps.Outcome]]:
+def found(
+    request: pytest.FixtureRequest, folder: Path, exact: object
+) -> dict[tuple[str, str, str], list[steps.Outcome]]:
     jobs = [(stage, *OPTIONS[stage][name], *ENGINES[engine]) for stage, name, engine in JOBS]
     by_rank = run_world(steps.steps, request.param, folder, jobs)
     return {job: [outcomes[i] for outcomes in by_rank] for i, job in enumerate(JOBS)}

@@ -1,0 +1,37 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
+
+.PHONY: help install test lint types check demo demo-ablation clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+install: $(VENV)/installed ## make .venv with everything
+
+$(VENV)/installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
+
+test: install ## run all tests
+	$(RUN)/pytest
+
+lint: install ## check style
+	$(VENV)/bin/ruff check .
+
+types: install ## check types
+	$(VENV)/bin/pyright
+
+check: lint types test ## what CI runs
+
+demo: install ## train a search engine over the installed Python libraries
+	$(VENV)/bin/python examples/demo.py
+
+demo-ablation: install ## the demo, and stage 2 without stage 1
+	$(VENV)/bin/python examples/demo.py --ablation
+
+clean: ## delete .venv and the demo's runs
+	rm -rf $(VENV) runs build *.egg-info
