@@ -1,7 +1,8 @@
 """Random numbers by address: the same draw whoever asks, in any order, on any device.
 
-`key` turns an address such as (seed, "mask", epoch, row) into 63 bits; `generator` seeds torch with it for a draw on the
-CPU; `hashed` spreads many keys into many numbers on any device by integer arithmetic alone (SplitMix64: Steele, Lea and
+`key` turns an address such as (seed, "mask", epoch, row) into 63 bits; `generator` seeds torch with it for a draw on
+the CPU;
+`hashed` spreads many keys into many numbers on any device by integer arithmetic alone (SplitMix64: Steele, Lea and
 Flood 2014, "Fast splittable pseudorandom number generators", figure 17), so that CPU and GPU agree to the bit.
 """
 

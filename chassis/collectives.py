@@ -28,7 +28,7 @@ def world_size() -> int:
 
 
 def gather_rows(x_ND: Tensor, counts: Sequence[int]) -> Tensor:
-    """(N, ...) on each rank -> (M, ...) on every rank, rank-major, differentiable; N = counts[rank] may differ by rank."""
+    """(N, ...) on each rank -> (M, ...) on every rank, rank-major, differentiable; N = counts[rank] may differ."""
     if world_size() == 1:
         return x_ND
     return _GatherRows.apply(x_ND, list(counts))  # type: ignore[no-any-return]
@@ -114,7 +114,7 @@ def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 def once_per_node(build: Callable[[], Result], local_rank: int) -> Result:
     """`build()` on the first rank of each node, then, with its files on the disk, on the others."""
     # A large corpus takes hours: longer than any limit on a hanging peer.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=2)) if world_size() > 1 else None
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=2)) if world_size() > 1 else None
     results: list[Result] = []
     for my_turn in (local_rank == 0, local_rank != 0):
         with agreed(group):

@@ -29,8 +29,8 @@ class Section(BaseModel):
 class _Tree:
     """Plain values, and for each dotted path the place that set it."""
 
-    values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    places: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def load(schema: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -65,7 +65,7 @@ def _read(path: Path) -> _Tree:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
@@ -125,11 +125,11 @@ def _override(tree: _Tree, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{COMMAND_LINE}: {override}: not an override (write KEY=VALUE, as optim.lr=1e-5)")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
     except yaml.YAMLError:
         raise ConfigError(f"{COMMAND_LINE}: {key}: cannot read the value {text!r} (quote it)") from None
     *parents, last = key.split(".")
-    here = tree.values
+    here: Any = tree.values
     for parent in parents:
         here = here.setdefault(parent, {})
         if not isinstance(here, dict):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import datasets
 import torch
@@ -70,7 +70,7 @@ def tokenised(
     if not (folder / "facts.json").exists():
         _build(folder, sources, tokenise, check, features, processes)
     facts = Facts(**json.loads((folder / "facts.json").read_text()))
-    return Corpus(datasets.load_from_disk(str(folder / "rows")), facts)
+    return Corpus(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), facts)
 
 
 def _build(
@@ -111,7 +111,7 @@ def _build(
             cache_file_name=str(draft / "mapped.arrow"),
             desc="tokenising",
         )
-        counted = table.select_columns(["tokens", "truncated"]).with_format("numpy")
+        counted: Any = table.select_columns(["tokens", "truncated"]).with_format("numpy")
         tokens = sum(int(batch["tokens"].sum()) for batch in counted.iter(100_000))
         truncated = sum(int(batch["truncated"].sum()) for batch in counted.iter(100_000))
         table.save_to_disk(str(draft / "rows"))

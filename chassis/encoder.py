@@ -139,7 +139,8 @@ def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any]
         )
         more = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
         raise ModelError(
-            f"model.encoder: {folder}: {total - len(wrong)} of {total} tensors: {fatal[0]} {wrong[fatal[0]]}{more} ({remedy})"
+            f"model.encoder: {folder}: {total - len(wrong)} of {total} tensors: {fatal[0]} "
+            f"{wrong[fatal[0]]}{more} ({remedy})"
         )
     return Loaded(encoder, total - len(wrong), total, str(folder))
 
@@ -159,7 +160,7 @@ def _tensors(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
 
 
 def _in_file(name: str, prefix: str, held: Mapping[str, Callable[[], Tensor]]) -> Tensor | None:
-    """The file's tensor of that name, with or without the base model's prefix, or under a norm's names of before 2019."""
+    """The file's tensor of that name, with or without the base model's prefix, or under a norm's old names."""
     names = [name, prefix + name, name.removeprefix(prefix)]
     for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
         names += [candidate.replace(new, old) for candidate in names if new in candidate]

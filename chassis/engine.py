@@ -155,7 +155,7 @@ class DdpEngine:
     def step(self, lr_factor: float) -> StepReport:
         parameters = [p for p in self._names if p.grad is not None]
         if self._scale != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters], 1.0 / self._scale)
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self._scale)
         norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
         finite = torch.isfinite(norm)
         skip = not self._fixed_scale and not bool(finite)
@@ -248,12 +248,12 @@ class ZeroEngine:
         if precision == "fp16":
             config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000}
         inner: nn.Module = _Autocast(module, runtime.device, "bf16") if precision == "bf16" else module
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+        self._engine: Any = deepspeed.initialize(
             model=inner,
             optimizer=_deepspeed_muon(parameter_groups, optim) if self._muon else optims.adamw(parameter_groups, optim),
             config=config,
             dist_init_required=False,
-        )
+        )[0]
 
     def run(self, *inputs: Any, last: bool) -> Any:
         return self._engine(*inputs)
@@ -281,7 +281,7 @@ class ZeroEngine:
     def weights(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole = {name: safe_get_full_fp32_param(parameter) for parameter, name in self._names.items()}
+        whole: dict[str, Any] = {name: safe_get_full_fp32_param(parameter) for parameter, name in self._names.items()}
         return {
             n: (p if whole[n] is None else whole[n]).detach().to("cpu", torch.float32, copy=True)
             for p, n in self._names.items()

@@ -33,7 +33,7 @@ class _Quiet:
 
 
 class LogHook(_Quiet):
-    """A line of metrics every so many steps, of the global batch of that step; gives up on a gradient that stays lost."""
+    """A line of metrics every so many steps, of that global batch; gives up on a gradient that stays NaN."""
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class Probe:
 
     @torch.no_grad()
     def _embed(self, embed: Embed, ids: Sequence[Sequence[int]]) -> Tensor:
-        """(N, D) fp32 on the CPU: texts sorted by length, dealt out to the ranks in turn, equally many batches on each."""
+        """(N, D) fp32 on the CPU: texts sorted by length, dealt out to the ranks in turn, as many batches on each."""
         size, device = self._runtime.world_size, self._runtime.device
         by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         dealt = [by_length[rank::size] for rank in range(size)]

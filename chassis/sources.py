@@ -90,10 +90,10 @@ def _read_json(path: str) -> Iterator[tuple[str, Row]]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+    opener = gzip.open if path.endswith(".gz") else open
     number = 0
     try:
-        with opened as file:
+        with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, line.strip()

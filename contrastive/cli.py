@@ -1,4 +1,4 @@
-"""The door of fine-tuning: torchrun, deepspeed, srun or plain python launch/finetune.py --config FILE [KEY=VALUE ...]."""
+"""The door of fine-tuning: torchrun, deepspeed, srun or python launch/finetune.py --config FILE [KEY=VALUE ...]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rows of a query with its passages, and one rank's share of a step's global batch as micro-batches of texts.
 
 Queries and passages go through the encoder together, sorted by length: less padding, the same mathematics.
-Shape suffixes: B texts of a micro-batch, L tokens (padded), Q queries, P passages of this rank, G passages of one query.
+Shape suffixes: B texts of a micro-batch, L tokens (padded), Q queries, P passages of this rank, G passages of a query.
 """
 
 from __future__ import annotations

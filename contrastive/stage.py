@@ -1,6 +1,6 @@
 """What one step of fine-tuning is: every query of the global batch against every passage of it, in two passes.
 
-The cached step: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup", section 3.2.
+The cached step: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup", 3.2.
 Shape suffixes: N texts, Q queries, P passages of this rank, M passages of all ranks, G passages of one query, D width.
 """
 

@@ -1,4 +1,4 @@
-"""The door of pre-training: deepspeed, torchrun, srun or plain python launch/pretrain.py --config FILE [KEY=VALUE ...]."""
+"""The door of pre-training: deepspeed, torchrun, srun or python launch/pretrain.py --config FILE [KEY=VALUE ...]."""
 
 from __future__ import annotations
 

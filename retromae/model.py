@@ -45,7 +45,7 @@ class RetroMAE(nn.Module):
         keys_B: Tensor,
         counted_B: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of nats, fp32: the encoder's over its labels, the decoder's over its own, the bag of words' over texts."""
+        """Sums of nats, fp32: the encoder's over its labels, the decoder's over its own, the words' over texts."""
         parts = self._parts
         place_L = torch.arange(clean_BL.shape[1], device=clean_BL.device)
         real_BL = place_L < lengths_B[:, None]
