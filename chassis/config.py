@@ -65,7 +65,7 @@ def _read(path: Path) -> _Tree:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
-        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
+        node = _compose(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
@@ -76,6 +76,10 @@ def _read(path: Path) -> _Tree:
     tree = _Tree()
     tree.values = _value(node, str(path), "", tree.places)
     return tree
+
+
+def _compose(text: str) -> Any:
+    return yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _value(node: yaml.Node, file: str, at: str, places: dict[str, str]) -> Any:
@@ -125,14 +129,15 @@ def _override(tree: _Tree, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{COMMAND_LINE}: {override}: not an override (write KEY=VALUE, as optim.lr=1e-5)")
     try:
-        node: Any = yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType]
+        node = _compose(text)
     except yaml.YAMLError:
         raise ConfigError(f"{COMMAND_LINE}: {key}: cannot read the value {text!r} (quote it)") from None
     *parents, last = key.split(".")
     here: Any = tree.values
     for parent in parents:
-        here = here.setdefault(parent, {})
-        if not isinstance(here, dict):
+        inner: Any = here.setdefault(parent, {})
+        here = inner
+        if not isinstance(inner, dict):
             raise ConfigError(f"{COMMAND_LINE}: {key}: {parent} is not a section")
     here[last] = None if node is None else _value(node, COMMAND_LINE, key, {})
     tree.places = {at: place for at, place in tree.places.items() if not at.startswith(f"{key}.")}

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ class DdpEngine:
 
     def optimizer_state(self) -> dict[str, Tensor]:
         return {
-            f"{self._names[parameter]}:{key}": state[key].detach().to("cpu", copy=True)
+            f"{self._names[cast(nn.Parameter, parameter)]}:{key}": state[key].detach().to("cpu", copy=True)
             for optimizer, keys in self._optimizers
             for parameter, state in optimizer.state.items()
             for key in keys

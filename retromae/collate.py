@@ -166,7 +166,7 @@ class Collate:
             lengths_B,
             keys_B,
             self.ratio,
-            self.tokenizer.mask_token_id,
+            self.tokenizer.mask_token_id,  # type: ignore[arg-type]
             ordinary_ids(self.tokenizer),  # type: ignore[arg-type]
         )
         if not counted:

@@ -52,7 +52,7 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
                 collate_over(texts, InOrder(recipe.batch.global_size)), start, recipe.schedule.steps or 0
             )
     else:
-        stream = None
+        stream = None  # type: ignore[assignment]
         corpus = once_per_node(
             lambda: tokenised(
                 sources,
