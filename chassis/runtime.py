@@ -65,7 +65,7 @@ class Runtime:
 def choose_device(local_rank: int) -> torch.device:
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         if local_rank >= torch.cuda.device_count():
             raise LaunchError(
                 f"environment: LOCAL_RANK: {local_rank} but this node shows {torch.cuda.device_count()} GPUs "
@@ -87,6 +87,8 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
     device = choose_device(placement.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif placement.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks fight over cores
     torch.set_flush_denormal(True)  # sharp softmax gradients are full of denormals: 60 times slower products on CPUs
     _complete_environment(placement)
     dist.init_process_group(
