@@ -96,12 +96,10 @@ def _build(
                     yield kept
 
     try:
-        raw = datasets.Dataset.from_list([])
-        kept = list(_in_shards(rows(), draft / "raw"))
-        if kept:
-            raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in kept])
-        if len(raw) == 0:
+        shards = list(_in_shards(rows(), draft / "raw"))
+        if not shards:
             raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
+        raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
         table = raw.map(
             tokenise,
             batched=True,

@@ -5,8 +5,6 @@ Shape suffixes: Q queries, N documents, D embedding width, K ranks (depth of a r
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chassis.errors import DataError
+from chassis.sources import read_json, read_lines
 
 Relevant = Mapping[str, Mapping[str, int]]
 """For each query the grades of its judged documents; 0 and below: judged, and not relevant."""
@@ -70,7 +69,7 @@ def read_beir(
     judged, query_lines, document_lines = _read_qrels(qrels_path)
 
     queries: dict[str, str] = {}
-    for where, row in _rows(queries_path):
+    for where, row in read_json(queries_path):
         query_id = _text(where, row, "_id")
         if query_id in queries:
             raise DataError(f"{where}: _id: query {query_id!r} occurs twice (keep one)")
@@ -116,7 +115,7 @@ def read_corpus(path: str | Path) -> Iterator[Document]:
     path = Path(path)
     path = _plain_or_gz(path / "corpus.jsonl" if path.is_dir() else path)
     seen: set[str] = set()
-    for where, row in _rows(path):
+    for where, row in read_json(path):
         document_id = _text(where, row, "_id")
         if document_id in seen:
             raise DataError(f"{where}: _id: document {document_id!r} occurs twice (keep one)")
@@ -147,7 +146,7 @@ def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, int], 
     judged: dict[str, dict[str, int]] = {}
     query_lines: dict[str, int] = {}
     document_lines: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3:
             raise DataError(f"{path}:{number}: row: {len(fields)} fields (write query-id, corpus-id, score)")
@@ -166,30 +165,6 @@ def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, int], 
         query_lines.setdefault(query_id, number)
         document_lines.setdefault(document_id, number)
     return judged, query_lines, document_lines
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: row: not valid JSON: {error.msg} (one object on each line)") from None
-        if not isinstance(row, dict):
-            raise DataError(f'{path}:{number}: row: must be an object, got {type(row).__name__} (as {{"_id": ...}})')
-        yield f"{path}:{number}", row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{number + 1}: row: not valid UTF-8 (convert the file)") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}:{number + 1}: row: cannot be read: {error} (fetch the file again)") from None
 
 
 def _text(where: str, row: Mapping[str, Any], field: str) -> str:

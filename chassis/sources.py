@@ -69,38 +69,42 @@ def _file(name: str, field: str) -> Source:
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     """(where, row) for each row of a source; `where` is FILE:LINE, for whoever has to complain about the row."""
     if source.kind in ("jsonl", "json"):
-        yield from _read_json(source.path)
+        yield from read_json(source.path)
     elif source.kind == "txt":
-        for number, line in _lines(source.path):
-            yield f"{source.path}:{number}", {"text": line}
+        for number, line in read_lines(source.path):
+            yield f"{source.path}:{number}", {"text": line.strip()}
     else:
         for number, row in enumerate(_open(source)):
             yield f"{source.path}:{number}", row  # type: ignore[misc]
 
 
-def _read_json(path: str) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path):
+def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """(FILE:LINE, object) for each line of a JSONL file, gz or not."""
+    for number, line in read_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error.msg} (one object on each line)") from None
+            raise DataError(f"{path}:{number}: row: not valid JSON: {error.msg} (one object on each line)") from None
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a row is an object, got {type(row).__name__} (one object on each line)")
+            raise DataError(
+                f"{path}:{number}: row: must be an object, got {type(row).__name__} (one object on each line)"
+            )
         yield f"{path}:{number}", row
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.endswith(".gz") else open
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) for each line that is not blank, gz or not."""
+    opener = gzip.open if str(path).endswith(".gz") else open
     number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, line.strip()
+                    yield number, line
     except UnicodeDecodeError:
-        raise DataError(f"{path}:{number + 1}: not valid UTF-8 (convert the file)") from None
+        raise DataError(f"{path}:{number + 1}: row: not valid UTF-8 (convert the file)") from None
     except (OSError, EOFError) as error:
-        raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from None
+        raise DataError(f"{path}:{number + 1}: row: cannot be read: {error} (fetch the file again)") from None
 
 
 def _open(source: Source) -> Any:

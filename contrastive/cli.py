@@ -9,9 +9,7 @@ from chassis import cli
 from chassis.plan import describe, encoder_shape, memory, rows_and_steps
 from chassis.runtime import Placement
 from chassis.schema import BatchPlan
-from contrastive.config import FinetuneRecipe
-
-TILE_BYTES = 64 << 20
+from contrastive.config import TILE_BYTES, FinetuneRecipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,8 @@ from chassis.schema import (
     Track,
 )
 
-ENGLISH_INSTRUCTION = "Represent this sentence for searching relevant passages: "
+TILE_BYTES = 64 << 20
+"""Memory of one tile of scores; the plan counts it, the loss keeps to it."""
 
 
 class Loss(Section):

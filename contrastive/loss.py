@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 64 * 2**20
+from contrastive.config import TILE_BYTES
 
 
 def info_nce(
