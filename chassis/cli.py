@@ -49,7 +49,7 @@ def door(
 
 
 def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
-    parser = _Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, as optim.lr=1e-5")
     parser.add_argument(
@@ -66,6 +66,8 @@ def _world_size(text: str) -> int:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake as one line, like any other."""
+
     def error(self, message: str) -> Any:
         raise ConfigError(f"command line: {message} (see --help)")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,6 +28,9 @@ from chassis.errors import DataError
 from chassis.sources import Row, Source, read_rows
 
 StepBatch = TypeVar("StepBatch")
+
+ABANDONED_SECONDS = 7 * 24 * 3600
+"""Age at which the draft of a run that was killed is deleted."""
 
 # --- the tokenised cache ---------------------------------------------------------------------
 
@@ -81,9 +86,7 @@ def _build(
     features: datasets.Features,
     processes: int,
 ) -> None:
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = _own_draft(folder)
     given = 0
 
     def rows() -> Iterator[Row]:
@@ -124,6 +127,16 @@ def _build(
         draft.rename(folder)  # whole or absent
     except OSError:  # another run on this cache was quicker
         shutil.rmtree(draft)
+
+
+def _own_draft(folder: Path) -> Path:
+    """An empty folder of this process alone, because other runs and nodes may build the same; old ones go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(".*.draft"):
+        with suppress(OSError):
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(abandoned)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".draft", dir=folder.parent))
 
 
 def _in_shards(rows: Iterator[Row], folder: Path, shard_rows: int = 200_000) -> Iterator[Path]:

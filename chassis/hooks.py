@@ -17,7 +17,7 @@ from chassis.collectives import barrier, gather_objects, max_over_ranks, sum_ove
 from chassis.engine import Engine
 from chassis.errors import TrainingError
 from chassis.loop import Progress, StepDone
-from chassis.meter import Bar, Meter
+from chassis.meter import Console, Meter
 from chassis.schema import Checkpoint
 from chassis.track import Tracker
 
@@ -38,7 +38,7 @@ class LogHook(_Quiet):
     def __init__(
         self,
         tracker: Tracker,
-        bar: Bar,
+        console: Console,
         meter: Meter,
         *,
         every: int,
@@ -47,16 +47,14 @@ class LogHook(_Quiet):
         rows_per_step: int,
         give_up_after: int,
     ) -> None:
-        self._tracker, self._bar, self._meter = tracker, bar, meter
+        self._tracker, self._console, self._meter = tracker, console, meter
         self._every, self._peak_lr, self._give_up_after = every, peak_lr, give_up_after
         self._epochs_per_step = rows_per_step / rows_per_epoch if rows_per_epoch else math.nan
-        self._skipped: torch.Tensor | float = 0.0
         self._streak: torch.Tensor | float = 0.0
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
         batch, report = done.batch, done.report
         self._meter.add(samples=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
-        self._skipped = self._skipped + report.skipped
         self._streak = (self._streak + report.skipped) * report.skipped
         if progress.step % self._every == 0 or progress.done:
             self._log(progress, done)
@@ -65,8 +63,6 @@ class LogHook(_Quiet):
         names = list(done.shares)
         shares = sum_over_ranks(torch.stack([done.shares[name].detach().float() for name in names])).tolist()
         rates = _global_rates(self._meter.read(), done.report.grad_norm.device)
-        progress.skipped += float(self._skipped)
-        self._skipped = 0.0
         line = {
             "step": progress.step,
             "epoch": progress.step * self._epochs_per_step,
@@ -78,7 +74,7 @@ class LogHook(_Quiet):
         }
         progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", "lr")}
         self._tracker.log(line)
-        self._bar.update(progress.step, loss=line["loss"], samples_per_second=line["samples_per_second"])
+        self._console.update(progress.step, loss=line["loss"], texts_per_second=line["samples_per_second"])
         if float(self._streak) >= self._give_up_after:
             raise TrainingError(
                 f"step {progress.step}: the gradient was not finite {int(self._streak)} times in a row "
@@ -86,8 +82,7 @@ class LogHook(_Quiet):
             )
 
     def after(self, progress: Progress) -> None:
-        progress.skipped += float(self._skipped)
-        self._bar.close()
+        self._console.close()
 
 
 def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str, float]:
@@ -131,7 +126,7 @@ class CheckpointHook(_Quiet):
         if self._saved == progress.step:
             return
         tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
-        values = {"skipped": progress.skipped, "engine": self._engine.values(), **self._identity}
+        values = {"skipped": int(progress.skipped), "engine": self._engine.values(), **self._identity}
         if self._rank == 0:
             checkpoint.write(self._directory, progress.step, tensors=tensors, values=values)
             checkpoint.prune(self._directory, self._section.keep)
@@ -143,9 +138,16 @@ class EvaluateHook(_Quiet):
     """Calls `evaluate(step)` at the start if asked, every so many steps, and at the end."""
 
     def __init__(
-        self, evaluate: Callable[[int], dict[str, Any]], tracker: Tracker, *, every: int, at_start: bool
+        self,
+        evaluate: Callable[[int], dict[str, Any]],
+        tracker: Tracker,
+        console: Console,
+        *,
+        every: int,
+        at_start: bool,
     ) -> None:
-        self._evaluate, self._tracker, self._every, self._at_start = evaluate, tracker, every, at_start
+        self._evaluate, self._tracker, self._console = evaluate, tracker, console
+        self._every, self._at_start = every, at_start
         self._last: int | None = None
 
     def before(self, progress: Progress) -> None:
@@ -165,6 +167,8 @@ class EvaluateHook(_Quiet):
         self._last = progress.step
         progress.final |= {key: value for key, value in found.items() if key != "evaluation"}
         self._tracker.log({"step": progress.step, **found})
+        numbers = [f"{name} {value:.4f}" for name, value in found.items() if name != "evaluation"]
+        self._console.say(f"step {progress.step:,}: {found['evaluation']}: {', '.join(numbers)}")
 
 
 class StopHook(_Quiet):

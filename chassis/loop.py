@@ -42,8 +42,8 @@ class Progress:
     total_steps: int
     step: int = 0
     """Steps that are done."""
-    skipped: float = 0.0
-    """Steps, as far as known at the last log line or checkpoint, whose gradient was not finite."""
+    skipped: Tensor | int = 0
+    """Steps whose gradient was not finite; on the device, so that counting does not wait for it."""
     stop: str | None = None
     """Why to stop before the end, once all ranks know."""
     final: dict[str, Any] = field(default_factory=dict)
@@ -93,6 +93,7 @@ def fit(
         shares = stage.backward(batch, engine, progress.step)
         done = StepDone(batch, shares, engine.step(lr_factor), lr_factor)
         progress.step += 1
+        progress.skipped = progress.skipped + done.report.skipped
         for hook in hooks:
             hook.after_step(progress, done)
     for hook in hooks:

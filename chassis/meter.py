@@ -1,4 +1,4 @@
-"""Speed, padding and memory between two log lines, and the bar that shows them."""
+"""Speed, padding and memory between two log lines, and the console that shows them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from datetime import timedelta
 
 import torch
 from tqdm import tqdm
@@ -47,15 +47,29 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class Bar:
-    """Steps, loss, speed and time left on a terminal."""
+class Console:
+    """Loss, speed and time left: a bar on a terminal, a line at each log step elsewhere."""
 
-    def __init__(self, *, total: int, initial: int, enabled: bool) -> None:
-        self._bar = tqdm(total=total, initial=initial, disable=not enabled, unit="step", dynamic_ncols=True)
+    def __init__(self, *, total: int, initial: int, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        on_terminal = sys.stderr.isatty()
+        self._plain, self._enabled, self._total = enabled and not on_terminal, enabled, total
+        self._clock, self._start, self._initial = clock, clock(), initial
+        self._bar = tqdm(
+            total=total, initial=initial, disable=not (enabled and on_terminal), unit="step", dynamic_ncols=True
+        )
 
-    def update(self, step: int, **shown: Any) -> None:
-        self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+    def update(self, step: int, *, loss: float, texts_per_second: float) -> None:
+        self._bar.set_postfix({"loss": f"{loss:.4g}", "texts/s": f"{texts_per_second:.4g}"}, refresh=False)
         self._bar.update(step - self._bar.n)
+        if self._plain:
+            seconds_per_step = (self._clock() - self._start) / max(1, step - self._initial)
+            left = timedelta(seconds=round(seconds_per_step * (self._total - step)))
+            self.say(f"step {step:,}/{self._total:,}  loss {loss:.4g}  {texts_per_second:,.4g} texts/s  {left} left")
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self._enabled:
+            tqdm.write(line, file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()

@@ -6,14 +6,17 @@ import json
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import datasets
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from chassis import checkpoint, config, data
 from chassis.collectives import agreed, barrier, from_main
@@ -21,7 +24,7 @@ from chassis.engine import Engine, Precision, Resumed, build
 from chassis.errors import CheckpointError, DataError
 from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from chassis.loop import Hook, Progress, Stage, fit
-from chassis.meter import Bar, Meter
+from chassis.meter import Console, Meter
 from chassis.report import write_report
 from chassis.runtime import Placement, Runtime, joined, local_environment
 from chassis.schedule import lr_factor
@@ -83,8 +86,18 @@ class Prepared:
 
 def train(recipe: Any, placement: Placement, prepare: Callable[[Any, Runtime], Prepared]) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
+    _quiet(placement.rank == 0)
     with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime:
         return _Session(recipe, runtime).run(prepare)
+
+
+def _quiet(main: bool) -> None:
+    """What libraries say on their own account is said by no rank, or by the first alone."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not main:
+        transformers_logging.set_verbosity_error()
+        datasets.disable_progress_bars()
 
 
 class _Session:
@@ -127,10 +140,10 @@ class _Session:
     def _train(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
         recipe, main = self.recipe, self.runtime.is_main
         tracker = self._tracker(progress)
-        bar = Bar(total=progress.total_steps, initial=progress.step, enabled=main)
-        hooks: list[Hook] = [self._log_hook(prepared, tracker, bar)]
+        console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
+        hooks: list[Hook] = [self._log_hook(prepared, tracker, console)]
         if prepared.evaluate is not None:
-            hooks.append(self._evaluate_hook(prepared, engine, tracker))
+            hooks.append(self._evaluate_hook(prepared, engine, tracker, console))
         identity = dict(prepared.identity)
         hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
         hooks.insert(-1, StopHook(self.runtime.world_size))
@@ -215,10 +228,10 @@ class _Session:
         tracker.resume_at(progress.step)
         return tracker
 
-    def _log_hook(self, prepared: Prepared, tracker: Tracker, bar: Bar) -> LogHook:
+    def _log_hook(self, prepared: Prepared, tracker: Tracker, console: Console) -> LogHook:
         return LogHook(
             tracker,
-            bar,
+            console,
             Meter(),
             every=self.recipe.track.log_every,
             peak_lr=self.recipe.optim.lr,
@@ -227,7 +240,7 @@ class _Session:
             give_up_after=self.recipe.engine.give_up_after,
         )
 
-    def _evaluate_hook(self, prepared: Prepared, engine: Engine, tracker: Tracker) -> EvaluateHook:
+    def _evaluate_hook(self, prepared: Prepared, engine: Engine, tracker: Tracker, console: Console) -> EvaluateHook:
         def evaluate(step: int) -> dict[str, Any]:
             assert prepared.evaluate is not None
             engine.module.eval()
@@ -238,7 +251,7 @@ class _Session:
             return found
 
         section = self.recipe.evaluate
-        return EvaluateHook(evaluate, tracker, every=section.every_steps, at_start=section.at_start)
+        return EvaluateHook(evaluate, tracker, console, every=section.every_steps, at_start=section.at_start)
 
     # --- after ---
 

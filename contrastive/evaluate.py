@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 
 from chassis.cli import door
 from chassis.config import Section
-from chassis.errors import ModelError
-from chassis.runtime import Placement, choose_device
+from chassis.errors import DataError, ModelError
+from chassis.runtime import Placement
 from chassis.schema import Evaluate
 
 if TYPE_CHECKING:
@@ -121,18 +121,29 @@ def embed(
     precision: str = "fp32",
     progress: bool = False,
 ) -> Tensor:
-    """(N, D) fp32 on the CPU, in the order of `texts`, with the model's own prompt for the role."""
+    """(N, D) fp32 on the CPU, in the order of `texts`, with the model's own prompt for the role.
+
+    Ranks take the texts in turn, each embeds its own, and every rank gets them all.
+    """
     import torch
 
+    from chassis.collectives import gather_rows, rank, world_size
+
+    size = world_size()
+    if len(texts) < size:
+        raise DataError(f"{len(texts)} texts of a kind for {size} processes (start fewer)")
+    mine = texts[rank() :: size]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     encode = model.encode_query if role == "query" else model.encode_document
     with torch.autocast(model.device.type, dtype) if dtype else nullcontext():
-        found = encode(list(texts), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
+        found = encode(list(mine), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
     assert isinstance(found, torch.Tensor)
     found_ND = found.float().cpu()
     if not found_ND.isfinite().all():
         raise ModelError(f"embeddings: not all are finite in {precision} (take precision: fp32, or check the model)")
-    return found_ND
+    turns = [list(range(turn, len(texts), size)) for turn in range(size)]
+    gathered_ND = gather_rows(found_ND, [len(turn) for turn in turns])
+    return gathered_ND[torch.tensor([i for turn in turns for i in turn]).argsort()]
 
 
 def evaluate_model(
@@ -144,7 +155,7 @@ def evaluate_model(
     precision: str = "fp32",
     progress: bool = False,
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
-    """The metrics of a model, by one process, and its run: (Q, K) scores and rows, deep enough to mix with another."""
+    """The metrics of a model, and its run: (Q, K) scores and rows, deep enough to mix with another."""
     from chassis.retrieval import evaluate_run, search
     from contrastive.bm25 import POOL
 
@@ -235,17 +246,19 @@ def plan(recipe: EvaluateRecipe, world_size: int) -> dict[str, Any]:
 def run(recipe: EvaluateRecipe, placement: Placement) -> int:
     import torch
 
-    device = choose_device(placement.local_rank) if recipe.device == "auto" else torch.device("cpu")
+    from chassis.runtime import joined
+
     beir = _beir(recipe)
-    rows = compare(
-        recipe.labelled,
-        beir,
-        device=device,
-        bm25=recipe.bm25,
-        batch_size=recipe.evaluate.batch_size,
-        precision=recipe.precision,
-        progress=placement.rank == 0 and sys.stderr.isatty(),
-    )
+    with joined(placement) as runtime:
+        rows = compare(
+            recipe.labelled,
+            beir,
+            device=runtime.device if recipe.device == "auto" else torch.device("cpu"),
+            bm25=recipe.bm25,
+            batch_size=recipe.evaluate.batch_size,
+            precision=recipe.precision,
+            progress=runtime.is_main and sys.stderr.isatty(),
+        )
     if placement.rank == 0:
         size = f"{len(beir.queries):,} queries, {len(beir.documents):,} documents"
         show(rows, f"{beir.name}, {recipe.evaluate.split}: {size}")

@@ -13,8 +13,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from chassis.cli import Parser
 from chassis.errors import ConfigError, DataError, LodestarError
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(description="Search a corpus with a trained model.", allow_abbrev=False)
+    parser = Parser(description="Search a corpus with a trained model.", allow_abbrev=False)
     parser.add_argument("query", nargs="*", help="what to look for, in quotes; none: read lines from the terminal")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="as model/ of a run")
     parser.add_argument("--corpus", metavar="PATH", help="a corpus.jsonl or BEIR folder; none: what the run wrote down")
@@ -186,8 +187,3 @@ def _typed() -> Iterable[str]:
     for line in sys.stdin:
         if line.strip():
             yield line.strip()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"command line: {message} (see --help)")
