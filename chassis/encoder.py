@@ -115,9 +115,10 @@ def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any]
     prefix = encoder.base_model_prefix + "."
     wrong: dict[str, str] = {}
     total = 0
+    aliases = _aliases(encoder)
     for name, parameter in encoder.named_parameters():
         total += 1
-        found = _in_file(name, prefix, held)
+        found = next((t for alias in aliases[parameter] if (t := _in_file(alias, prefix, held)) is not None), None)
         if found is None:
             wrong[name] = "is missing"
         elif found.shape != parameter.shape:
@@ -157,6 +158,14 @@ def _tensors(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
             for name in reader.keys():  # noqa: SIM118 (not a dict)
                 held[name] = lambda reader=reader, name=name: reader.get_tensor(name)
     return held
+
+
+def _aliases(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """All names of each parameter: tied ones have several, and which is the first depends on the family."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names
 
 
 def _in_file(name: str, prefix: str, held: Mapping[str, Callable[[], Tensor]]) -> Tensor | None:
@@ -259,14 +268,17 @@ def save_model(
 ) -> None:
     """A transformers folder that is a sentence-transformers folder too: CLS pooling, normalise, prompts, a card.
 
-    weights   the model's state, if it lies elsewhere than in the model (sharded engines)
+    weights   the model's parameters, one name for each, if they lie elsewhere than in the model (sharded engines)
     prompts   by role: `encode_query` applies "query", `encode_document` "document"
     """
     from sentence_transformers import __version__ as sentence_transformers_version
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, state_dict=dict(weights) if weights is not None else None)
+    state = None
+    if weights is not None:  # every name of a tied tensor, because transformers keeps the one that it knows
+        state = {name: tensor for names in _aliases(model).values() for tensor in [weights[names[0]]] for name in names}
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.model_max_length = max_length
     tokenizer.save_pretrained(folder)
     width = model.config.hidden_size
