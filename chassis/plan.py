@@ -8,14 +8,17 @@ the attention matrix, which fused attention does not keep).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from chassis.errors import ConfigError
+from chassis.errors import ConfigError, LodestarError
 from chassis.schema import Batch, BatchPlan, Engine, Model, Schedule
 from chassis.sources import count_rows, find_sources
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,39 @@ class EncoderShape:
         return (self.vocabulary + self.positions + 4) * self.width + self.layers * self.layer_parameters
 
 
-def encoder_shape(model: Model) -> EncoderShape:
-    """Read the shape from the encoder's folder, or from the hub's cache on this machine."""
+BERT_BASE = EncoderShape(layers=12, width=768, feed_forward=3072, vocabulary=30522, positions=512)
+
+
+@dataclass
+class Missing:
+    """What a plan did not find; a run would refuse to start, a plan goes on without it."""
+
+    lines: list[str]
+
+    def instead(self, value: Found, look: Callable[[], Found], note: str) -> Found:
+        """What `look` finds, or `value` and a line that says so."""
+        try:
+            return look()
+        except LodestarError as error:
+            self.lines.append(f"{error}; {note}")
+            return value
+
+
+def encoder_shape(model: Model, missing: Missing) -> EncoderShape:
+    """The shape in the encoder's folder, or in the hub's cache on this machine, or else BERT-base's."""
+    return missing.instead(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
+
+
+def _shape_in(model: Model) -> EncoderShape:
     path = Path(model.encoder) / "config.json"
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        cached = try_to_load_from_cache(model.encoder, "config.json") if not Path(model.encoder).exists() else None
+        cached = None
+        if not Path(model.encoder).exists():
+            with suppress(HFValidationError):  # a path, not a name
+                cached = try_to_load_from_cache(model.encoder, "config.json")
         if not isinstance(cached, str):
             raise ConfigError(
                 f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
@@ -110,9 +139,11 @@ def memory(
     )
 
 
-def rows_and_steps(train: Sequence[str], schedule: Schedule, global_size: int) -> tuple[int | None, int | None]:
+def rows_and_steps(
+    train: Sequence[str], schedule: Schedule, global_size: int, missing: Missing
+) -> tuple[int | None, int | None]:
     """(rows, steps), as far as they can be known without reading more than lines."""
-    rows = count_rows(find_sources(train))
+    rows = missing.instead(None, lambda: count_rows(find_sources(train)), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, global_size) if rows is not None else None)
     return rows, steps
 
@@ -125,6 +156,7 @@ def describe(
     rows: int | None,
     steps: int | None,
     memory: Memory,
+    missing: Missing,
     **more: Any,
 ) -> dict[str, Any]:
     """The plan as one object, ready for JSON."""
@@ -143,6 +175,7 @@ def describe(
         **more,
         "peak_memory_bytes": memory.total,
         "memory": asdict(memory),
+        "missing": missing.lines,
     }
 
 
@@ -153,6 +186,9 @@ def in_words(plan: Mapping[str, Any]) -> str:
         if key == "rows_per_rank":
             sizes = sorted(set(value), reverse=True)
             value = " + ".join(f"{value.count(size)} x {size:,}" for size in sizes)
+        elif key == "missing":
+            lines += [f"{'missing':<22} {line}" for line in value]
+            continue
         elif key == "memory":
             value = ", ".join(f"{name} {part / 2**30:.2f}" for name, part in value.items() if part) + " GiB"
         elif key.endswith("_bytes"):

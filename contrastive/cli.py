@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chassis import cli
-from chassis.plan import describe, encoder_shape, memory, rows_and_steps
+from chassis.plan import Missing, describe, encoder_shape, memory, rows_and_steps
 from chassis.runtime import Placement
 from chassis.schema import BatchPlan
 from contrastive.config import TILE_BYTES, FinetuneRecipe
@@ -18,13 +18,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
     """What `--plan` prints."""
+    missing = Missing([])
     data, batch = recipe.data, recipe.batch
-    rows, steps = rows_and_steps([each.path for each in data.sets], recipe.schedule, batch.global_size)
+    rows, steps = rows_and_steps([each.path for each in data.sets], recipe.schedule, batch.global_size, missing)
     share = BatchPlan(batch.global_size, world_size, batch.micro_size)
     largest = max(share.rows_per_rank)
     passages_per_query = 1 + data.negatives_per_query
     seen = batch.global_size if recipe.loss.share_negatives else largest
-    shape = encoder_shape(recipe.model)
+    shape = encoder_shape(recipe.model, missing)
     query, passage = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
     row_tokens = query + passages_per_query * passage
     texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
@@ -36,6 +37,7 @@ def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
         steps=steps,
         negatives_per_query=seen * passages_per_query - 1,
         tokens_at_most=None if steps is None else steps * batch.global_size * row_tokens,
+        missing=missing,
         memory=memory(
             shape,
             engine=recipe.engine,

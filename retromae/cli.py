@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from chassis import cli
-from chassis.plan import describe, encoder_shape, memory, rows_and_steps
+from chassis.plan import Missing, describe, encoder_shape, memory, rows_and_steps
 from chassis.runtime import Placement
 from chassis.schema import BatchPlan
 from retromae.config import PretrainRecipe
@@ -18,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(recipe: PretrainRecipe, world_size: int) -> dict[str, Any]:
     """What `--plan` prints."""
-    rows, steps = rows_and_steps(recipe.data.train, recipe.schedule, recipe.batch.global_size)
+    missing = Missing([])
+    rows, steps = rows_and_steps(recipe.data.train, recipe.schedule, recipe.batch.global_size, missing)
     share = BatchPlan(recipe.batch.global_size, world_size, recipe.batch.micro_size)
     texts = -(-max(share.rows_per_rank) // share.passes)
     return describe(
@@ -29,8 +30,9 @@ def plan(recipe: PretrainRecipe, world_size: int) -> dict[str, Any]:
         steps=steps,
         tokens_at_most=None if steps is None else steps * recipe.batch.global_size * recipe.model.max_length,
         negatives_per_query=0,
+        missing=missing,
         memory=memory(
-            encoder_shape(recipe.model),
+            encoder_shape(recipe.model, missing),
             engine=recipe.engine,
             world_size=world_size,
             precision=recipe.precision,

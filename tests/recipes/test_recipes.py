@@ -1,0 +1,99 @@
+"""Every recipe loads and plans, and every command of the README is one that its door understands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contrastive import cli as finetune
+from contrastive import search
+from retromae import cli as pretrain
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+DOORS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def devices(recipe: Path) -> int:
+    """The number in a recipe's name."""
+    found = re.match(r"(\d+)gpu", recipe.stem)
+    return int(found[1]) if found else 2
+
+
+def planned(door: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert door([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_recipe_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for size in (1, devices(recipe), 1000):
+        plan = planned(DOORS[recipe.parent.name], ["--config", str(recipe), "--plan", str(size)], capsys)
+        assert plan["world_size"] == size
+        assert sum(plan["rows_per_rank"]) == plan["global_size"] and len(plan["rows_per_rank"]) == size
+        assert plan["peak_memory_bytes"] == sum(plan["memory"].values()) > 0
+
+
+def test_the_recipe_of_48_devices_has_65535_negatives_per_query(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs/finetune/48gpu.yaml")
+    for size in ("1", "8", "48"):
+        assert planned(finetune.main, ["--config", recipe, "--plan", size], capsys)["negatives_per_query"] == 65_535
+    rows = planned(finetune.main, ["--config", recipe, "--plan", "48"], capsys)["rows_per_rank"]
+    assert (rows.count(683), rows.count(682)) == (32, 16)
+
+
+def test_the_recipe_of_24_devices_has_30_texts_on_each(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(pretrain.main, ["--config", str(ROOT / "configs/pretrain/24gpu.yaml"), "--plan", "24"], capsys)
+    assert plan["rows_per_rank"] == [30] * 24 and plan["chunks_per_rank"] == 1
+
+
+def test_a_plan_takes_under_three_seconds_and_no_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "launch/finetune.py", "--config", "configs/finetune/48gpu.yaml"]
+    found = subprocess.run([*command, "--plan", "48"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert found.returncode == 0 and "65,535" in found.stdout
+    assert not any(line.endswith(" torch") for line in found.stderr.splitlines())
+
+
+def commands() -> list[tuple[Path, str]]:
+    """The lines of the documents' fenced blocks, with continued ones joined."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(make|python|deepspeed|torchrun|srun|sbatch)\b", line):
+                    found.append((document, line))
+    return found
+
+
+@pytest.mark.parametrize(("document", "line"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_command_of_the_documents_is_understood(
+    document: Path, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(words[1:]) <= set(targets)
+        return
+    if words[0] == "sbatch":
+        assert all((ROOT / word).is_file() for word in words[1:] if "=" not in word and not word.startswith("-"))
+        return
+    script = next(word for word in words if word.endswith(".py"))
+    assert (ROOT / script).is_file()
+    arguments = words[words.index(script) + 1 :]
+    if script == "launch/search.py":
+        search._parse(arguments)
+    elif Path(script).stem in DOORS:
+        planned(DOORS[Path(script).stem], [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
+
+
+def test_the_documents_hold_commands() -> None:
+    assert sum(document.name == "README.md" for document, _ in commands()) >= 6
