@@ -129,7 +129,8 @@ def _override(tree: _Tree, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{COMMAND_LINE}: {override}: not an override (write KEY=VALUE, as optim.lr=1e-5)")
     try:
-        node = _compose(text)
+        # Only what begins like one is read as a list, mapping or quoted text: an instruction may well end in ": ".
+        node = _compose(text) if text.startswith(("[", "{", '"', "'")) else yaml.ScalarNode("", text)
     except yaml.YAMLError:
         raise ConfigError(f"{COMMAND_LINE}: {key}: cannot read the value {text!r} (quote it)") from None
     *parents, last = key.split(".")
@@ -139,7 +140,7 @@ def _override(tree: _Tree, override: str) -> None:
         here = inner
         if not isinstance(inner, dict):
             raise ConfigError(f"{COMMAND_LINE}: {key}: {parent} is not a section")
-    here[last] = None if node is None else _value(node, COMMAND_LINE, key, {})
+    here[last] = _scalar(node) if isinstance(node, yaml.ScalarNode) else _value(node, COMMAND_LINE, key, {})
     tree.places = {at: place for at, place in tree.places.items() if not at.startswith(f"{key}.")}
     tree.places[key] = COMMAND_LINE
 
