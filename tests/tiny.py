@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import string
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
@@ -66,6 +67,7 @@ def texts(count: int, seed: int = 0, longest: int = 24) -> list[str]:
     ]
 
 
+@cache  # training breaks ties at random: two of a family would not be the same
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     """WordPiece for bert, SentencePiece-like unigrams for xlm-roberta, byte-level BPE for modernbert."""
     names = (
@@ -77,6 +79,7 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     trainer: Any
     if family == "bert":
         made = Tokenizer(models.WordPiece(unk_token=unk))
+        made.decoder = decoders.WordPiece()  # type: ignore[assignment]
         made.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
         trainer = trainers.WordPieceTrainer(
@@ -84,10 +87,12 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
         )
     elif family == "xlm-roberta":
         made = Tokenizer(models.Unigram())
+        made.decoder = decoders.Metaspace()  # type: ignore[assignment]
         made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
         trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=names, unk_token=unk, show_progress=False)
     else:
         made = Tokenizer(models.BPE())
+        made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(

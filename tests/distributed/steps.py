@@ -100,7 +100,11 @@ def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
     rebuilt = model._decode(out.hidden_states[-1][:, 0], batch.clean_BL, place, visible)
     labels = batch.clean_BL.masked_fill((place == 0) | (place >= batch.lengths_B[:, None] - 1), IGNORED)
     second = F.cross_entropy(model.encoder.cls(rebuilt).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
-    return _outcome(model, first + second)
+    third = torch.zeros((), dtype=torch.float64)
+    for logits, ids, words in zip(out.logits, batch.clean_BL, batch.words_BL, strict=True):
+        largest = logits[words >= 0].amax(0).log_softmax(0)
+        third = third - largest[ids[words >= 0].unique()].mean() / ROWS
+    return _outcome(model, first + second + made.loss.bag_of_words * third)
 
 
 def plain_finetune(folder: Path, *overrides: str) -> Outcome:
@@ -115,6 +119,10 @@ def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     q, d = vectors[:ROWS], vectors[ROWS:]
     scores = q @ d.T / made.loss.temperature
     loss = F.cross_entropy(scores, batch.start_Q)
+    for width in made.loss.matryoshka:
+        narrow_q, narrow_d = (F.normalize(x[:, :width], dim=1) for x in (q, d))
+        loss = loss + F.cross_entropy(narrow_q @ narrow_d.T / made.loss.temperature, batch.start_Q)
+    loss = loss / (1 + len(made.loss.matryoshka))
     if made.loss.distillation:
         groups = batch.teacher_QG.shape[1]
         student = torch.stack([scores[i, batch.start_Q[i] : batch.start_Q[i] + groups] for i in range(ROWS)])

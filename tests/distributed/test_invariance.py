@@ -14,10 +14,16 @@ ENGINES = {
     **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
 }
 OPTIONS = {
-    "pretrain": {"plain": (), "one chunk": ("batch.micro_size=19",), "free masks": ("mask.decoder_sets=0",)},
+    "pretrain": {
+        "plain": (),
+        "one chunk": ("batch.micro_size=19",),
+        "free masks": ("mask.decoder_sets=0",),
+        "words": ("loss.bag_of_words=0.1", "decoder.query=embedding"),
+    },
     "finetune": {
         "plain": (),
         "one pass": ("batch.micro_size=19",),
+        "matryoshka": ("loss.matryoshka=[4,8]",),
         "distilled": ("loss.distillation=0.5", "data.negatives_per_query=2"),
     },
 }

@@ -1,0 +1,153 @@
+"""Rows of both layouts, and what a step makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from chassis.data import Mixture, Order
+from chassis.errors import DataError
+from chassis.schema import BatchPlan
+from contrastive.collate import FEATURES, Collate, DataSet, StepBatch, Tokenise, check_row, content_hash
+from tests import tiny
+
+TOKENIZER = tiny.tokenizer("bert")
+
+
+def table(rows: list[dict[str, Any]], query: str = "", passage: str = "") -> datasets.Dataset:
+    kept = [check_row(f"f:{i}", row) for i, row in enumerate(rows, 1)]
+    columns = {name: [row[name] for row in kept if row] for name in kept[0] or {}}
+    return datasets.Dataset.from_dict(Tokenise(TOKENIZER, query, passage, 32, 32)(columns), features=FEATURES)
+
+
+def step(
+    rows: list[dict[str, Any]], *, negatives: int = 1, number: int = 0, rank: int = 0, size: int = 1, batch: int = 0
+) -> StepBatch:
+    batch = batch or len(rows)
+    chosen = DataSet(table(rows), Order(len(rows), batch, 5), True)
+    plan = BatchPlan(batch, size, 4)
+    return Collate([chosen], Mixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
+
+
+def texts(batch: StepBatch) -> list[str]:
+    """The texts of a step in their own order: queries, then passages."""
+    found = [
+        TOKENIZER.decode(ids[:length], skip_special_tokens=True)
+        for micro in batch.micro_batches
+        if micro.real
+        for ids, length in zip(micro.ids_BL, micro.lengths_B, strict=True)
+    ]
+    return [found[i] for i in batch.place_N.argsort().tolist()]
+
+
+def test_both_layouts_are_the_same_row() -> None:
+    columns = check_row("f:1", {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": None, "negative": "m"})
+    bge = check_row("f:1", {"query": "q", "pos": ["p"], "neg": ["n", "m"]})
+    assert columns == bge
+    assert check_row("f:1", {"query": "q", "pos": ["p"]}) == check_row("f:1", {"anchor": "q", "positive": "p"})
+    assert check_row("f:1", {"query": " ", "pos": ["p"]}) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"pos": ["p"]}, "f:3: query: must be a text, got NoneType"),
+        ({"query": "q", "pos": "p"}, "f:3: pos: must be a list of texts, got str"),
+        ({"query": "q", "pos": []}, "f:3: pos: must hold at least one text"),
+        ({"query": "q", "pos": [" "]}, "f:3: pos: must hold at least one text"),
+        ({"query": "q", "pos": ["p"], "neg": [1]}, "f:3: neg: must be a list of texts"),
+        ({"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, "f:3: pos_scores: 2 scores for 1 texts"),
+        ({"query": "q", "pos": ["p"], "pos_scores": ["1"]}, "f:3: pos_scores: must be numbers"),
+        ({"query": "q", "pos": ["p"], "type": "odd"}, "f:3: type: 'odd' is not known"),
+        ({"query": "q", "pos": ["p"], "prompt": 1}, "f:3: prompt: must be a text, got int"),
+    ],
+)
+def test_a_bad_row_is_named(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_row("f:3", row)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "query", "passage"),
+    [
+        ("normal", "search rows", "index graph"),
+        ("symmetric_class", "search rows", "index graph"),
+        ("symmetric_sts", "search rows", "search graph"),
+        ("symmetric_clustering", "search rows", "search graph"),
+    ],
+)
+def test_instructions_go_where_the_type_says(kind: str, query: str, passage: str) -> None:
+    rows = table([{"query": "rows", "pos": ["graph"], "type": kind}], query="search ", passage="index ")
+    assert TOKENIZER.decode(rows[0]["query_ids"], skip_special_tokens=True) == query
+    assert TOKENIZER.decode(rows[0]["pos_ids"][0], skip_special_tokens=True) == passage
+
+
+def test_a_rows_own_prompt_replaces_the_instruction() -> None:
+    for prompt, query in (("mask ", "mask rows"), ("", "rows"), (None, "search rows")):
+        rows = table([{"query": "rows", "pos": ["graph"], "prompt": prompt}], query="search ")
+        assert TOKENIZER.decode(rows[0]["query_ids"], skip_special_tokens=True) == query
+        assert rows[0]["query_hash"] == content_hash("rows")  # equal texts are known whatever stands before them
+
+
+ROWS = [
+    {"query": "rows", "pos": ["graph", "node"], "neg": ["edge", "mask", "token"]},
+    {"query": "tensor", "pos": ["matrix"], "neg": []},
+    {"query": "search", "pos": ["index"], "neg": ["loss"]},
+    {"query": "learn", "pos": ["train"], "neg": ["cache", "file"], "type": "only_1neg"},
+]
+
+
+def groups(batch: StepBatch) -> dict[str, list[str]]:
+    every = texts(batch)
+    passages = every[batch.rows :]
+    starts, counts = batch.start_Q.tolist(), batch.count_Q.tolist()
+    return {every[i]: passages[start : start + counts[i]] for i, start in enumerate(starts)}
+
+
+def test_each_query_gets_a_positive_and_as_many_negatives_as_there_are() -> None:
+    found = groups(step(ROWS, negatives=2))
+    assert found["rows"][0] in ("graph", "node") and set(found["rows"][1:]) < {"edge", "mask", "token"}
+    assert len(set(found["rows"][1:])) == 2
+    assert found["tensor"] == ["matrix"]
+    assert found["search"] == ["index", "loss", "loss"]  # repeated where too few
+    assert len(found["learn"]) == 2
+    assert all(len(own) == 1 for own in groups(step(ROWS, negatives=0)).values())
+
+
+def test_positives_and_negatives_are_drawn_anew_in_each_epoch_and_the_same_again() -> None:
+    drawn = [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
+    assert len(set(drawn)) > 2
+    assert drawn == [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_hold_parts_of_the_same_batch(size: int) -> None:
+    whole = groups(step(ROWS, negatives=2))
+    parts: dict[str, list[str]] = {}
+    for rank in range(size):
+        parts |= groups(step(ROWS, negatives=2, rank=rank, size=size))
+    assert parts == whole
+
+
+def test_a_rank_without_a_query_takes_part_with_a_text_that_does_not_count() -> None:
+    batch = step(ROWS, rank=0, size=5)
+    assert batch.rows == 0 and len(batch.place_N) == 0 and len(batch.passage_hash_P) == 0
+    assert len(batch.micro_batches) == 1 and not batch.micro_batches[0].real
+
+
+def test_teacher_scores_come_with_their_passages() -> None:
+    row = {"query": "rows", "pos": ["graph"], "neg": ["edge"], "pos_scores": [0.9], "neg_scores": [0.2]}
+    batch = step([row, ROWS[2]])
+    at = texts(batch)[: batch.rows].index("rows")
+    torch.testing.assert_close(batch.teacher_QG[at], torch.tensor([0.9, 0.2]))
+    assert batch.teacher_QG[1 - at].isnan().all()
+
+
+def test_cut_texts_are_counted() -> None:
+    long = " ".join(tiny.texts(3))
+    assert table([{"query": "rows", "pos": [long]}])["truncated"] == [True]
+    assert table([{"query": "rows", "pos": ["graph"]}])["truncated"] == [False]

@@ -1,0 +1,131 @@
+"""Texts to ids and words, and a step's masks, for each kind of tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from chassis.data import Order
+from chassis.errors import DataError
+from chassis.schema import BatchPlan
+from retromae.collate import Collate, StepBatch, Tokenise, check
+from retromae.masks import IGNORED, decoder_visibility
+from tests import tiny
+
+TEXTS = tiny.texts(60, seed=9)
+LONG = tiny.texts(60, seed=9, longest=90)  # in short texts a share of 0.3 rounds to a whole token
+
+
+def rows_of(family: str, texts: list[str], *, max_length: int = 512, split: bool = False) -> dict[str, list[Any]]:
+    return Tokenise(tiny.tokenizer(family), max_length=max_length, split=split)({"text": texts})
+
+
+class Held:
+    def __init__(self, columns: dict[str, list[Any]]) -> None:
+        self.columns = columns
+
+    def __call__(self, epochs: torch.Tensor, numbers: torch.Tensor) -> list[dict[str, Any]]:
+        return [{name: self.columns[name][i] for name in ("input_ids", "words")} for i in numbers.tolist()]
+
+
+def step(
+    family: str, rank: int = 0, size: int = 1, number: int = 0, micro_size: int = 60, texts: list[str] = TEXTS
+) -> StepBatch:
+    plan = BatchPlan(60, size, micro_size)
+    held = Held(rows_of(family, texts))
+    return Collate(held, Order(60, 60, 3), plan, rank, 3, tiny.tokenizer(family), 0.3)(number)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_ids_are_the_tokenizers_and_words_are_whole(family: str) -> None:
+    tokenizer = tiny.tokenizer(family)
+    columns = rows_of(family, TEXTS)
+    for text, ids, words in zip(TEXTS, columns["input_ids"], columns["words"], strict=True):
+        assert ids == tokenizer(text)["input_ids"]
+        assert words[0] == words[-1] == -1 and max(words) == len(text.split()) - 1
+        for word, wanted in enumerate(text.split()):
+            pieces = [i for i, w in zip(ids, words, strict=True) if w == word]
+            assert tokenizer.decode(pieces).strip() == wanted
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_shares_of_masked_tokens_are_those_of_the_recipe(family: str) -> None:
+    """Within 1 % over a corpus, whole words, special tokens never; for encoder and decoder."""
+    guessed = hidden = ordinary = inner = 0
+    for number in range(8):
+        (batch,) = step(family, number=number, texts=LONG).micro_batches
+        labelled = batch.labels_BL != IGNORED
+        assert not labelled[batch.words_BL < 0].any()
+        assert batch.labels_BL[labelled].equal(batch.clean_BL[labelled])
+        guessed, ordinary = guessed + int(labelled.sum()), ordinary + int((batch.words_BL >= 0).sum())
+        seen = decoder_visibility(batch.words_BL, batch.lengths_B, batch.keys_B, 0.5, 0)[:, 0]
+        for text, length in enumerate(batch.lengths_B.tolist()):
+            rows = torch.arange(1, length - 1)
+            others = ~seen[text, rows][:, rows] & ~torch.eye(len(rows), dtype=torch.bool)
+            hidden, inner = hidden + int(others.sum()), inner + len(rows) * (len(rows) - 1)
+            for word in batch.words_BL[text][batch.words_BL[text] >= 0].unique():
+                of_word = labelled[text][batch.words_BL[text] == word]
+                assert of_word.all() or not of_word.any()
+    assert abs(guessed / ordinary - 0.3) < 0.01
+    assert abs(hidden / inner - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_text_has_the_same_masks_on_any_rank_in_any_micro_batch(size: int) -> None:
+    def texts(batch: StepBatch) -> set[tuple[Any, ...]]:
+        found = set()
+        for micro in batch.micro_batches:
+            for masked, clean, length, key in zip(
+                micro.masked_BL, micro.clean_BL, micro.lengths_B, micro.keys_B, strict=True
+            ):
+                found.add((tuple(masked[:length].tolist()), tuple(clean[:length].tolist()), int(key)))
+        return found
+
+    whole = step("bert")
+    parts = [step("bert", rank, size, micro_size=4) for rank in range(size)]
+    assert set().union(*map(texts, parts)) == texts(whole)
+    assert len({len(part.micro_batches) for part in parts}) == 1
+    for name in ("rows", "tokens", "encoder_labels", "decoder_labels"):
+        assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
+    assert sum(part.padded_tokens for part in parts) < whole.padded_tokens  # sorted by length: less padding
+
+
+def test_another_step_draws_other_masks() -> None:
+    first, second = (step("bert", number=number).micro_batches[0].keys_B.sort().values for number in (0, 1))
+    assert not first.equal(second)
+
+
+def test_a_rank_without_a_text_takes_part_with_one_that_does_not_count() -> None:
+    plan = BatchPlan(2, 3, 4)
+    collate = Collate(Held(rows_of("bert", TEXTS)), Order(60, 2, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3)
+    assert len(plan.rows(0)) == 0
+    batch = collate(0)
+    assert (batch.rows, batch.tokens, batch.encoder_labels, batch.decoder_labels) == (0, 0, 0, 0)
+    (micro,) = batch.micro_batches
+    assert not micro.counted_B.any() and (micro.labels_BL == IGNORED).all()
+
+
+def test_long_texts_are_cut_and_counted_or_split_without_loss() -> None:
+    text = " ".join(TEXTS[:5])
+    whole = rows_of("bert", [text], max_length=512)["input_ids"][0]
+    cut = rows_of("bert", [text], max_length=16)
+    assert cut["input_ids"] == [[*whole[:15], whole[-1]]] and cut["truncated"] == [True]
+    parts = rows_of("bert", [text], max_length=16, split=True)
+    assert [token for ids in parts["input_ids"] for token in ids[1:-1]] == whole[1:-1]
+    assert all(len(ids) <= 16 for ids in parts["input_ids"]) and not any(parts["truncated"])
+    assert all(min(w for w in words if w >= 0) == 0 for words in parts["words"])
+
+
+def test_a_special_token_spelt_out_in_a_text_is_no_word() -> None:
+    columns = rows_of("bert", ["shuffle [MASK] rows"])
+    at = columns["input_ids"][0].index(tiny.tokenizer("bert").mask_token_id)
+    assert columns["words"][0][at] == -1
+
+
+def test_a_row_without_a_text_is_named_and_an_empty_one_dropped() -> None:
+    accept = check("text")
+    assert accept("f:1", {"text": " a "}) == {"text": " a "} and accept("f:1", {"text": " "}) is None
+    with pytest.raises(DataError, match=r"f:2: text: must be a text, got NoneType \(set data\.field; here: body\)"):
+        accept("f:2", {"body": "a"})
