@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install test lint types check demo demo-ablation clean
+.PHONY: help install test lint types check bench demo demo-ablation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ demo: install ## train a search engine over the installed Python libraries
 
 demo-ablation: install ## the demo, and stage 2 without stage 1
 	$(VENV)/bin/python examples/demo.py --ablation
+
+bench: install ## measure loss, head, masks and gather
+	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
 
 clean: ## delete .venv and the demo's runs
 	rm -rf $(VENV) runs build *.egg-info
