@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,7 +224,7 @@ class _Steps(TorchDataset[Any]):
 
 def step_batches(
     collate: Callable[[int], StepBatch], *, start: int, total: int, workers: int, pin: bool
-) -> Iterator[StepBatch]:
+) -> Generator[StepBatch]:
     """`collate(step)` for each step from `start` on, prepared ahead by `workers` processes (0: in this one)."""
     loader = DataLoader(
         _Steps(collate),
@@ -235,7 +235,7 @@ def step_batches(
         pin_memory=pin,
         worker_init_fn=_one_thread,
     )
-    return iter(loader)
+    yield from loader  # closing this generator ends the workers
 
 
 def _one_thread(worker: int) -> None:

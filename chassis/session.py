@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +76,7 @@ class Prepared:
     export: Callable[[Mapping[str, torch.Tensor], Path, Mapping[str, Any]], None]
     """(weights by name, folder, facts of the run) -> the folder holds the result."""
     evaluate: Callable[[Engine], dict[str, Any]] | None = None
-    stream: Callable[[int], Iterator[Any]] | None = None
+    stream: Callable[[int], Generator[Any]] | None = None
     """first step -> batches"""
     facts: dict[str, Any] = field(default_factory=dict)
     """What became of the data; goes to summary.json."""
@@ -149,11 +149,12 @@ class _Session:
         hooks.insert(-1, StopHook(self.runtime.world_size))
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
+        batches = self._batches(prepared, progress)
         try:
             fit(
                 prepared.stage,
                 engine,
-                self._batches(prepared, progress),
+                batches,
                 progress=progress,
                 lr_factor_at=lambda step: lr_factor(
                     step, total=progress.total_steps, warmup=warmup, floor=floor, shape=shape
@@ -163,12 +164,13 @@ class _Session:
             if progress.stop is None:
                 self._finish(prepared, engine, progress)
         finally:
+            batches.close()
             tracker.close()
         if main:
             self._summarise(prepared, progress)
         barrier()
 
-    def _batches(self, prepared: Prepared, progress: Progress) -> Iterator[Any]:
+    def _batches(self, prepared: Prepared, progress: Progress) -> Generator[Any]:
         if prepared.stream is not None:
             return prepared.stream(progress.step)
         assert prepared.collate is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
         rows, total, facts, identity = None, recipe.schedule.steps, {}, {}
         collate = None
 
-        def stream(start: int) -> Iterator[StepBatch]:
+        def stream(start: int) -> Generator[StepBatch]:
             texts = FromStream(stream_rows(sources), check(data.field), tokenise, recipe.batch.global_size, seed)
             return texts.batches(
                 collate_over(texts, InOrder(recipe.batch.global_size)), start, recipe.schedule.steps or 0

@@ -5,7 +5,7 @@ What a step holds is still a function of (seed, step) and of the source: going o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -39,7 +39,7 @@ class FromStream:
     def __call__(self, epochs: Tensor, numbers: Tensor) -> list[Mapping[str, Any]]:
         return [self._rows[number % self._size] for number in numbers.tolist()]
 
-    def batches(self, collate: Collate, start: int, total: int) -> Iterator[StepBatch]:
+    def batches(self, collate: Collate, start: int, total: int) -> Generator[StepBatch]:
         """The batches from step `start` on; the source begins anew where it ends."""
         rows = islice(self._endless(), (start // WINDOW) * self._size, None)
         for window in range(start // WINDOW, -(-total // WINDOW)):

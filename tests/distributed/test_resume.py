@@ -36,10 +36,16 @@ def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, 
     return session.run(prepare)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, tmp_path: Path) -> None:
+CASES = [
+    (stage, engine, "adamw") for stage in ("pretrain", "finetune") for engine in ("ddp", "zero1", "zero2", "zero3")
+]
+CASES += [("pretrain", engine, "muon") for engine in ("ddp", "zero1", "zero2")]
+
+
+@pytest.mark.parametrize(("stage", "engine", "optimizer"), CASES, ids=str)
+def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, optimizer: str, tmp_path: Path) -> None:
     kind = ("engine.kind=ddp",) if engine == "ddp" else ("engine.kind=deepspeed", f"engine.zero_stage={engine[-1]}")
+    kind += ("optim.name=muon",) if optimizer == "muon" else ()  # the recipe does not clip
     tiny.encoder(tmp_path / "bert", "bert", dropout=0.1)
     steps.recipe(stage, tmp_path)
     common = (*kind, f"schedule.steps={TOTAL}", "track.log_every=1")
