@@ -59,23 +59,29 @@ def prepared(made: Any, rank: int, size: int) -> tuple[Prepared, Runtime]:
 
 
 def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Outcome:
-    """A real step by `size` ranks. AdamW's first moment after it is (1 - beta) times the gradient, under any engine."""
+    return one_step(rank, size, recipe(stage, folder, *overrides))[0]
+
+
+def one_step(rank: int, size: int, made: Any) -> tuple[Outcome, dict[str, float]]:
+    """A real step by `size` ranks, and the scalars of the global batch.
+
+    AdamW's first moment after it is (1 - beta) times the gradient, under any engine.
+    """
     from chassis.collectives import sum_over_ranks
 
-    made = recipe(stage, folder, *overrides)
     ready, runtime = prepared(made, rank, size)
     engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
     engine.module.train()
     assert ready.collate is not None
     shares = ready.stage.backward(ready.collate(0), engine, 0)
-    loss = sum_over_ranks(shares["loss"].detach().double())
+    scalars = {name: float(sum_over_ranks(share.detach().double())) for name, share in shares.items()}
     engine.step(1.0)
     gradient = {
-        name.removesuffix(":exp_avg"): value.double() / (1 - BETA)
+        name.removesuffix(":exp_avg"): value.double() / (1 - made.optim.betas[0])
         for name, value in engine.optimizer_state().items()
         if name.endswith(":exp_avg")
     }
-    return float(loss), gradient
+    return (scalars["loss"], gradient), scalars
 
 
 def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> list[Outcome]:

@@ -1,0 +1,119 @@
+"""The shipped recipes at their full size, on as many real processes as they name, against one process.
+
+    PYTHONPATH=. python benchmarks/prove_scale.py finetune --ranks 48
+    PYTHONPATH=. python benchmarks/prove_scale.py pretrain --ranks 24
+
+One optimizer step of the recipe, on a tiny encoder and texts of a few tokens, so that 48 processes fit two cores: the
+loss and the whole gradient must agree with those of one process within 1e-6. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from chassis import config
+from chassis.schema import BatchPlan
+from chassis.testing import run_world
+from contrastive.config import FinetuneRecipe
+from retromae.config import PretrainRecipe
+from tests import tiny
+from tests.distributed import steps
+
+RECIPES: dict[str, tuple[Any, str]] = {
+    "pretrain": (PretrainRecipe, "configs/pretrain/24gpu.yaml"),
+    "finetune": (FinetuneRecipe, "configs/finetune/48gpu.yaml"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=RECIPES)
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--engine", choices=["ddp", "deepspeed"], default="deepspeed")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overrides = [*_prepare(folder, options.stage), f"engine.kind={options.engine}"]
+        alone, seconds_alone, _ = _run(1, options.stage, overrides)
+        together, seconds, mib = _run(options.ranks, options.stage, overrides)
+    error = max(steps.distance(outcome["outcome"], alone[0]["outcome"]) for outcome in together)
+    found = {
+        "stage": options.stage,
+        "engine": options.engine,
+        "ranks": options.ranks,
+        "rows_per_rank": sorted({outcome["rows"] for outcome in together}, reverse=True),
+        "rows": sum(outcome["rows"] for outcome in together),
+        "negatives_per_query": together[0]["negatives_per_query"],
+        "hidden_pairs": together[0]["hidden_pairs"],
+        "loss": together[0]["outcome"][0],
+        "loss_alone": alone[0]["outcome"][0],
+        "relative_error": error,
+        "seconds": round(seconds, 1),
+        "seconds_alone": round(seconds_alone, 1),
+        "memory_mib_per_rank": round(mib),
+    }
+    print(json.dumps(found))
+    return 0 if error < 1e-6 else 1
+
+
+def _prepare(folder: Path, stage: str) -> list[str]:
+    """A tiny encoder and enough texts for one step; the overrides that put them into the recipe."""
+    tiny.encoder(folder / "encoder", "bert", layers=1, width=32, std=0.3)
+    chance = random.Random(5)
+
+    def text() -> str:
+        return " ".join(chance.choice(tiny.WORDS) for _ in range(chance.randint(1, 3)))
+
+    if stage == "pretrain":
+        rows: list[dict[str, Any]] = [{"text": text()} for _ in range(720)]
+    else:
+        # numbered, so that no text is another's: every other passage is a negative
+        rows = [{"query": f"{text()} q {i}", "pos": [f"{text()} p {i}"], "neg": [f"n {i}"]} for i in range(32_768)]
+    tiny.write_jsonl(folder / "rows.jsonl", rows)
+    return [
+        f"model.encoder={folder}/encoder",
+        "model.max_length=16",
+        f"data.train=[{folder}/rows.jsonl]",
+        f"data.cache_dir={folder}/cache",
+        "data.processes=1",
+        "data.workers=0",
+        f"run.output_dir={folder}/run",
+        "precision=fp32",  # the recipe's bf16 rounds in another order on another number of rows
+        "optim.clip_norm=0",  # the gradient is read from the optimizer's state
+        "track.to=[]",
+    ] + (["data.query_max_length=16", "data.passage_max_length=16"] if stage == "finetune" else [])
+
+
+def _run(ranks: int, stage: str, overrides: list[str]) -> tuple[list[dict[str, Any]], float, float]:
+    start = time.perf_counter()
+    outcomes = run_world(_step, ranks, stage, overrides)
+    return outcomes, time.perf_counter() - start, max(outcome["mib"] for outcome in outcomes)
+
+
+def _step(rank: int, size: int, stage: str, overrides: list[str]) -> dict[str, Any]:
+    schema, path = RECIPES[stage]
+    made = config.load(schema, path, overrides)
+    outcome, scalars = steps.one_step(rank, size, made)
+    return {
+        "outcome": outcome,
+        "rows": len(BatchPlan(made.batch.global_size, size, made.batch.micro_size).rows(rank)),
+        "negatives_per_query": scalars.get("negatives_per_query", 0.0),
+        "hidden_pairs": scalars.get("hidden_pairs", 0.0),
+        "mib": _own_mib(),
+    }
+
+
+def _own_mib() -> float:
+    """Memory of this process, pages that it shares with others counted in part."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
