@@ -1,0 +1,64 @@
+"""What only a GPU can show; skips itself elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chassis.engine import build
+from chassis.runtime import Placement, Runtime, joined
+from contrastive.loss import Identity, contrastive_share
+from retromae.masks import decoder_visibility
+from tests.distributed import steps
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def step_on(device: str, stage: str, folder: Path, *overrides: str) -> steps.Outcome:
+    made = steps.recipe(stage, folder, *overrides)
+    ready, _ = steps.prepared(made, 0, 1)
+    runtime = Runtime(0, 1, 0, torch.device(device))
+    stage_on_device: Any = ready.stage
+    stage_on_device._device = runtime.device
+    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
+    assert ready.collate is not None
+    shares = ready.stage.backward(ready.collate(0), engine, 0)
+    assert not float(engine.step(1.0).skipped)
+    state = engine.optimizer_state()
+    gradient = {n: v.double() / (1 - steps.BETA) for n, v in state.items() if n.endswith(":exp_avg")}
+    return float(shares["loss"]), gradient
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.1), ("fp16", 0.03)])
+def test_a_step_on_a_gpu_is_that_of_a_cpu(stage: str, precision: str, tolerance: float, tmp_path: Path) -> None:
+    with joined(Placement(0, 1, 0)):
+        on_cpu = step_on("cpu", stage, tmp_path, "precision=fp32")
+        on_gpu = step_on("cuda", stage, tmp_path, f"precision={precision}")
+    assert steps.distance(on_gpu, on_cpu) < tolerance
+
+
+def test_masks_are_the_same_to_the_bit_on_both_devices() -> None:
+    words = torch.arange(64).repeat(5, 1) // 3
+    words[:, 0] = -1
+    lengths, keys = torch.full((5,), 64), torch.arange(5) * 7919
+    on_cpu = decoder_visibility(words, lengths, keys, 0.5, 16)
+    assert decoder_visibility(words.cuda(), lengths.cuda(), keys.cuda(), 0.5, 16).cpu().equal(on_cpu)
+
+
+def test_the_loss_holds_no_more_than_a_tile_of_scores() -> None:
+    queries, passages, width = 8192, 16384, 256
+    q, d = (torch.nn.functional.normalize(torch.randn(n, width, device="cuda"), dim=1) for n in (queries, passages))
+    place = torch.arange(queries, device="cuda")
+    hashes = torch.arange(passages, device="cuda")
+    alone = torch.zeros(queries, dtype=torch.bool, device="cuda")
+    identity = Identity(-1 - place, hashes, hashes + passages, alone, place, place + 1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    q.requires_grad_(), d.requires_grad_()
+    contrastive_share(q, d, place, identity, temperature=0.01, weight=1 / queries).value.backward()
+    grown = torch.cuda.max_memory_allocated() - before
+    assert grown < 8 * (64 << 20)  # the whole matrix would take 512 MiB, and its gradient as much
