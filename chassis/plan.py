@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from chassis.errors import ConfigError, LodestarError
-from chassis.schema import Batch, BatchPlan, Engine, Model, Schedule
+from chassis.schema import Batch, BatchPlan, Engine, Model, Run, Schedule
 from chassis.sources import count_rows, find_sources
 
 Found = TypeVar("Found")
@@ -148,8 +148,19 @@ def rows_and_steps(
     return rows, steps
 
 
+def state_of(output_dir: str) -> str:
+    """new | unfinished | stopped (when asked; the same command goes on) | finished, by what lies in the run folder."""
+    folder = Path(output_dir)
+    summary = folder / "summary.json"
+    found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    if found.get("finished") or found.get("stopped_by"):
+        return "finished" if found.get("finished") else "stopped"
+    return "unfinished" if found or (folder / "checkpoints").is_dir() else "new"
+
+
 def describe(
     *,
+    run: Run,
     batch: Batch,
     schedule: Schedule,
     world_size: int,
@@ -163,6 +174,8 @@ def describe(
     plan = BatchPlan(batch.global_size, world_size, batch.micro_size)
     shares = plan.rows_per_rank
     return {
+        "output_dir": run.output_dir,
+        "state": state_of(run.output_dir),
         "world_size": world_size,
         "global_size": batch.global_size,
         "micro_size": batch.micro_size,

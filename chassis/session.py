@@ -139,6 +139,8 @@ class _Session:
 
     def _train(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
         recipe, main = self.recipe, self.runtime.is_main
+        if main and (earlier := self._earlier_summary()):
+            self._write("summary.json", {**earlier, "stopped_by": None})  # it runs again; a kill leaves it so
         tracker = self._tracker(progress)
         console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
         hooks: list[Hook] = [self._log_hook(prepared, tracker, console)]
@@ -215,11 +217,11 @@ class _Session:
         return Resumed(weights, tensors["optimizer"], updates, values.get("engine", {}))
 
     def _is_finished(self, progress: Progress) -> bool:
-        summary = self.folder / "summary.json"
-        finished = (
-            summary.is_file() and json.loads(summary.read_text()).get("finished") and (self.folder / "model").is_dir()
-        )
-        return bool(from_main(finished))
+        return bool(from_main(self._earlier_summary().get("finished") and (self.folder / "model").is_dir()))
+
+    def _earlier_summary(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def _tracker(self, progress: Progress) -> Tracker:
         if not self.runtime.is_main:
@@ -282,7 +284,7 @@ class _Session:
         barrier()
 
     def _summarise(self, prepared: Prepared, progress: Progress) -> None:
-        earlier = json.loads(path.read_text()) if (path := self.folder / "summary.json").is_file() else {}
+        earlier = self._earlier_summary()
         went_on = earlier.get("steps", 0) < progress.step
         self._write(
             "summary.json",

@@ -30,6 +30,7 @@ def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
     row_tokens = query + passages_per_query * passage
     texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
     return describe(
+        run=recipe.run,
         batch=batch,
         schedule=recipe.schedule,
         world_size=world_size,

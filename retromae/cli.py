@@ -23,6 +23,7 @@ def plan(recipe: PretrainRecipe, world_size: int) -> dict[str, Any]:
     share = BatchPlan(recipe.batch.global_size, world_size, recipe.batch.micro_size)
     texts = -(-max(share.rows_per_rank) // share.passes)
     return describe(
+        run=recipe.run,
         batch=recipe.batch,
         schedule=recipe.schedule,
         world_size=world_size,
