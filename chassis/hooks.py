@@ -179,9 +179,21 @@ class StopHook(_Quiet):
         self._asked: str | None = None
         self._before: dict[int, Any] = {}
 
+    def __enter__(self) -> StopHook:
+        """Listens for SIGUSR1 from here on, so that one that comes early counts; the others end preparation at once."""
+        self._listen(signal.SIGUSR1)
+        return self
+
     def before(self, progress: Progress) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        self._listen(signal.SIGTERM, signal.SIGINT)
+
+    def _listen(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
             self._before[number] = signal.signal(number, self._ask)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self._asked is not None and number == signal.SIGINT:
@@ -196,10 +208,6 @@ class StopHook(_Quiet):
                 return
             asked = next(name for name in gather_objects(asked) if name is not None)
         progress.stop = asked
-
-    def after(self, progress: Progress) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class Clock:

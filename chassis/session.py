@@ -108,6 +108,10 @@ class _Session:
         self.clock = Clock()
 
     def run(self, prepare: Callable[[Any, Runtime], Prepared]) -> int:
+        with StopHook(self.runtime.world_size) as stop:
+            return self._run(prepare, stop)
+
+    def _run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
         recipe, runtime = self.recipe, self.runtime
         with agreed():
             if runtime.is_main:
@@ -132,12 +136,12 @@ class _Session:
             with agreed():
                 engine.resume(resumed)
             self._say(f"goes on from step {progress.step} of {progress.total_steps}")
-        self._train(prepared, engine, progress)
+        self._train(prepared, engine, progress, stop)
         if progress.stop is not None:
             self._say(f"stopped by {progress.stop} at step {progress.step}; the same command goes on from here")
         return STOPPED if progress.stop is not None else 0
 
-    def _train(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
+    def _train(self, prepared: Prepared, engine: Engine, progress: Progress, stop: StopHook) -> None:
         recipe, main = self.recipe, self.runtime.is_main
         if main and (earlier := self._earlier_summary()):
             self._write("summary.json", {**earlier, "stopped_by": None})  # it runs again; a kill leaves it so
@@ -148,7 +152,7 @@ class _Session:
             hooks.append(self._evaluate_hook(prepared, engine, tracker, console))
         identity = dict(prepared.identity)
         hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
-        hooks.insert(-1, StopHook(self.runtime.world_size))
+        hooks.insert(-1, stop)
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
         batches = self._batches(prepared, progress)

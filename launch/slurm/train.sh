@@ -1,0 +1,42 @@
+# What both batch scripts do: one launcher on each node, a rendezvous on the first, and a requeue for a run that was
+# told to stop. Sourced with STAGE set; "$@" is the recipe and its overrides, which no shell ever evaluates.
+set -euo pipefail
+
+: "${1:?usage: sbatch launch/slurm/$STAGE.sbatch RECIPE [KEY=VALUE ...]}"
+cd "${LODESTAR_HOME:-$SLURM_SUBMIT_DIR}"
+
+# --- settings of the cluster: change them here -------------------------------------------------------------
+PYTHON=${PYTHON:-.venv/bin/python}               # the environment, on a disk that every node sees
+RANKS_PER_NODE=${RANKS_PER_NODE:-8}              # as many as there are GPUs
+MOST_REQUEUES=${MOST_REQUEUES:-20}               # after so many, a stopped run stays stopped
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}     # of each rank, on the CPU
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}       # nodes often have no way out: fetch models and data beforehand
+export WANDB_MODE=${WANDB_MODE:-offline}         # afterwards: wandb sync RUN_FOLDER/wandb/offline-*
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1         # a lost peer ends the others instead of hanging them
+# export NCCL_SOCKET_IFNAME=ib0                  # the network that NCCL shall use
+# export NCCL_DEBUG=INFO
+# -----------------------------------------------------------------------------------------------------------
+
+host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node "$host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+port=$((20000 + SLURM_JOB_ID % 20000))
+logs=runs/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+mkdir -p "$logs"
+
+# The signal before the time limit goes to every process of the step. The launcher would die of it and leave its ranks
+# behind, so it ignores it; the ranks save and stop.
+srun --kill-on-bad-exit=0 bash -c '
+    trap "" USR1
+    exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+        --nproc-per-node "$1" --master-addr "$2" --master-port "$3" --log-dir "$4/node-$SLURM_NODEID" --tee 3 \
+        "launch/$5.py" --config "${@:6}"
+' "$PYTHON" "$RANKS_PER_NODE" "${address:-$host}" "$port" "$logs" "$STAGE" "$@" || code=$?
+
+# What became of it stands in the run folder: launchers exit with 1 whatever their ranks return.
+state=$("$PYTHON" "launch/$STAGE.py" --config "$@" --plan 1 --json | "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["state"])')
+echo "run: $state"
+if [[ $state == stopped && ${SLURM_RESTART_COUNT:-0} -lt $MOST_REQUEUES ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+[[ $state == finished ]] || exit "${code:-1}"
