@@ -117,6 +117,8 @@ class DdpEngine:
         self._world_size = runtime.world_size
         self._wrapped: nn.Module = _Autocast(module, runtime.device, precision)
         if runtime.world_size > 1:
+            for said in ("find_unused_parameters=True was specified", "`broadcast_buffers` is deprecated"):
+                warnings.filterwarnings("ignore", message=said)
             self._wrapped = DistributedDataParallel(
                 self._wrapped,
                 device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
@@ -125,7 +127,6 @@ class DdpEngine:
                 # order than a resumed run does in its first: equal weights would differ in their last bit.
                 find_unused_parameters=True,
             )
-            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         self._clip_norm = optim.clip_norm
         parameter_groups = optims.groups(module, optim)
         plain = [group for group in parameter_groups if not group["use_muon"]]

@@ -21,6 +21,9 @@ from chassis.meter import Console, Meter
 from chassis.schema import Checkpoint
 from chassis.track import Tracker
 
+SHOWN = ("ndcg_at_10", "mrr_at_10", "recall_at_100")
+"""Metrics of an evaluation that the console tells; metrics.jsonl has them all."""
+
 
 class _Quiet:
     """A hook that does nothing; others say what they do."""
@@ -167,7 +170,7 @@ class EvaluateHook(_Quiet):
         self._last = progress.step
         progress.final |= {key: value for key, value in found.items() if key != "evaluation"}
         self._tracker.log({"step": progress.step, **found})
-        numbers = [f"{name} {value:.4f}" for name, value in found.items() if name != "evaluation"]
+        numbers = [f"{name} {found[name]:.4f}" for name in SHOWN if name in found]
         self._console.say(f"step {progress.step:,}: {found['evaluation']}: {', '.join(numbers)}")
 
 

@@ -132,7 +132,7 @@ def show(query: str, hits: Sequence[Hit]) -> None:
     console.print(Text(query, style="bold"))
     for rank, hit in enumerate(hits, 1):
         line = Text.assemble(f"{rank:>3}  {hit.score:.3f}  ", (hit.document.id, "cyan"), f"  {hit.document.title}")
-        console.print(line)
+        console.print(line, soft_wrap=True)
         snippet = " ".join(hit.document.text.split())
         cut = snippet if len(snippet) <= SNIPPET_CHARACTERS else snippet[:SNIPPET_CHARACTERS].rsplit(" ", 1)[0] + " ..."
         console.print(Padding(Text(cut, style="dim"), (0, 0, 0, 12)))

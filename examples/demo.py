@@ -165,7 +165,7 @@ def door(stage: str) -> list[str]:
 
 def beside_python(program: str) -> str:
     """This environment's program, also where the environment is not activated."""
-    return str(Path(sys.executable).with_name(program))
+    return os.path.relpath(Path(sys.executable).with_name(program))
 
 
 def call(command: Sequence[str], what: str, more: dict[str, str] | None = None) -> None:

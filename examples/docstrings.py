@@ -385,12 +385,10 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="also train a tokenizer and make a small encoder, in this folder")
     parser.add_argument("--processes", type=int, default=0, help="0: one for each core")
     options = parser.parse_args()
-    summary = build_data(
-        options.output, processes=options.processes, show=lambda it, n: tqdm(it, "reading", n, unit="batch")
-    )
+    build_data(options.output, processes=options.processes, show=lambda it, n: tqdm(it, "reading", n, unit="batch"))
     if options.encoder:
-        summary |= build_encoder(options.output, options.encoder)
-    print(json.dumps(summary, indent=2))
+        build_encoder(options.output, options.encoder)
+    print(f"{options.output}: what was found stands in summary.json")
 
 
 if __name__ == "__main__":
