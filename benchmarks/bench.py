@@ -24,9 +24,10 @@ from torch.nn import functional as F
 
 from chassis.collectives import gather_rows
 from chassis.testing import run_world
-from contrastive.loss import Identity, contrastive_share
+from contrastive.loss import contrastive_share
 from retromae.loss import summed_nll
 from retromae.masks import decoder_visibility, mask_tokens
+from tests.tiny import distinct_texts
 
 CHANCE = torch.Generator().manual_seed(0)
 
@@ -54,12 +55,10 @@ def head(labels: int = 2048, width: int = 256, vocabulary: int = 30_522) -> dict
 def loss(queries: int = 2048, passages: int = 16_384, width: int = 256) -> dict[str, Any]:
     q = F.normalize(torch.randn(queries, width, generator=CHANCE), dim=1).requires_grad_()
     d = F.normalize(torch.randn(passages, width, generator=CHANCE), dim=1).requires_grad_()
-    place = torch.arange(queries)
-    hashes = torch.arange(passages)
-    identity = Identity(-1 - place, hashes, hashes + passages, torch.zeros(queries, dtype=torch.bool), place, place + 1)
+    identity = distinct_texts(queries, passages)
     before = _peak_bytes()
     seconds = _seconds(
-        lambda: contrastive_share(q, d, place, identity, temperature=0.02, weight=1 / queries).value.backward()
+        lambda: contrastive_share(q, d, d[:queries], identity, temperature=0.02, weight=1 / queries).value.backward()
     )
     grown = _peak_bytes() - before
     with torch.no_grad():

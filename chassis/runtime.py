@@ -61,6 +61,14 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def memory_bytes(self) -> int:
+        """Of this rank's device; without a GPU, this rank's share of the machine's."""
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.world_size
+
 
 def choose_device(local_rank: int) -> torch.device:
     import torch

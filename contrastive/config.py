@@ -26,12 +26,23 @@ TILE_BYTES = 64 << 20
 """Memory of one tile of scores; the plan counts it, the loss keeps to it."""
 
 
+Weight = Annotated[float, Field(ge=0)]
+
+
 class Loss(Section):
     temperature: Positive = 0.01
     """Divides the cosine of query and passage; smaller is sharper."""
+    learn_temperature: bool = False
+    """Train it too, from the value above on; it is kept in checkpoints."""
     share_negatives: bool = True
     """Score against the passages of all ranks; false: of this rank alone, which depends on the number of ranks."""
-    distillation: Annotated[float, Field(ge=0)] = 0.0
+    passage_to_query: Weight = 0.0
+    """Weight of the same loss from each positive passage to its query, against all queries; 1: symmetric."""
+    query_to_query: Weight = 0.0
+    """Weight of the loss that scores each query's passage against the other queries."""
+    passage_to_passage: Weight = 0.0
+    """Weight of the loss that scores each passage's query against the other passages."""
+    distillation: Weight = 0.0
     """Weight of the KL divergence from the teacher's scores (pos_scores, neg_scores) over a row's own passages."""
     matryoshka: list[Count] = []
     """Widths besides the full one at which the loss is taken too; all count the same."""
@@ -74,6 +85,18 @@ class Data(Section):
         return (self.query_max_length if role == "query" else self.passage_max_length) or otherwise
 
 
+class FinetuneBatch(Batch):
+    keep_graph: Annotated[float, Field(ge=0)] = 0.0
+    """Micro-batches whose first pass is kept, and so not computed twice: below 1 as many as fit into this share of the
+    device's memory, from 1 on so many. Changes no result."""
+
+    @model_validator(mode="after")
+    def _share_or_number(self) -> FinetuneBatch:
+        if self.keep_graph > 1 and self.keep_graph % 1:
+            raise ValueError(f"keep_graph is a share below 1 or a whole number, got {self.keep_graph}")
+        return self
+
+
 class FinetuneEvaluate(Evaluate):
     keep_best: str | None = None
     """A metric, as ndcg_at_10: model/ becomes the best evaluated model, not the last."""
@@ -86,7 +109,7 @@ class FinetuneRecipe(Section):
     model: Model
     data: Data
     loss: Loss = Loss()
-    batch: Batch
+    batch: FinetuneBatch
     optim: Optim
     schedule: Schedule
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

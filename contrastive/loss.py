@@ -1,8 +1,9 @@
 """The losses of fine-tuning. Tensor arithmetic only: no ranks, no model, no logging.
 
 InfoNCE: van den Oord et al. 2018, "Representation learning with contrastive predictive coding", equation 4.
-Shape suffixes: B queries on this rank, M candidate passages (of all ranks), D embedding width, G passages of a query's
-own row, T queries of a tile, N any texts, R positions of queries that are treated alike.
+An anchor is drawn to its answer and away from candidates: a query to its passage, away from all passages.
+Shape suffixes: B anchors on this rank, M candidates (of all ranks), D embedding width, G passages of a query's own row,
+T anchors of a tile, N any texts, R positions of anchors that are treated alike.
 """
 
 from __future__ import annotations
@@ -41,131 +42,141 @@ def info_nce(
 
 @dataclass(frozen=True)
 class Identity:
-    """Which texts are the same, by content hash, so that no query is pushed away from its own answer. All int64."""
+    """Which texts are the same, by content hash, so that no text is pushed away from its own answer. All int64."""
 
-    query_B: Tensor
-    """Hash of each query's text."""
-    passage_M: Tensor
-    """Hash of each passage's text."""
+    anchor_B: Tensor
+    """Hash of each anchor's text."""
+    answer_B: Tensor
+    """Hash of the text that answers it."""
+    kin_B: Tensor
+    """A candidate of this owner answers, or asks, the same as the anchor."""
+    candidate_M: Tensor
+    """Hash of each candidate's text."""
     owner_M: Tensor
-    """Hash of the query that a passage answers, or -1 where it came as a negative."""
+    """Hash of the text that a candidate belongs to, as a passage to its query; -1 where it came as a negative."""
+    own_B: Tensor
+    """The candidate that is no negative in any case: the answer where it is one of them, or the anchor itself."""
     alone_B: Tensor
-    """Bool: this query sees only the passages of its own row."""
+    """Bool: this anchor sees only the candidates of its own row."""
     start_B: Tensor
-    """Where those begin among the M passages, ..."""
+    """Where those begin among the M candidates, ..."""
     end_B: Tensor
     """... and end; neither is looked at where alone_B is false."""
 
-    def hidden(self, positive_B: Tensor) -> Tensor:
-        """(B, M) bool: the pairs that are no negatives, as `info_nce` takes them."""
-        rows_B = torch.arange(len(positive_B), device=positive_B.device)
-        return self.equal(rows_B, positive_B) | self.outside(rows_B, positive_B)
+    def hidden(self) -> Tensor:
+        """(B, M) bool: the pairs that are no negatives, as `info_nce` takes them; false at `own_B`."""
+        rows_B = torch.arange(len(self.own_B), device=self.own_B.device)
+        return self.equal(rows_B) | self.outside(rows_B)
 
-    def equal(self, rows_R: Tensor, positive_R: Tensor) -> Tensor:
-        """(R, M) bool, false at the positives: the passage is the positive's text, or the query's, or answers one
-        like it."""
-        query_R1 = self.query_B[rows_R, None]
-        equal_RM = self.passage_M == self.passage_M[positive_R, None]
-        equal_RM |= self.passage_M == query_R1
-        equal_RM |= self.owner_M == query_R1
-        return equal_RM.scatter_(1, positive_R[:, None], False)
+    def equal(self, rows_R: Tensor) -> Tensor:
+        """(R, M) bool, false at `own_B`: the candidate is the answer's text, or the anchor's, or is of its kin."""
+        equal_RM = self.candidate_M == self.answer_B[rows_R, None]
+        equal_RM |= self.candidate_M == self.anchor_B[rows_R, None]
+        equal_RM |= self.owner_M == self.kin_B[rows_R, None]
+        return equal_RM.scatter_(1, self.own_B[rows_R, None], False)
 
-    def outside(self, rows_R: Tensor, positive_R: Tensor) -> Tensor:
-        """(R, M) bool, false at the positives: the query is alone, and the passage is not of its row."""
-        column_M = torch.arange(len(self.passage_M), device=self.passage_M.device)
+    def outside(self, rows_R: Tensor) -> Tensor:
+        """(R, M) bool, false at `own_B`: the anchor is alone, and the candidate is not of its row."""
+        column_M = torch.arange(len(self.candidate_M), device=self.candidate_M.device)
         outside_RM = column_M < self.start_B[rows_R, None]
         outside_RM |= column_M >= self.end_B[rows_R, None]
         outside_RM &= self.alone_B[rows_R, None]
-        return outside_RM.scatter_(1, positive_R[:, None], False)
+        return outside_RM.scatter_(1, self.own_B[rows_R, None], False)
 
-    def touched(self, positive_B: Tensor) -> Tensor:
-        """(B,) bool: whether `equal` holds anywhere in a query's row; by sorting, without looking at all pairs."""
-        touched_B = _elsewhere(self.passage_M, self.passage_M[positive_B], positive_B)
-        touched_B |= _elsewhere(self.passage_M, self.query_B, positive_B)
-        return touched_B | _elsewhere(self.owner_M, self.query_B, positive_B)
+    def touched(self) -> Tensor:
+        """(B,) bool: whether `equal` holds anywhere in an anchor's row; by sorting, without looking at all pairs."""
+        touched_B = _elsewhere(self.candidate_M, self.answer_B, self.own_B)
+        touched_B |= _elsewhere(self.candidate_M, self.anchor_B, self.own_B)
+        return touched_B | _elsewhere(self.owner_M, self.kin_B, self.own_B)
 
 
 class Share(NamedTuple):
     """What `contrastive_share` found; all scalar tensors, so that nothing waits for the device."""
 
     value: Tensor
-    """Weighted sum of nats over this rank's queries; differentiable."""
+    """Weighted sum of nats over this rank's anchors; differentiable."""
     hidden: Tensor
     """int64: pairs that are no negatives because their texts are equal."""
     negatives: Tensor
     """int64: pairs that are negatives."""
     correct: Tensor
-    """int64: queries whose positive scored above all their negatives."""
+    """int64: anchors whose answer scored above all their negatives."""
 
 
 def contrastive_share(
-    q_BD: Tensor,
+    a_BD: Tensor,
     d_MD: Tensor,
-    positive_B: Tensor,
+    answer_BD: Tensor,
     identity: Identity,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     weight: float | Tensor,
     tile_bytes: int = TILE_BYTES,
 ) -> Share:
-    """Sum over queries of weight * `info_nce`, at one tile of scores at a time.
+    """Sum over anchors of weight * -log p(answer), p = softmax over the answer and the negatives of a.d / temperature.
 
-    q_BD, d_MD   unit rows, any float dtype; all arithmetic in fp32 (fp64 stays fp64), whatever autocast says
-    positive_B   int64, the row of d_MD that answers each query
-    weight       of each query, () or (B,): 1 / global number of queries
+    a_BD         anchors: unit rows, any float dtype; all arithmetic in fp32 (fp64 stays fp64), whatever autocast says
+    d_MD         candidates: unit rows
+    answer_BD    what answers each anchor: unit rows, of the candidates or not
+    temperature  positive; a tensor gets a gradient
+    weight       of each anchor, () or (B,): 1 / global number of queries
     tile_bytes   the most that scores may take; changes rounding only
     raises       ValueError where shapes do not fit together
 
     The gradient is known as soon as a tile's scores are, so the forward takes it and the backward only scales it.
     """
-    if q_BD.shape[1] != d_MD.shape[1]:
-        raise ValueError(f"query and passage widths differ: {q_BD.shape[1]} != {d_MD.shape[1]}")
-    if not len(q_BD) == len(positive_B) == len(identity.query_B):
-        raise ValueError(f"{len(q_BD)} queries, {len(positive_B)} positives, {len(identity.query_B)} query hashes")
-    if not len(d_MD) == len(identity.passage_M) == len(identity.owner_M):
-        raise ValueError(f"{len(d_MD)} passages, {len(identity.passage_M)} hashes, {len(identity.owner_M)} owners")
-    q_BD, d_MD = _exact(q_BD, d_MD)
-    wants = torch.is_grad_enabled()
-    with torch.no_grad(), _no_autocast(q_BD):
-        run = _Sums(q_BD, d_MD, temperature, wants and q_BD.requires_grad, wants and d_MD.requires_grad)
-        weight_B = torch.as_tensor(weight, dtype=q_BD.dtype, device=q_BD.device).expand(len(q_BD))
-        rows = max(1, tile_bytes // max(1, len(d_MD) * q_BD.element_size()))
-        # Queries that need masks come in tiles of their own: only they pay for the comparisons.
-        touched_B, alone_B = identity.touched(positive_B), identity.alone_B
+    if not a_BD.shape[1] == d_MD.shape[1] == answer_BD.shape[1]:
+        widths = f"{a_BD.shape[1]}, {d_MD.shape[1]}, {answer_BD.shape[1]}"
+        raise ValueError(f"widths of anchors, candidates and answers differ: {widths}")
+    if not len(a_BD) == len(answer_BD) == len(identity.anchor_B):
+        raise ValueError(f"{len(a_BD)} anchors, {len(answer_BD)} answers, {len(identity.anchor_B)} anchor hashes")
+    if not len(d_MD) == len(identity.candidate_M) == len(identity.owner_M):
+        raise ValueError(f"{len(d_MD)} candidates, {len(identity.candidate_M)} hashes, {len(identity.owner_M)} owners")
+    a_BD, d_MD, answer_BD = _exact(a_BD, d_MD, answer_BD)
+    temperature = torch.as_tensor(temperature, dtype=a_BD.dtype, device=a_BD.device)
+    wants = torch.is_grad_enabled() and any(x.requires_grad for x in (a_BD, d_MD, answer_BD, temperature))
+    with torch.no_grad(), _no_autocast(a_BD):
+        run = _Sums(a_BD, d_MD, answer_BD, temperature, wants)
+        weight_B = torch.as_tensor(weight, dtype=a_BD.dtype, device=a_BD.device).expand(len(a_BD))
+        rows = max(1, tile_bytes // max(1, len(d_MD) * a_BD.element_size()))
+        # Anchors that need masks come in tiles of their own: only they pay for the comparisons.
+        touched_B, alone_B = identity.touched(), identity.alone_B
         for chosen_B, equal, outside in (
             (~touched_B & ~alone_B, False, False),
             (touched_B & ~alone_B, True, False),
             (alone_B, True, True),
         ):
             for rows_T in _tiles(chosen_B.nonzero()[:, 0], rows):
-                positive_T = positive_B[rows_T]
-                equal_TM = identity.equal(rows_T, positive_T) if equal else None
-                outside_TM = identity.outside(rows_T, positive_T) if outside else None
-                run.add(rows_T, positive_T, weight_B[rows_T], equal_TM, outside_TM)
-        negatives = len(q_BD) * max(0, len(d_MD) - 1) - run.hidden - run.outside
-    value = _Known.apply(q_BD, d_MD, run.value, run.dq_BD, run.dd_MD)
+                equal_TM = identity.equal(rows_T) if equal else None
+                outside_TM = identity.outside(rows_T) if outside else None
+                run.add(rows_T, identity.own_B[rows_T], weight_B[rows_T], equal_TM, outside_TM)
+        negatives = len(a_BD) * max(0, len(d_MD) - 1) - run.hidden - run.outside
+    gradients = run.gradients() if wants else (None,) * 4
+    value = _Known.apply(a_BD, d_MD, answer_BD, temperature, run.value, *gradients)
     return Share(value, run.hidden, negatives, run.correct)
 
 
 class _Sums:
-    """Sums over tiles of queries x all passages. A learned temperature t needs no more: dt = -(q . dq).sum() / t."""
+    """Sums over tiles of anchors x all candidates."""
 
-    def __init__(self, q_BD: Tensor, d_MD: Tensor, temperature: float, wants_dq: bool, wants_dd: bool) -> None:
-        self.q_BD, self.d_MD, self.temperature = q_BD.detach(), d_MD.detach(), temperature
-        self.dq_BD = torch.zeros_like(self.q_BD) if wants_dq else None
-        self.dd_MD = torch.zeros_like(self.d_MD) if wants_dd else None
-        self.value = q_BD.new_zeros(())
-        self.hidden, self.outside, self.correct = q_BD.new_zeros(3, dtype=torch.int64)
-        self.buffer = q_BD.new_empty(0)
+    def __init__(self, a_BD: Tensor, d_MD: Tensor, answer_BD: Tensor, temperature: Tensor, wants: bool) -> None:
+        self.a_BD, self.d_MD, self.answer_BD = a_BD.detach(), d_MD.detach(), answer_BD.detach()
+        self.temperature, self.wants = temperature.detach(), wants
+        if wants:
+            self.da_BD, self.dd_MD, self.danswer_BD = map(torch.zeros_like, (self.a_BD, self.d_MD, self.answer_BD))
+        self.value = a_BD.new_zeros(())
+        self.hidden, self.outside, self.correct = a_BD.new_zeros(3, dtype=torch.int64)
+        self.buffer = a_BD.new_empty(0)
 
     def add(
-        self, rows_T: Tensor, positive_T: Tensor, weight_T: Tensor, equal_TM: Tensor | None, outside_TM: Tensor | None
+        self, rows_T: Tensor, own_T: Tensor, weight_T: Tensor, equal_TM: Tensor | None, outside_TM: Tensor | None
     ) -> None:
-        """nats = softplus(x), x = logsumexp(negatives) - positive: exact also where the positive wins by far, and
-        with it the gradient, whose softmax over the negatives is multiplied by sigmoid(x) = 1 - p(positive)."""
-        q_TD, positive_T1 = self.q_BD[rows_T], positive_T[:, None]
-        scores_TM = torch.mm(q_TD / self.temperature, self.d_MD.T, out=self._scores(len(rows_T)))
-        positive_score_T = scores_TM.gather(1, positive_T1)[:, 0]
+        """nats = softplus(x), x = logsumexp(negatives) - answer: exact also where the answer wins by far, and with it
+        the gradient, whose softmax over the negatives is multiplied by sigmoid(x) = 1 - p(answer)."""
+        a_TD = self.a_BD[rows_T] / self.temperature
+        answer_TD = self.answer_BD[rows_T]
+        answer_score_T = (a_TD * answer_TD).sum(1)
+        scores_TM = torch.mm(a_TD, self.d_MD.T, out=self._scores(len(rows_T)))
         if outside_TM is not None:
             self.outside += outside_TM.count_nonzero()
             scores_TM.masked_fill_(outside_TM, -torch.inf)
@@ -173,23 +184,27 @@ class _Sums:
             equal_TM = equal_TM if outside_TM is None else equal_TM & ~outside_TM
             self.hidden += equal_TM.count_nonzero()
             scores_TM.masked_fill_(equal_TM, -torch.inf)
-        scores_TM.scatter_(1, positive_T1, -torch.inf)
-        # The clamps let a query without any negative through: 0 nats, no gradient.
+        scores_TM.scatter_(1, own_T[:, None], -torch.inf)
+        # The clamps let an anchor without any negative through: 0 nats, no gradient.
         most_T = scores_TM.amax(1).clamp_(min=torch.finfo(scores_TM.dtype).min)
-        self.correct += (positive_score_T > most_T).count_nonzero()
+        self.correct += (answer_score_T > most_T).count_nonzero()
         powers_TM = scores_TM.sub_(most_T[:, None]).exp_()
         total_T = powers_TM.sum(1).clamp_(min=1.0)
-        x_T = most_T + total_T.log() - positive_score_T
+        x_T = most_T + total_T.log() - answer_score_T
         self.value += weight_T @ -F.logsigmoid(-x_T)
-        if self.dq_BD is None and self.dd_MD is None:
+        if not self.wants:
             return
         # The powers stay as they are: what they lack is the same along a row, and multiplies the narrow side.
-        powers_TM.scatter_(1, positive_T1, -total_T[:, None])
-        scale_T1 = (weight_T * x_T.sigmoid() / (total_T * self.temperature))[:, None]
-        if self.dq_BD is not None:
-            self.dq_BD[rows_T] = (powers_TM @ self.d_MD).mul_(scale_T1)
-        if self.dd_MD is not None:
-            self.dd_MD.addmm_(powers_TM.T, q_TD.mul_(scale_T1))
+        loss_T1 = (weight_T * x_T.sigmoid())[:, None]
+        scale_T1 = loss_T1 / total_T[:, None]
+        da_TD = (powers_TM @ self.d_MD).mul_(scale_T1).sub_(answer_TD * loss_T1)
+        self.da_BD[rows_T] = da_TD.div_(self.temperature)
+        self.danswer_BD[rows_T] = -a_TD * loss_T1
+        self.dd_MD.addmm_(powers_TM.T, a_TD.mul_(scale_T1))
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of anchors, candidates, answers and temperature; scores go as 1 / temperature, so da tells the last."""
+        return self.da_BD, self.dd_MD, self.danswer_BD, -(self.a_BD * self.da_BD).sum() / self.temperature
 
     def _scores(self, rows: int) -> Tensor:
         """The same memory for every tile: fresh memory of this size costs page faults."""
@@ -200,18 +215,18 @@ class _Sums:
 
 
 class _Known(torch.autograd.Function):
-    """A value whose gradients are known already."""
+    """A value of four tensors, whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, d: Tensor, value: Tensor, dq: Tensor | None, dd: Tensor | None) -> Tensor:
-        ctx.save_for_backward(dq, dd)
-        return value.clone()
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        ctx.save_for_backward(*given[5:])
+        return given[4].clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dd = ctx.saved_tensors
-        return (None if dq is None else dq * upstream, None if dd is None else dd * upstream, None, None, None)
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return (*(known * upstream if needs else None for known, needs in wanted), None, None, None, None, None)
 
 
 def distillation_share(
@@ -219,7 +234,7 @@ def distillation_share(
     group_BGD: Tensor,
     teacher_BG: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     weight: float | Tensor,
     valid_BG: Tensor | None = None,
 ) -> Tensor:
@@ -269,8 +284,8 @@ def _tiles(rows_R: Tensor, most: int) -> Sequence[Tensor]:
     return rows_R.tensor_split(-(-len(rows_R) // most)) if len(rows_R) else ()
 
 
-def _elsewhere(column_M: Tensor, wanted_B: Tensor, positive_B: Tensor) -> Tensor:
-    """(B,) bool: whether the column holds a query's hash anywhere but at its positive."""
+def _elsewhere(column_M: Tensor, wanted_B: Tensor, own_B: Tensor) -> Tensor:
+    """(B,) bool: whether the column holds an anchor's hash anywhere but at its own place."""
     sorted_M = column_M.sort().values
     found_B = torch.searchsorted(sorted_M, wanted_B, right=True) - torch.searchsorted(sorted_M, wanted_B)
-    return found_B > (column_M[positive_B] == wanted_B)
+    return found_B > (column_M[own_B] == wanted_B)

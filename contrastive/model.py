@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,14 +13,18 @@ from chassis.encoder import cls_of
 
 
 class Tower(nn.Module):
-    """Queries and passages alike."""
+    """Queries and passages alike; a learned temperature lives here, where engines and checkpoints see it."""
 
-    def __init__(self, encoder: PreTrainedModel) -> None:
+    def __init__(self, encoder: PreTrainedModel, temperature: float, *, learned: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
+        self.temperature = temperature
+        # By its logarithm, as CLIP's (Radford et al. 2021, section 2.5): it stays positive.
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learned else None
 
-    def forward(self, ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, L) ids and (B,) lengths in tokens -> (B, D) unit vectors, fp32."""
+    def forward(self, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor | float]:
+        """(B, L) ids and (B,) lengths in tokens -> (B, D) unit vectors, fp32; and the temperature."""
         real_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
         hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=real_BL.long()).last_hidden_state
-        return F.normalize(cls_of(hidden_BLD).float(), dim=1)
+        temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()[0]
+        return F.normalize(cls_of(hidden_BLD).float(), dim=1), temperature

@@ -49,11 +49,18 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
     for narrower in recipe.loss.matryoshka:
         if narrower >= width:
             raise ConfigError(f"loss.matryoshka: {narrower}: not narrower than the embedding (it has {width})")
-    module = Tower(loaded.model)
+    module = Tower(loaded.model, recipe.loss.temperature, learned=recipe.loss.learn_temperature)
     fingerprints = [corpus.facts.fingerprint for corpus in corpora]
     return Prepared(
         module=module,
-        stage=FinetuneStage(loss=recipe.loss, global_size=size, seed=seed, device=runtime.device),
+        stage=FinetuneStage(
+            loss=recipe.loss,
+            global_size=size,
+            seed=seed,
+            device=runtime.device,
+            keep_graph=recipe.batch.keep_graph,
+            memory_bytes=runtime.memory_bytes(),
+        ),
         total_steps=total,
         rows=rows,
         collate=Collate(
@@ -100,7 +107,7 @@ def _evaluation(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedToke
 
     def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
         with autocast(runtime.device, recipe.precision):
-            return module(ids_BL, lengths_B)
+            return module(ids_BL, lengths_B)[0]
 
     def evaluate(engine: Engine) -> dict[str, Any]:
         return {"evaluation": probe.name, **probe.measure(embed)}
@@ -114,7 +121,7 @@ def _export(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedTokenize
             module.encoder,
             tokenizer,
             folder,
-            weights={name.removeprefix("encoder."): tensor for name, tensor in weights.items()},
+            weights={n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")},
             max_length=recipe.model.max_length,
             prompts={"query": recipe.data.query_instruction, "document": recipe.data.passage_instruction},
             card=model_card("A text-embedding model for retrieval", recipe, facts),

@@ -19,6 +19,8 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from contrastive.loss import Identity
+
 WORDS = [
     "shuffle",
     "rows",
@@ -184,3 +186,19 @@ def beir_folder(folder: Path, count: int = 12) -> Path:
     lines = [f"q{i}\td{i}\t1" for i in range(count)]
     (folder / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
     return folder
+
+
+def distinct_texts(queries: int, passages: int, device: str = "cpu") -> Identity:
+    """Query i is answered by passage i, and no two texts are equal."""
+    place, hashes = torch.arange(queries, device=device), torch.arange(passages, device=device)
+    return Identity(
+        anchor_B=-1 - place,
+        answer_B=place,
+        kin_B=-1 - place,
+        candidate_M=hashes,
+        owner_M=hashes + passages,
+        own_B=place,
+        alone_B=torch.zeros(queries, dtype=torch.bool, device=device),
+        start_B=place,
+        end_B=place,
+    )

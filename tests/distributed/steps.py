@@ -123,18 +123,34 @@ def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     texts = [ids for micro_batch in batch.micro_batches for ids in _embed(model, micro_batch)]
     vectors = torch.stack([texts[i] for i in batch.place_N.argsort()])
     q, d = vectors[:ROWS], vectors[ROWS:]
-    scores = q @ d.T / made.loss.temperature
-    loss = F.cross_entropy(scores, batch.start_Q)
-    for width in made.loss.matryoshka:
-        narrow_q, narrow_d = (F.normalize(x[:, :width], dim=1) for x in (q, d))
-        loss = loss + F.cross_entropy(narrow_q @ narrow_d.T / made.loss.temperature, batch.start_Q)
-    loss = loss / (1 + len(made.loss.matryoshka))
+    t = made.loss.temperature if model.log_temperature is None else model.log_temperature.exp()
+    widths = [q.shape[1], *made.loss.matryoshka]
+    narrow = [[F.normalize(x[:, :width], dim=1) for x in (q, d)] for width in widths]
+    loss = sum(_directions(q, d, batch.start_Q, t, made.loss) for q, d in narrow) / len(widths)
+    scores = q @ d.T / t
     if made.loss.distillation:
         groups = batch.teacher_QG.shape[1]
         student = torch.stack([scores[i, batch.start_Q[i] : batch.start_Q[i] + groups] for i in range(ROWS)])
         teacher = batch.teacher_QG.double().softmax(1)
         loss = loss + made.loss.distillation * F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
     return _outcome(model, loss)
+
+
+def _directions(q: Tensor, d: Tensor, positive: Tensor, t: Any, loss: Any) -> Tensor:
+    """All scores of each direction at once; no two texts of the fixture are equal."""
+    p, place = d[positive], torch.arange(len(q))
+    answer = (q * p).sum(1, keepdim=True) / t
+
+    def against(anchor: Tensor, others: Tensor, own: Tensor) -> Tensor:
+        negatives = (anchor @ others.T / t).scatter(1, own[:, None], -torch.inf)
+        return F.cross_entropy(torch.cat([answer, negatives], 1), torch.zeros_like(own))
+
+    return (
+        F.cross_entropy(q @ d.T / t, positive)
+        + loss.passage_to_query * against(p, q, place)
+        + loss.query_to_query * against(q, q, place)
+        + loss.passage_to_passage * against(p, d, positive)
+    )
 
 
 def _embed(model: Any, micro_batch: Any) -> Tensor:

@@ -24,6 +24,9 @@ OPTIONS = {
         "plain": (),
         "one pass": ("batch.micro_size=19",),
         "matryoshka": ("loss.matryoshka=[4,8]",),
+        "directions": ("loss.passage_to_query=1", "loss.query_to_query=0.5", "loss.passage_to_passage=0.25"),
+        "learned temperature": ("loss.learn_temperature=true", "loss.distillation=0.5", "loss.matryoshka=[8]"),
+        "kept graphs": ("batch.keep_graph=2",),
         "distilled": ("loss.distillation=0.5", "data.negatives_per_query=2"),
     },
 }

@@ -138,14 +138,14 @@ def test_the_model_gives_the_trainers_embeddings_to_the_last_bit(finetuned: Path
     assert model.max_seq_length == 32 and model.prompts["query"] == INSTRUCTION
     tokenizer = AutoTokenizer.from_pretrained(finetuned / "model")
     plain = AutoModel.from_pretrained(finetuned / "model").eval()
-    tower = Tower(plain)
+    tower = Tower(plain, 1.0)
     for prompt, encode in ((INSTRUCTION, model.encode_query), ("", model.encode_document)):
         # one batch in sentence-transformers' order, so that all three multiply matrices of the same shape
         by_length = sorted(texts, key=lambda text: -len(prompt + text))
         batch = tokenizer([prompt + text for text in by_length], padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             by_hand = F.normalize(plain(**batch).last_hidden_state[:, 0], dim=1)
-            by_tower = tower(batch["input_ids"], batch["attention_mask"].sum(1))
+            by_tower, _ = tower(batch["input_ids"], batch["attention_mask"].sum(1))
         embedded = encode(by_length, convert_to_tensor=True)
         assert embedded.equal(by_hand)
         assert embedded.equal(by_tower)

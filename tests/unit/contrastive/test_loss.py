@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive.loss import Identity, contrastive_share, distillation_share, info_nce, matryoshka
+from contrastive.loss import Identity, Share, contrastive_share, distillation_share, info_nce, matryoshka
 
 B, M, D = 7, 19, 5
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
@@ -25,15 +25,24 @@ def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def distinct(positive_B: Tensor, passages: int = M) -> Identity:
     """No two texts are equal; query i, hash 1000 + i, is answered by its positive, hash 1 + its place."""
     query_B = 1000 + torch.arange(len(positive_B))
-    owner_M = torch.full((passages,), -1).index_copy(0, positive_B, query_B)
     nowhere_B = torch.zeros(len(positive_B), dtype=torch.int64)
-    return Identity(query_B, 1 + torch.arange(passages), owner_M, nowhere_B.bool(), nowhere_B, nowhere_B)
+    return Identity(
+        anchor_B=query_B,
+        answer_B=1 + positive_B,
+        kin_B=query_B,
+        candidate_M=1 + torch.arange(passages),
+        owner_M=torch.full((passages,), -1).index_copy(0, positive_B, query_B),
+        own_B=positive_B,
+        alone_B=nowhere_B.bool(),
+        start_B=nowhere_B,
+        end_B=nowhere_B,
+    )
 
 
 def with_equal_texts(positive_B: Tensor, rules: str = "psq") -> Identity:
     """The rules that hide something: (p)ositive's text again, the query it(s)elf, a positive of an equal (q)uery."""
     identity = distinct(positive_B)
-    passage_M, query_B, owner_M = identity.passage_M.clone(), identity.query_B.clone(), identity.owner_M.clone()
+    passage_M, query_B, owner_M = identity.candidate_M.clone(), identity.anchor_B.clone(), identity.owner_M.clone()
     if "p" in rules:
         passage_M[positive_B[1] + 1] = passage_M[positive_B[1]]
         passage_M[positive_B[4]] = passage_M[positive_B[1]]
@@ -42,23 +51,33 @@ def with_equal_texts(positive_B: Tensor, rules: str = "psq") -> Identity:
     if "q" in rules:
         query_B[5] = query_B[3]
         owner_M[positive_B[5]] = query_B[3]
-    return replace(identity, passage_M=passage_M, query_B=query_B, owner_M=owner_M)
+    return replace(
+        identity,
+        anchor_B=query_B,
+        kin_B=query_B,
+        answer_B=passage_M[positive_B],
+        candidate_M=passage_M,
+        owner_M=owner_M,
+    )
 
 
-def hidden_by_loops(identity: Identity, positive_B: Tensor) -> Tensor:
+def hidden_by_loops(identity: Identity) -> Tensor:
     """The rule, word for word."""
-    hidden_BM = torch.zeros(len(positive_B), len(identity.passage_M), dtype=torch.bool)
-    for i, positive in enumerate(positive_B.tolist()):
-        for m in range(len(identity.passage_M)):
-            if m == positive:
+    hidden_BM = torch.zeros(len(identity.own_B), len(identity.candidate_M), dtype=torch.bool)
+    for i, own in enumerate(identity.own_B.tolist()):
+        for m in range(len(identity.candidate_M)):
+            if m == own:
                 continue
-            equal = (
-                identity.passage_M[m] == identity.passage_M[positive] or identity.passage_M[m] == identity.query_B[i]
-            )
-            answers_the_same = identity.owner_M[m] == identity.query_B[i]
+            equal = identity.candidate_M[m] in (identity.answer_B[i], identity.anchor_B[i])
+            of_its_kin = identity.owner_M[m] == identity.kin_B[i]
             outside = identity.alone_B[i] and not identity.start_B[i] <= m < identity.end_B[i]
-            hidden_BM[i, m] = bool(equal or answers_the_same or outside)
+            hidden_BM[i, m] = bool(equal or of_its_kin or outside)
     return hidden_BM
+
+
+def share_of(q_BD: Tensor, d_MD: Tensor, identity: Identity, **more: Any) -> Share:
+    """From queries to passages: each is answered by its own candidate."""
+    return contrastive_share(q_BD, d_MD, d_MD[identity.own_B], identity, **more)
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,15 +97,11 @@ def by_reference(
     return gradients(nats_B.mean(), q_BD, d_MD)
 
 
-def by_tiles(
-    q_BD: Tensor, d_MD: Tensor, positive_B: Tensor, identity: Identity, rows: int = 3, temperature: float = 0.1
-) -> list[Tensor]:
+def by_tiles(q_BD: Tensor, d_MD: Tensor, identity: Identity, rows: int = 3, temperature: float = 0.1) -> list[Tensor]:
     """The same in tiles of at most so many rows."""
     q_BD, d_MD = q_BD.clone().requires_grad_(), d_MD.clone().requires_grad_()
     tile_bytes = rows * len(d_MD) * q_BD.element_size()
-    share = contrastive_share(
-        q_BD, d_MD, positive_B, identity, temperature=temperature, weight=1 / len(q_BD), tile_bytes=tile_bytes
-    )
+    share = share_of(q_BD, d_MD, identity, temperature=temperature, weight=1 / len(q_BD), tile_bytes=tile_bytes)
     return gradients(share.value, q_BD, d_MD)
 
 
@@ -100,9 +115,7 @@ def test_two_queries_and_two_passages_by_hand():
     by_hand = [math.log(1 + math.exp(1.2 - 2.0)), math.log(1 + math.exp(0.0 - 1.6))]
     nats_B = info_nce(q_BD, d_MD, torch.tensor([0, 1]), temperature=0.5)
     torch.testing.assert_close(nats_B, torch.tensor(by_hand))
-    share = contrastive_share(
-        q_BD, d_MD, torch.tensor([0, 1]), distinct(torch.arange(2), 2), temperature=0.5, weight=0.5
-    )
+    share = share_of(q_BD, d_MD, distinct(torch.arange(2), 2), temperature=0.5, weight=0.5)
     torch.testing.assert_close(share.value, torch.tensor(by_hand).mean())
     assert (share.hidden, share.negatives, share.correct) == (0, 2, 2)
 
@@ -111,7 +124,7 @@ def test_equal_scores_give_the_logarithm_of_the_number_of_passages():
     q_BD, d_MD, positive_B = unit(1, D, seed=0).expand(B, D), unit(1, D, seed=0).expand(M, D), torch.arange(B)
     nats_B = info_nce(q_BD, d_MD, positive_B, temperature=0.01)
     torch.testing.assert_close(nats_B, torch.full_like(nats_B, math.log(M)))
-    share = contrastive_share(q_BD, d_MD, positive_B, distinct(positive_B), temperature=0.01, weight=1 / B)
+    share = share_of(q_BD, d_MD, distinct(positive_B), temperature=0.01, weight=1 / B)
     torch.testing.assert_close(share.value, nats_B.mean())
 
 
@@ -121,11 +134,12 @@ def test_the_order_of_passages_does_not_matter(tiled: bool):
     order_M = torch.randperm(M, generator=torch.Generator().manual_seed(2))
     place_M = order_M.argsort()
     identity = with_equal_texts(positive_B)
-    moved = replace(identity, passage_M=identity.passage_M[order_M], owner_M=identity.owner_M[order_M])
+    candidate_M, owner_M = identity.candidate_M[order_M], identity.owner_M[order_M]
+    moved = replace(identity, candidate_M=candidate_M, owner_M=owner_M, own_B=place_M[positive_B])
     if tiled:
         there, here = (
-            by_tiles(q_BD, d_MD[order_M], place_M[positive_B], moved),
-            by_tiles(q_BD, d_MD, positive_B, identity),
+            by_tiles(q_BD, d_MD[order_M], moved),
+            by_tiles(q_BD, d_MD, identity),
         )
     else:
         there, here = by_reference(q_BD, d_MD[order_M], place_M[positive_B]), by_reference(q_BD, d_MD, positive_B)
@@ -141,8 +155,8 @@ def test_the_order_of_passages_does_not_matter(tiled: bool):
 def test_tiles_give_the_plain_loss_and_its_gradients(rows: int, rules: str):
     q_BD, d_MD, positive_B = problem()
     identity = with_equal_texts(positive_B, rules)
-    reference = by_reference(q_BD, d_MD, positive_B, identity.hidden(positive_B))
-    torch.testing.assert_close(by_tiles(q_BD, d_MD, positive_B, identity, rows), reference, **TIGHT)
+    reference = by_reference(q_BD, d_MD, positive_B, identity.hidden())
+    torch.testing.assert_close(by_tiles(q_BD, d_MD, identity, rows), reference, **TIGHT)
 
 
 @pytest.mark.parametrize("rules", ["", "psq"])
@@ -152,17 +166,12 @@ def test_gradients_agree_with_finite_differences(rules: str):
     weight_B = torch.linspace(0.1, 1.0, B, dtype=torch.float64)
 
     def plain(q_BD: Tensor, d_MD: Tensor) -> Tensor:
-        hidden_BM = identity.hidden(positive_B)
+        hidden_BM = identity.hidden()
         return (weight_B * info_nce(q_BD, d_MD, positive_B, temperature=0.3, hidden_BM=hidden_BM)).sum()
 
     def tiled(q_BD: Tensor, d_MD: Tensor) -> Tensor:
         # the factor 2 is an upstream gradient that is not 1
-        return (
-            2
-            * contrastive_share(
-                q_BD, d_MD, positive_B, identity, temperature=0.3, weight=weight_B, tile_bytes=400
-            ).value
-        )
+        return 2 * share_of(q_BD, d_MD, identity, temperature=0.3, weight=weight_B, tile_bytes=400).value
 
     inputs = (q_BD.requires_grad_(), d_MD.requires_grad_())
     torch.testing.assert_close(tiled(*inputs), 2 * plain(*inputs), **TIGHT)
@@ -173,14 +182,12 @@ def test_gradients_agree_with_finite_differences(rules: str):
 def test_queries_may_be_split_over_ranks_and_their_shares_added():
     q_BD, d_MD, positive_B = problem()
     identity = with_equal_texts(positive_B)
-    value, dq_BD, dd_MD = by_tiles(q_BD, d_MD, positive_B, identity)
+    value, dq_BD, dd_MD = by_tiles(q_BD, d_MD, identity)
     parts = []
     for part in (slice(0, 3), slice(3, 3), slice(3, 4), slice(4, 7)):  # the second has no query
-        own = {name: getattr(identity, name)[part] for name in ("query_B", "alone_B", "start_B", "end_B")}
+        mine = replace(identity, **{n: getattr(identity, n)[part] for n in vars(identity) if n.endswith("_B")})
         q_part, d_part = q_BD[part].clone().requires_grad_(), d_MD.clone().requires_grad_()
-        share = contrastive_share(
-            q_part, d_part, positive_B[part], replace(identity, **own), temperature=0.1, weight=1 / B, tile_bytes=400
-        )
+        share = share_of(q_part, d_part, mine, temperature=0.1, weight=1 / B, tile_bytes=400)
         parts.append(gradients(share.value, q_part, d_part))
     values, dqs, dds = zip(*parts, strict=True)
     torch.testing.assert_close([sum(values), torch.cat(dqs), sum(dds)], [value, dq_BD, dd_MD], **TIGHT)
@@ -189,7 +196,7 @@ def test_queries_may_be_split_over_ranks_and_their_shares_added():
 def test_a_rank_without_queries_adds_nothing():
     empty = torch.zeros(0, dtype=torch.int64)
     q_BD, d_MD = torch.zeros(0, D, requires_grad=True), unit(M, D, seed=1, dtype=torch.float32).requires_grad_()
-    share = contrastive_share(q_BD, d_MD, empty, distinct(empty), temperature=0.01, weight=1 / B)
+    share = share_of(q_BD, d_MD, distinct(empty), temperature=0.01, weight=1 / B)
     value, dq_BD, dd_MD = gradients(share.value, q_BD, d_MD)
     assert value == 0 and dq_BD.shape == (0, D) and not dd_MD.any()
     assert share.hidden == share.negatives == share.correct == 0
@@ -197,28 +204,58 @@ def test_a_rank_without_queries_adds_nothing():
 
 def test_nobody_has_any_row():
     q_BD, empty = torch.zeros(0, D, requires_grad=True), torch.zeros(0, dtype=torch.int64)
-    share = contrastive_share(q_BD, q_BD[:0], empty, distinct(empty, 0), temperature=0.01, weight=1.0)
+    share = share_of(q_BD, q_BD[:0], distinct(empty, 0), temperature=0.01, weight=1.0)
     assert share.value == 0 and share.negatives == 0
 
 
 def test_a_query_with_its_positive_alone_is_right_at_no_cost():
     q_BD, d_MD = unit(1, D, seed=0, dtype=torch.float32), unit(1, D, seed=1, dtype=torch.float32)
-    value, dq_BD, dd_MD = by_tiles(q_BD, d_MD, torch.tensor([0]), distinct(torch.tensor([0]), 1), temperature=0.01)
+    value, dq_BD, dd_MD = by_tiles(q_BD, d_MD, distinct(torch.tensor([0]), 1), temperature=0.01)
     assert value == 0 and not dq_BD.any() and not dd_MD.any()
 
 
 def test_only_the_wanted_gradients_are_taken():
     q_BD, d_MD, positive_B = problem()
     identity = distinct(positive_B)
-    both = by_tiles(q_BD, d_MD, positive_B, identity)
+    both = by_tiles(q_BD, d_MD, identity)
     for wanted, expected in ((q_BD.clone().requires_grad_(), both[1]), (d_MD.clone().requires_grad_(), both[2])):
         pair = (wanted, d_MD) if len(wanted) == B else (q_BD, wanted)
-        share = contrastive_share(*pair, positive_B, identity, temperature=0.1, weight=1 / B)
+        share = share_of(*pair, identity, temperature=0.1, weight=1 / B)
         torch.testing.assert_close(torch.autograd.grad(share.value, wanted)[0], expected, **TIGHT)
     with torch.no_grad():
-        share = contrastive_share(q_BD.requires_grad_(), d_MD, positive_B, identity, temperature=0.1, weight=1 / B)
+        share = share_of(q_BD.requires_grad_(), d_MD, identity, temperature=0.1, weight=1 / B)
     assert not share.value.requires_grad
     torch.testing.assert_close(share.value, both[0], **TIGHT)
+
+
+# --- answers that are no candidates, and a temperature that is learned -------------------------
+
+
+def test_answers_need_not_be_candidates():
+    """Queries against queries: each one's own place is no negative, its answer comes from elsewhere."""
+    q_BD, answer_BD, own_B = unit(B, D, seed=0), unit(B, D, seed=1), torch.arange(B)
+    identity = replace(distinct(own_B, B), owner_M=torch.full((B,), -1))
+    inputs = [q_BD.clone().requires_grad_(), answer_BD.clone().requires_grad_()]
+    share = contrastive_share(inputs[0], inputs[0], inputs[1], identity, temperature=0.1, weight=1.0, tile_bytes=200)
+    found = gradients(share.value, *inputs)
+    nats = torch.zeros((), dtype=torch.float64)
+    for i in range(B):
+        answer = inputs[0][i] @ inputs[1][i] / 0.1
+        others = [inputs[0][i] @ inputs[0][j] / 0.1 for j in range(B) if j != i]
+        nats = nats + torch.stack([answer, *others]).logsumexp(0) - answer
+    torch.testing.assert_close(found, gradients(nats, *inputs), **TIGHT)
+    assert share.negatives == B * (B - 1)
+
+
+@pytest.mark.parametrize("rules", ["", "psq"])
+def test_the_gradient_of_the_temperature_agrees_with_finite_differences(rules: str):
+    q_BD, d_MD, positive_B = problem()
+    identity = with_equal_texts(positive_B, rules)
+
+    def tiled(temperature: Tensor) -> Tensor:
+        return share_of(q_BD, d_MD, identity, temperature=temperature, weight=1 / B, tile_bytes=400).value
+
+    assert torch.autograd.gradcheck(tiled, torch.tensor(0.3, dtype=torch.float64, requires_grad=True))
 
 
 # --- equal texts -----------------------------------------------------------------------------
@@ -228,13 +265,13 @@ def test_only_the_wanted_gradients_are_taken():
 def test_equal_texts_are_no_negatives(rules: str):
     q_BD, d_MD, positive_B = problem()
     identity = with_equal_texts(positive_B, rules)
-    hidden_BM = hidden_by_loops(identity, positive_B)
-    assert hidden_BM.any() and torch.equal(identity.hidden(positive_B), hidden_BM)
-    assert torch.equal(identity.touched(positive_B), hidden_BM.any(1))
-    found = by_tiles(q_BD, d_MD, positive_B, identity)
+    hidden_BM = hidden_by_loops(identity)
+    assert hidden_BM.any() and torch.equal(identity.hidden(), hidden_BM)
+    assert torch.equal(identity.touched(), hidden_BM.any(1))
+    found = by_tiles(q_BD, d_MD, identity)
     torch.testing.assert_close(found, by_reference(q_BD, d_MD, positive_B, hidden_BM), **TIGHT)
     # negative control: without the rule all three differ by far more than rounding
-    for with_rule, without in zip(found, by_tiles(q_BD, d_MD, positive_B, distinct(positive_B)), strict=True):
+    for with_rule, without in zip(found, by_tiles(q_BD, d_MD, distinct(positive_B)), strict=True):
         assert (with_rule - without).abs().max() > 1e-6
 
 
@@ -244,29 +281,32 @@ def test_random_collisions_are_hidden_as_the_loops_say():
         positive_B = torch.randperm(M, generator=draw)[:B]
         start_B = (positive_B - 1).clamp(min=0)
         identity = Identity(
-            query_B=torch.randint(0, 30, (B,), generator=draw),
-            passage_M=torch.randint(0, 30, (M,), generator=draw),
+            anchor_B=torch.randint(0, 30, (B,), generator=draw),
+            answer_B=torch.randint(0, 30, (B,), generator=draw),
+            kin_B=torch.randint(0, 30, (B,), generator=draw),
+            candidate_M=torch.randint(0, 30, (M,), generator=draw),
             owner_M=torch.randint(-1, 30, (M,), generator=draw),
+            own_B=positive_B,
             alone_B=torch.rand(B, generator=draw) < 0.3,
             start_B=start_B,
             end_B=start_B + 4,
         )
-        hidden_BM = hidden_by_loops(identity, positive_B)
-        assert torch.equal(identity.hidden(positive_B), hidden_BM)
+        hidden_BM = hidden_by_loops(identity)
+        assert torch.equal(identity.hidden(), hidden_BM)
         q_BD, d_MD, _ = problem(seed)
         reference = by_reference(q_BD, d_MD, positive_B, hidden_BM)
-        torch.testing.assert_close(by_tiles(q_BD, d_MD, positive_B, identity), reference, **TIGHT)
+        torch.testing.assert_close(by_tiles(q_BD, d_MD, identity), reference, **TIGHT)
 
 
 def test_queries_that_are_alone_see_only_their_own_passages():
     q_BD, d_MD, positive_B = problem()
     alone_B = torch.tensor([True, False, True, True, False, True, True])
     identity = replace(distinct(positive_B), alone_B=alone_B, start_B=positive_B, end_B=positive_B + 2)
-    hidden_BM = hidden_by_loops(identity, positive_B)
+    hidden_BM = hidden_by_loops(identity)
     assert hidden_BM.sum(1).tolist() == [M - 2 if alone else 0 for alone in alone_B]
-    found = by_tiles(q_BD, d_MD, positive_B, identity)
+    found = by_tiles(q_BD, d_MD, identity)
     torch.testing.assert_close(found, by_reference(q_BD, d_MD, positive_B, hidden_BM), **TIGHT)
-    assert not torch.allclose(found[1], by_tiles(q_BD, d_MD, positive_B, distinct(positive_B))[1])
+    assert not torch.allclose(found[1], by_tiles(q_BD, d_MD, distinct(positive_B))[1])
 
 
 def test_pairs_are_counted():
@@ -274,9 +314,9 @@ def test_pairs_are_counted():
     alone_B = torch.arange(B) == 1
     identity = with_equal_texts(positive_B)
     identity = replace(identity, alone_B=alone_B, start_B=positive_B, end_B=positive_B + 2)
-    hidden_BM = hidden_by_loops(identity, positive_B)
+    hidden_BM = hidden_by_loops(identity)
     scores_BM = (q_BD @ d_MD.T).masked_fill(hidden_BM, -torch.inf)
-    share = contrastive_share(q_BD, d_MD, positive_B, identity, temperature=0.1, weight=1 / B, tile_bytes=400)
+    share = share_of(q_BD, d_MD, identity, temperature=0.1, weight=1 / B, tile_bytes=400)
     # by hand: 1 sees its text again beside it (the other place lies outside), 4 sees it at two places;
     # 2 sees itself, 3 and 5 see each other's positives
     assert share.hidden == 1 + 2 + 1 + 2
@@ -286,9 +326,7 @@ def test_pairs_are_counted():
 
 
 def test_a_collapsed_model_is_never_right():
-    share = contrastive_share(
-        torch.ones(B, D), torch.ones(M, D), torch.arange(B), distinct(torch.arange(B)), temperature=0.01, weight=1.0
-    )
+    share = share_of(torch.ones(B, D), torch.ones(M, D), distinct(torch.arange(B)), temperature=0.01, weight=1.0)
     assert share.correct == 0
 
 
@@ -302,7 +340,7 @@ def test_cosines_near_one_do_not_overflow_at_a_low_temperature():
     positive_B = torch.arange(B)
     assert (q_BD @ d_MD.T).min() > 0.99  # exp(99) is more than fp32 holds
     reference = by_reference(q_BD, d_MD, positive_B, temperature=0.01)
-    found = by_tiles(q_BD.float(), d_MD.float(), positive_B, distinct(positive_B), temperature=0.01)
+    found = by_tiles(q_BD.float(), d_MD.float(), distinct(positive_B), temperature=0.01)
     assert all(x.isfinite().all() for x in found)
     # a cosine of 1 carries 6e-8 in fp32, divided by 0.01 that is 6e-6 of each probability
     torch.testing.assert_close([x.double() for x in found], reference, rtol=2e-4, atol=2e-5)
@@ -313,7 +351,7 @@ def test_a_query_that_is_nearly_right_keeps_an_exact_gradient():
     q_BD, positive_B = torch.eye(2, 3), torch.arange(2)
     d_MD = F.normalize(torch.tensor([[1.0, 0.1, 0.0], [0.0, 1.0, 0.0], [0.5, 0.5, 0.5]]), dim=1)
     reference = by_reference(q_BD.double(), d_MD.double(), positive_B, temperature=0.02)
-    found = by_tiles(q_BD, d_MD, positive_B, distinct(positive_B, 3), temperature=0.02)
+    found = by_tiles(q_BD, d_MD, distinct(positive_B, 3), temperature=0.02)
     plain = by_reference(q_BD, d_MD, positive_B, temperature=0.02)
     assert 0 < reference[0] < 1e-8 and plain[0] == 0
     # relative, for the numbers themselves are tiny; the scores carry 6e-8 / 0.02
@@ -324,10 +362,10 @@ def test_a_query_that_is_nearly_right_keeps_an_exact_gradient():
 def test_bf16_embeddings_are_multiplied_in_fp32_whatever_autocast_says():
     q_BD, d_MD, positive_B = problem()
     q_BD, d_MD, identity = q_BD.bfloat16(), d_MD.bfloat16(), with_equal_texts(positive_B)
-    hidden_BM = identity.hidden(positive_B)
+    hidden_BM = identity.hidden()
     reference = by_reference(q_BD.double(), d_MD.double(), positive_B, hidden_BM, temperature=0.01)
     with torch.autocast("cpu", torch.bfloat16):
-        found = by_tiles(q_BD, d_MD, positive_B, identity, temperature=0.01)
+        found = by_tiles(q_BD, d_MD, identity, temperature=0.01)
         plain = by_reference(q_BD, d_MD, positive_B, hidden_BM, temperature=0.01)
     for value in (found[0], plain[0]):
         # fp32 scores carry 6e-8 / 0.01; a bf16 product would miss the loss by 1e-2 and more
@@ -357,10 +395,20 @@ def test_no_more_than_a_tile_of_scores_is_held(rules: str):
     owner_M = torch.full((M,), -1)
     nowhere_B = torch.zeros(64, dtype=torch.int64)
     texts_M = torch.arange(M) // 2 if rules else torch.arange(M)
-    identity = Identity(1000 + torch.arange(64), texts_M, owner_M, nowhere_B.bool(), nowhere_B, nowhere_B)
+    identity = Identity(
+        anchor_B=1000 + torch.arange(64),
+        answer_B=texts_M[positive_B],
+        kin_B=1000 + torch.arange(64),
+        candidate_M=texts_M,
+        owner_M=owner_M,
+        own_B=positive_B,
+        alone_B=nowhere_B.bool(),
+        start_B=nowhere_B,
+        end_B=nowhere_B,
+    )
     tile = 20 * M * 8
     with Largest() as seen:
-        by_tiles(q_BD, d_MD, positive_B, identity, rows=20)
+        by_tiles(q_BD, d_MD, identity, rows=20)
     assert seen.bytes <= tile
     with Largest() as seen:  # negative control
         by_reference(q_BD, d_MD, positive_B)
@@ -370,12 +418,12 @@ def test_no_more_than_a_tile_of_scores_is_held(rules: str):
 def test_what_does_not_fit_together_is_named():
     q_BD, d_MD, positive_B = problem()
     identity = distinct(positive_B)
-    with pytest.raises(ValueError, match="widths differ: 4 != 5"):
-        contrastive_share(q_BD[:, :4], d_MD, positive_B, identity, temperature=0.1, weight=1.0)
-    with pytest.raises(ValueError, match="6 queries, 7 positives"):
-        contrastive_share(q_BD[:6], d_MD, positive_B, identity, temperature=0.1, weight=1.0)
-    with pytest.raises(ValueError, match="18 passages, 19 hashes"):
-        contrastive_share(q_BD, d_MD[:18], positive_B, identity, temperature=0.1, weight=1.0)
+    with pytest.raises(ValueError, match="differ: 4, 5, 5"):
+        share_of(q_BD[:, :4], d_MD, identity, temperature=0.1, weight=1.0)
+    with pytest.raises(ValueError, match="6 anchors, 7 answers"):
+        share_of(q_BD[:6], d_MD, identity, temperature=0.1, weight=1.0)
+    with pytest.raises(ValueError, match="18 candidates, 19 hashes"):
+        share_of(q_BD, d_MD[:18], identity, temperature=0.1, weight=1.0)
 
 
 # --- distillation ----------------------------------------------------------------------------

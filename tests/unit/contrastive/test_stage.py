@@ -1,0 +1,38 @@
+import pytest
+import torch
+from torch import nn
+
+from chassis.config import load
+from chassis.errors import ConfigError
+from contrastive.config import FinetuneRecipe
+from contrastive.stage import KeepGraph, graph_bytes
+
+ROWS, WIDTH = 8, 16
+
+
+def test_the_memory_of_a_graph_is_counted_without_parameters_and_each_storage_once():
+    layer, x = nn.Linear(WIDTH, WIDTH), torch.ones(ROWS, WIDTH)
+    held = graph_bytes(lambda: layer(x).relu().exp().sum())
+    # the input, relu's result and exp's: relu keeps its result, exp keeps its own
+    assert held == 3 * 4 * ROWS * WIDTH
+    with torch.no_grad():
+        assert graph_bytes(lambda: layer(x).relu().exp().sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "memory", "kept"),
+    [(0, 10**9, 0), (2, 0, 2), (9, 0, 3), (0.5, 200, 1), (0.5, 600, 2), (0.5, 2000, 3), (0.5, 190, 0)],
+)
+def test_as_many_graphs_are_kept_as_were_asked_for_or_fit(keep: float, memory: int, kept: int):
+    x = torch.ones(25, requires_grad=True)  # exp keeps 100 bytes: 10 for each of 10 tokens
+    assert KeepGraph(keep, memory).first([10, 20, 40], lambda i: x.exp()) == kept
+
+
+def test_a_share_and_a_number_are_not_mixed_up(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "run: {output_dir: x}\nmodel: {encoder: x}\ndata: {train: [x]}\noptim: {lr: 1}\nschedule: {steps: 1}\n"
+        "batch:\n  global_size: 8\n  keep_graph: 1.5\n"
+    )
+    with pytest.raises(ConfigError, match="share below 1 or a whole number"):
+        load(FinetuneRecipe, recipe, [])
