@@ -223,7 +223,7 @@ def cached_backward(
     shares_of: Callable[[Tensor, Temperature], Shares],
     engine: Engine,
 ) -> Shares:
-    """The gradient of a loss over all embeddings, with the activations of `kept` + 1 micro-batches at a time."""
+    """The gradient of a loss over all embeddings, holding the activations of `kept` micro-batches and of one more."""
     first = []
     for i in range(count):  # 1. embed all
         with torch.set_grad_enabled(i < kept):
@@ -235,14 +235,11 @@ def cached_backward(
         leaves.append(temperature := temperature.detach().requires_grad_())
     shares = shares_of(leaf_ND, temperature)
     grad_ND, *grad_temperature = torch.autograd.grad(shares["loss"], leaves)
-
-    def push(embedded: tuple[Tensor, Temperature], grad_BD: Tensor, last: bool) -> None:
-        share = (embedded[0] * grad_BD).sum()
-        engine.backward(share + sum(embedded[1] * grad for grad in grad_temperature) if last else share, last=last)
-
-    if kept == count:  # every graph is there: go back through all of them at once
-        push((torch.cat([unit_BD for unit_BD, _ in first]), first[-1][1]), grad_ND, True)
-        return shares
-    for i, grad_BD in enumerate(grad_ND.split([len(unit_BD) for unit_BD, _ in first])):  # 3. push it through
-        push(first[i] if i < kept else run(i), grad_BD, i == count - 1)
+    grads = grad_ND.split([len(unit_BD) for unit_BD, _ in first])
+    # 3. push it through: all kept graphs at once, because ZeRO-3 loses gradients otherwise, then one by one
+    for i in range(max(0, kept - 1), count):
+        parts, grads_i = (first[:kept], grads[:kept]) if i < kept else ([run(i)], grads[i : i + 1])
+        share = (torch.cat([unit_BD for unit_BD, _ in parts]) * torch.cat(grads_i)).sum()
+        last = i == count - 1
+        engine.backward(share + sum(parts[-1][1] * grad for grad in grad_temperature) if last else share, last=last)
     return shares
