@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from chassis import config
+from chassis.cost import DEVICES
 from chassis.errors import ConfigError, LodestarError
 from chassis.plan import in_words
 from chassis.runtime import Placement
@@ -24,7 +25,7 @@ def door(
     *,
     usage: str,
     schema: type[AnyRecipe],
-    plan: Callable[[AnyRecipe, int], dict[str, Any]],
+    plan: Callable[[AnyRecipe, int, str | None], dict[str, Any]],
     run: Callable[[AnyRecipe, Placement], int],
 ) -> int:
     """Parse the options, load the recipe, then plan or run; the exit code: 2 after a mistake told in one line."""
@@ -36,7 +37,7 @@ def door(
         recipe = config.load(schema, options.config, options.overrides)
         if options.plan is None:
             return run(recipe, placement)
-        found = plan(recipe, options.plan or placement.world_size)
+        found = plan(recipe, options.plan or placement.world_size, options.device)
         if rank == 0:
             print(json.dumps(found) if options.json else in_words(found))
         return 0
@@ -55,6 +56,7 @@ def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
     parser.add_argument(
         "--plan", nargs="?", type=_world_size, const=0, metavar="WORLD_SIZE", help="say what the run would do, and exit"
     )
+    parser.add_argument("--device", choices=sorted(DEVICES), help="plan for so named devices: what fits, how long")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; not needed
     return parser.parse_intermixed_args(argv)

@@ -1,9 +1,4 @@
-"""What a run would do, from the recipe and a few small files alone: no torch, no model.
-
-Memory is counted for one device. Activations of a transformer layer: Korthikanti et al. 2022, "Reducing activation
-recomputation in large transformer models", section 4.1 (34 bytes per token and unit of width in half precision, without
-the attention matrix, which fused attention does not keep).
-"""
+"""What a run would do, from the recipe and a few small files alone: no torch, no model."""
 
 from __future__ import annotations
 
@@ -14,33 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from chassis.cost import BERT_BASE, DEVICES, RUNTIME_BYTES, Device, EncoderShape, Memory, Seconds
 from chassis.errors import ConfigError, LodestarError
-from chassis.schema import Batch, BatchPlan, Engine, Model, Run, Schedule
+from chassis.schema import Batch, BatchPlan, Model, Run, Schedule
 from chassis.sources import count_rows, find_sources
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class EncoderShape:
-    """The sizes in an encoder's config.json that decide its memory."""
-
-    layers: int
-    width: int
-    feed_forward: int
-    vocabulary: int
-    positions: int
-
-    @property
-    def layer_parameters(self) -> int:
-        return 4 * self.width**2 + 2 * self.width * self.feed_forward + 9 * self.width + self.feed_forward
-
-    @property
-    def parameters(self) -> int:
-        return (self.vocabulary + self.positions + 4) * self.width + self.layers * self.layer_parameters
-
-
-BERT_BASE = EncoderShape(layers=12, width=768, feed_forward=3072, vocabulary=30522, positions=512)
 
 
 @dataclass
@@ -92,53 +66,6 @@ def _shape_in(model: Model) -> EncoderShape:
         raise ConfigError(f"{path}: {missing}: not set (an encoder in transformers' format has it)") from None
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the peak, by what they are for."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    embeddings: int = 0
-    tile: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
-
-
-def memory(
-    shape: EncoderShape,
-    *,
-    engine: Engine,
-    world_size: int,
-    precision: str,
-    tokens_at_once: int,
-    extra_layers: int = 0,
-    checkpointing: bool = False,
-    embeddings: int = 0,
-    tile: int = 0,
-) -> Memory:
-    """tokens_at_once: of one micro-batch, padding included; extra_layers: a decoder's; embeddings, tile: bytes."""
-    parameters = shape.parameters + extra_layers * shape.layer_parameters
-    stage = engine.zero_stage if engine.kind == "deepspeed" else 0
-    share = [1 if stage < least else world_size for least in (3, 2, 1)]
-    halved = 2 if precision == "fp32" else 1
-    per_token = 34 * halved * shape.width
-    layers = shape.layers + extra_layers
-    kept = (2 * halved * shape.width * layers + per_token) if checkpointing else per_token * layers
-    casts = 0 if precision == "fp32" else 2 * parameters
-    return Memory(
-        weights=4 * parameters // share[0] + casts,
-        gradients=4 * parameters // share[1],
-        optimizer=8 * parameters // share[2],
-        activations=tokens_at_once * kept,
-        embeddings=embeddings,
-        tile=tile,
-    )
-
-
 def rows_and_steps(
     train: Sequence[str], schedule: Schedule, global_size: int, missing: Missing
 ) -> tuple[int | None, int | None]:
@@ -167,10 +94,13 @@ def describe(
     rows: int | None,
     steps: int | None,
     memory: Memory,
+    seconds: Callable[[Device], Seconds],
+    device: str | None,
+    checkpoint_bytes: int,
     missing: Missing,
     **more: Any,
 ) -> dict[str, Any]:
-    """The plan as one object, ready for JSON."""
+    """The plan as one object, ready for JSON; with a `device`, also whether it fits there and what a step takes."""
     plan = BatchPlan(batch.global_size, world_size, batch.micro_size)
     shares = plan.rows_per_rank
     return {
@@ -186,9 +116,23 @@ def describe(
         "steps": steps,
         "warmup_steps": None if steps is None else schedule.warmup_steps(steps),
         **more,
+        "checkpoint_bytes": checkpoint_bytes,
         "peak_memory_bytes": memory.total,
         "memory": asdict(memory),
+        **(_on_device(device, memory, seconds, steps) if device else {}),
         "missing": missing.lines,
+    }
+
+
+def _on_device(name: str, memory: Memory, seconds: Callable[[Device], Seconds], steps: int | None) -> dict[str, Any]:
+    step = seconds(DEVICES[name])
+    return {
+        "device": name,
+        "device_memory_bytes": DEVICES[name].memory_bytes,
+        "fits": memory.total + RUNTIME_BYTES <= DEVICES[name].memory_bytes,
+        "seconds_per_step": step.total,
+        "seconds": asdict(step),
+        "hours": None if steps is None else steps * step.total / 3600,
     }
 
 
@@ -204,8 +148,15 @@ def in_words(plan: Mapping[str, Any]) -> str:
             continue
         elif key == "memory":
             value = ", ".join(f"{name} {part / 2**30:.2f}" for name, part in value.items() if part) + " GiB"
+        elif key == "seconds":
+            value = ", ".join(f"{name} {part:.3f}" for name, part in value.items() if part) + " s"
         elif key.endswith("_bytes"):
-            key, value = key.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB (estimated)"
+            guess = "" if key == "device_memory_bytes" else " (estimated)"
+            key, value = key.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB{guess}"
+        elif isinstance(value, bool):
+            value = "yes" if value else "no (lower batch.micro_size: it changes no result)"
+        elif key in ("seconds_per_step", "hours"):
+            value = "not known" if value is None else f"{value:,.2f} (estimated)"
         elif value is None:
             value = "not known without reading the data"
         elif isinstance(value, float):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chassis import cli
-from chassis.plan import Missing, describe, encoder_shape, memory, rows_and_steps
+from chassis.cost import memory, model_flops, seconds
+from chassis.plan import Missing, describe, encoder_shape, rows_and_steps
 from chassis.runtime import Placement
 from chassis.schema import BatchPlan
 from contrastive.config import TILE_BYTES, FinetuneRecipe
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.door(argv, usage=__doc__ or "", schema=FinetuneRecipe, plan=plan, run=run)
 
 
-def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
+def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[str, Any]:
     """What `--plan` prints."""
     missing = Missing([])
     data, batch = recipe.data, recipe.batch
@@ -29,6 +30,7 @@ def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
     query, passage = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
     row_tokens = query + passages_per_query * passage
     texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
+    chunks_held = min(share.passes, 1 + int(batch.keep_graph))  # a share of the memory never adds to the peak
     return describe(
         run=recipe.run,
         batch=batch,
@@ -39,15 +41,27 @@ def plan(recipe: FinetuneRecipe, world_size: int) -> dict[str, Any]:
         negatives_per_query=seen * passages_per_query - 1,
         tokens_at_most=None if steps is None else steps * batch.global_size * row_tokens,
         missing=missing,
+        device=device,
+        checkpoint_bytes=12 * shape.parameters,
         memory=memory(
             shape,
             engine=recipe.engine,
             world_size=world_size,
             precision=recipe.precision,
-            tokens_at_once=-(-largest // share.passes) * (1 + passages_per_query) * max(query, passage),
+            tokens_at_once=chunks_held * -(-largest // share.passes) * (1 + passages_per_query) * max(query, passage),
             checkpointing=recipe.model.activation_checkpointing,
             embeddings=4 * shape.width * texts,
             tile=min(TILE_BYTES, 4 * largest * seen * passages_per_query),
+        ),
+        seconds=lambda on: seconds(
+            shape,
+            on,
+            world_size=world_size,
+            precision=recipe.precision,
+            # a chunk that is computed twice costs a third more
+            flops=model_flops(shape, largest * row_tokens, passage, passes=3 if share.passes == 1 else 4),
+            gathered=seen * passages_per_query if recipe.loss.share_negatives else 0,
+            scored=largest * seen * passages_per_query,
         ),
     )
 

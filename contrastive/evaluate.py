@@ -229,7 +229,7 @@ def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Pa
 # --- the door --------------------------------------------------------------------------------
 
 
-def plan(recipe: EvaluateRecipe, world_size: int) -> dict[str, Any]:
+def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     beir = _beir(recipe)
     return {
         "world_size": world_size,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chassis import cli
-from chassis.plan import Missing, describe, encoder_shape, memory, rows_and_steps
+from chassis.cost import memory, model_flops, seconds
+from chassis.plan import Missing, describe, encoder_shape, rows_and_steps
 from chassis.runtime import Placement
 from chassis.schema import BatchPlan
 from retromae.config import PretrainRecipe
@@ -16,12 +17,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.door(argv, usage=__doc__ or "", schema=PretrainRecipe, plan=plan, run=run)
 
 
-def plan(recipe: PretrainRecipe, world_size: int) -> dict[str, Any]:
+def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[str, Any]:
     """What `--plan` prints."""
     missing = Missing([])
     rows, steps = rows_and_steps(recipe.data.train, recipe.schedule, recipe.batch.global_size, missing)
     share = BatchPlan(recipe.batch.global_size, world_size, recipe.batch.micro_size)
-    texts = -(-max(share.rows_per_rank) // share.passes)
+    most, length = max(share.rows_per_rank), recipe.model.max_length
+    encoder = encoder_shape(recipe.model, missing)
+    shape = encoder.deeper(1)  # the decoder's layer; its embeddings and head are the encoder's
+    # The head reads 0.3 of the encoder's and all of the decoder's positions.
+    head = 6 * most * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
     return describe(
         run=recipe.run,
         batch=recipe.batch,
@@ -29,17 +34,25 @@ def plan(recipe: PretrainRecipe, world_size: int) -> dict[str, Any]:
         world_size=world_size,
         rows=rows,
         steps=steps,
-        tokens_at_most=None if steps is None else steps * recipe.batch.global_size * recipe.model.max_length,
+        tokens_at_most=None if steps is None else steps * recipe.batch.global_size * length,
         negatives_per_query=0,
         missing=missing,
+        device=device,
+        checkpoint_bytes=12 * shape.parameters,
         memory=memory(
-            encoder_shape(recipe.model, missing),
+            shape,
             engine=recipe.engine,
             world_size=world_size,
             precision=recipe.precision,
-            tokens_at_once=texts * recipe.model.max_length,
-            extra_layers=1,
+            tokens_at_once=-(-most // share.passes) * length,
             checkpointing=recipe.model.activation_checkpointing,
+        ),
+        seconds=lambda on: seconds(
+            shape,
+            on,
+            world_size=world_size,
+            precision=recipe.precision,
+            flops=model_flops(shape, most * length, length, passes=3) + head,
         ),
     )
 

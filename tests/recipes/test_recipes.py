@@ -55,6 +55,17 @@ def test_the_recipe_of_24_devices_has_30_texts_on_each(capsys: pytest.CaptureFix
     assert plan["rows_per_rank"] == [30] * 24 and plan["chunks_per_rank"] == 1
 
 
+def test_a_plan_for_a_device_says_whether_it_fits_and_what_a_step_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config", str(ROOT / "configs/finetune/48gpu.yaml"), "--plan", "48", "--device", "a100-40g"]
+    plan = planned(finetune.main, argv, capsys)
+    assert plan["fits"] and plan["device_memory_bytes"] > plan["peak_memory_bytes"]
+    assert plan["seconds_per_step"] == pytest.approx(sum(plan["seconds"].values()))
+    kept = planned(finetune.main, [*argv, "batch.keep_graph=3"], capsys)
+    assert not kept["fits"] and kept["memory"]["activations"] == 4 * plan["memory"]["activations"]
+    assert finetune.main([*argv[:-1], "a100"]) == 2
+    assert "a100-40g" in capsys.readouterr().err
+
+
 def test_a_plan_takes_under_three_seconds_and_no_torch() -> None:
     command = [sys.executable, "-X", "importtime", "launch/finetune.py", "--config", "configs/finetune/48gpu.yaml"]
     found = subprocess.run([*command, "--plan", "48"], cwd=ROOT, capture_output=True, text=True, timeout=30)
