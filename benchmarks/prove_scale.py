@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from chassis import config
-from chassis.schema import BatchPlan
 from chassis.testing import run_world
 from contrastive.config import FinetuneRecipe
 from retromae.config import PretrainRecipe
@@ -102,7 +101,7 @@ def _step(rank: int, size: int, stage: str, overrides: list[str]) -> dict[str, A
     outcome, scalars = steps.one_step(rank, size, made)
     return {
         "outcome": outcome,
-        "rows": len(BatchPlan(made.batch.global_size, size, made.batch.micro_size).rows(rank)),
+        "rows": len(made.batch.plan(size).rows(rank)),
         "negatives_per_query": scalars.get("negatives_per_query", 0.0),
         "hidden_pairs": scalars.get("hidden_pairs", 0.0),
         "mib": _own_mib(),

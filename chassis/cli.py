@@ -15,7 +15,7 @@ from chassis import config
 from chassis.cost import DEVICES
 from chassis.errors import ConfigError, LodestarError
 from chassis.plan import in_words
-from chassis.runtime import Placement
+from chassis.runtime import Placement, quiet_libraries
 
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
@@ -27,14 +27,20 @@ def door(
     schema: type[AnyRecipe],
     plan: Callable[[AnyRecipe, int, str | None], dict[str, Any]],
     run: Callable[[AnyRecipe, Placement], int],
+    rehearse: Callable[[AnyRecipe, Placement, int], int] | None = None,
 ) -> int:
     """Parse the options, load the recipe, then plan or run; the exit code: 2 after a mistake told in one line."""
     rank = 0
     try:
         placement = Placement.from_env()
         rank = placement.rank
+        quiet_libraries()
         options = _parse(argv, usage)
         recipe = config.load(schema, options.config, options.overrides)
+        if options.rehearse is not None:
+            if rehearse is None:
+                raise ConfigError("command line: --rehearse: only training can be rehearsed")
+            return rehearse(recipe, placement, options.rehearse)
         if options.plan is None:
             return run(recipe, placement)
         found = plan(recipe, options.plan or placement.world_size, options.device)
@@ -58,8 +64,17 @@ def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=sorted(DEVICES), help="plan for so named devices: what fits, how long")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument(
+        "--rehearse", type=_steps, metavar="STEPS", help="take so many real steps on generated text, report, and exit"
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; not needed
     return parser.parse_intermixed_args(argv)
+
+
+def _steps(text: str) -> int:
+    if not text.isdigit() or int(text) < 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps from 3 on")
+    return int(text)
 
 
 def _world_size(text: str) -> int:

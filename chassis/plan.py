@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from chassis.cost import BERT_BASE, DEVICES, RUNTIME_BYTES, Device, EncoderShape, Memory, Seconds
 from chassis.errors import ConfigError, LodestarError
-from chassis.schema import Batch, BatchPlan, Model, Run, Schedule
+from chassis.schema import AUTO, Batch, Model, Run, Schedule
 from chassis.sources import count_rows, find_sources
 
 Found = TypeVar("Found")
@@ -101,14 +101,16 @@ def describe(
     **more: Any,
 ) -> dict[str, Any]:
     """The plan as one object, ready for JSON; with a `device`, also whether it fits there and what a step takes."""
-    plan = BatchPlan(batch.global_size, world_size, batch.micro_size)
+    plan = batch.plan(world_size)
+    if batch.micro_size == AUTO:
+        missing.lines.append(f"batch.micro_size: auto: found when a run starts; planned with {plan.micro_size}")
     shares = plan.rows_per_rank
     return {
         "output_dir": run.output_dir,
         "state": state_of(run.output_dir),
         "world_size": world_size,
         "global_size": batch.global_size,
-        "micro_size": batch.micro_size,
+        "micro_size": plan.micro_size,
         "rows_per_rank": shares,
         "chunks_per_rank": plan.passes,
         "imbalance": max(shares) * world_size / batch.global_size - 1,

@@ -129,6 +129,11 @@ def prepare_deepspeed() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def quiet_libraries() -> None:
+    """Before torch is imported: no warnings of its C++ side, which no filter of Python's reaches."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def local_environment() -> Mapping[str, str]:
     """The environment, for those few callers that hand parts of it to a library."""
     return os.environ

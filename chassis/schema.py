@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from chassis.config import Section
 
+AUTO = "auto"
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -44,8 +45,12 @@ class Model(Section):
 class Batch(Section):
     global_size: Count
     """Rows of one optimizer step over all devices: any number of devices makes exactly this batch."""
-    micro_size: Count = 32
-    """Rows on one device at a time: bounds memory, changes no result."""
+    micro_size: Count | Literal["auto"] = 32
+    """Rows on one device at a time: bounds memory, changes no result. auto: the largest that fits, found by trial."""
+
+    def plan(self, world_size: int) -> BatchPlan:
+        """How so many ranks make the batch; `auto` is found when a run starts, and is 32 until then."""
+        return BatchPlan(self.global_size, world_size, 32 if self.micro_size == "auto" else self.micro_size)
 
 
 class Optim(Section):

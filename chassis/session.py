@@ -8,90 +8,43 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import torch
-from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from chassis import checkpoint, config, data
 from chassis.collectives import agreed, barrier, from_main
-from chassis.engine import Engine, Precision, Resumed, build
+from chassis.engine import Engine, Resumed, build
 from chassis.errors import CheckpointError, DataError
 from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
-from chassis.loop import Hook, Progress, Stage, fit
+from chassis.loop import Hook, Progress, fit
 from chassis.meter import Console, Meter
+from chassis.prepared import Kind, Prepared, Recipe
 from chassis.report import write_report
 from chassis.runtime import Placement, Runtime, joined, local_environment
 from chassis.schedule import lr_factor
-from chassis.schema import Batch, Checkpoint, Evaluate, Optim, Run, Schedule, Track
-from chassis.schema import Engine as EngineSection
+from chassis.schema import AUTO
 from chassis.track import Tracker
+from chassis.trial import with_largest_micro_size
 
 STOPPED = 3
 """Exit code of a run that was asked to stop; the same command goes on from where it was."""
 
 
-class Recipe(Protocol):
-    """The sections that both stages' recipes have."""
-
-    @property
-    def run(self) -> Run: ...
-    @property
-    def batch(self) -> Batch: ...
-    @property
-    def optim(self) -> Optim: ...
-    @property
-    def schedule(self) -> Schedule: ...
-    @property
-    def precision(self) -> Precision: ...
-    @property
-    def engine(self) -> EngineSection: ...
-    @property
-    def checkpoint(self) -> Checkpoint: ...
-    @property
-    def evaluate(self) -> Evaluate: ...
-    @property
-    def track(self) -> Track: ...
-
-
-@dataclass
-class Prepared:
-    """What a stage brings to a run."""
-
-    module: nn.Module
-    stage: Stage[Any]
-    total_steps: int
-    rows: int | None
-    """Of an epoch; none for a stream."""
-    collate: Callable[[int], Any] | None
-    """step -> batch; none if `stream` is given."""
-    workers: int
-    identity: Mapping[str, Any]
-    """What must be the same in a run that goes on from a checkpoint."""
-    export: Callable[[Mapping[str, torch.Tensor], Path, Mapping[str, Any]], None]
-    """(weights by name, folder, facts of the run) -> the folder holds the result."""
-    evaluate: Callable[[Engine], dict[str, Any]] | None = None
-    stream: Callable[[int], Generator[Any]] | None = None
-    """first step -> batches"""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What became of the data; goes to summary.json."""
-    keep_best: str | None = None
-    """A metric: the result is the best evaluated model, not the last."""
-
-
-def train(recipe: Any, placement: Placement, prepare: Callable[[Any, Runtime], Prepared]) -> int:
+def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
-    _quiet(placement.rank == 0)
+    quiet(placement.rank == 0)
     with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime:
-        return _Session(recipe, runtime).run(prepare)
+        if recipe.batch.micro_size == AUTO:
+            recipe = with_largest_micro_size(recipe, runtime, kind)
+        return _Session(recipe, runtime).run(kind.prepare)
 
 
-def _quiet(main: bool) -> None:
+def quiet(main: bool) -> None:
     """What libraries say on their own account is said by no rank, or by the first alone."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

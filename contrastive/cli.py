@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chassis import cli
 from chassis.cost import memory, model_flops, seconds
 from chassis.plan import Missing, describe, encoder_shape, rows_and_steps
 from chassis.runtime import Placement
-from chassis.schema import BatchPlan
 from contrastive.config import TILE_BYTES, FinetuneRecipe
+
+if TYPE_CHECKING:
+    from chassis.prepared import Kind
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.door(argv, usage=__doc__ or "", schema=FinetuneRecipe, plan=plan, run=run)
+    return cli.door(argv, usage=__doc__ or "", schema=FinetuneRecipe, plan=plan, run=run, rehearse=rehearse)
 
 
 def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
     missing = Missing([])
     data, batch = recipe.data, recipe.batch
     rows, steps = rows_and_steps([each.path for each in data.sets], recipe.schedule, batch.global_size, missing)
-    share = BatchPlan(batch.global_size, world_size, batch.micro_size)
+    share = batch.plan(world_size)
     largest = max(share.rows_per_rank)
     passages_per_query = 1 + data.negatives_per_query
     seen = batch.global_size if recipe.loss.share_negatives else largest
@@ -68,6 +70,19 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
 
 def run(recipe: FinetuneRecipe, placement: Placement) -> int:
     from chassis.session import train  # torch comes in here, after every mistake in the recipe has been told
-    from contrastive.prepare import prepare
 
-    return train(recipe, placement, prepare)
+    return train(recipe, placement, _kind())
+
+
+def rehearse(recipe: FinetuneRecipe, placement: Placement, steps: int) -> int:
+    """What `--rehearse` does."""
+    from chassis.rehearse import rehearse
+
+    return rehearse(recipe, placement, _kind(), steps)
+
+
+def _kind() -> Kind:
+    from chassis.prepared import Kind
+    from contrastive.prepare import generate, prepare
+
+    return Kind(prepare, generate, plan)

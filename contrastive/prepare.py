@@ -15,11 +15,11 @@ from chassis.data import Corpus, Mixture, Order, tokenised
 from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
 from chassis.errors import ConfigError
+from chassis.prepared import Prepared
 from chassis.probe import Probe
 from chassis.runtime import Runtime
-from chassis.schema import BatchPlan
-from chassis.session import Prepared
 from chassis.sources import find_sources
+from chassis.trial import generated_text
 from contrastive.collate import FEATURES, Collate, DataSet, Tokenise, check_row, settings
 from contrastive.config import FinetuneRecipe
 from contrastive.model import Tower
@@ -41,7 +41,7 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
         for i, (each, corpus) in enumerate(zip(data.sets, corpora, strict=True))
     ]
     shares = [each.weight * len(corpus.rows) for each, corpus in zip(data.sets, corpora, strict=True)]
-    plan = BatchPlan(size, runtime.world_size, recipe.batch.micro_size)
+    plan = recipe.batch.plan(runtime.world_size)
     loaded = load_encoder(model, AutoModel, seed=seed)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
@@ -81,6 +81,16 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
         },
         keep_best=recipe.evaluate.keep_best,
     )
+
+
+def generate(recipe: FinetuneRecipe, share: float, number: int) -> dict[str, Any]:
+    """A row whose texts have `share` of the largest lengths."""
+    data, most = recipe.data, recipe.model.max_length
+    query, passage = (int(share * data.length(role, most)) for role in ("query", "passage"))
+    passages = 1 + data.negatives_per_query
+    texts = [generated_text(passage, passages * number + i) for i in range(passages)]
+    row = {"query": generated_text(query, -1 - number), "pos": texts[:1], "neg": texts[1:]}
+    return {**row, "pos_scores": [1.0], "neg_scores": [0.0] * len(texts[1:])} if recipe.loss.distillation else row
 
 
 def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise) -> Corpus:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chassis import cli
 from chassis.cost import memory, model_flops, seconds
 from chassis.plan import Missing, describe, encoder_shape, rows_and_steps
 from chassis.runtime import Placement
-from chassis.schema import BatchPlan
 from retromae.config import PretrainRecipe
+
+if TYPE_CHECKING:
+    from chassis.prepared import Kind
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.door(argv, usage=__doc__ or "", schema=PretrainRecipe, plan=plan, run=run)
+    return cli.door(argv, usage=__doc__ or "", schema=PretrainRecipe, plan=plan, run=run, rehearse=rehearse)
 
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[str, Any]:
     """What `--plan` prints."""
     missing = Missing([])
     rows, steps = rows_and_steps(recipe.data.train, recipe.schedule, recipe.batch.global_size, missing)
-    share = BatchPlan(recipe.batch.global_size, world_size, recipe.batch.micro_size)
+    share = recipe.batch.plan(world_size)
     most, length = max(share.rows_per_rank), recipe.model.max_length
     encoder = encoder_shape(recipe.model, missing)
     shape = encoder.deeper(1)  # the decoder's layer; its embeddings and head are the encoder's
@@ -59,6 +61,19 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[st
 
 def run(recipe: PretrainRecipe, placement: Placement) -> int:
     from chassis.session import train  # torch comes in here, after every mistake in the recipe has been told
-    from retromae.prepare import prepare
 
-    return train(recipe, placement, prepare)
+    return train(recipe, placement, _kind())
+
+
+def rehearse(recipe: PretrainRecipe, placement: Placement, steps: int) -> int:
+    """What `--rehearse` does."""
+    from chassis.rehearse import rehearse
+
+    return rehearse(recipe, placement, _kind(), steps)
+
+
+def _kind() -> Kind:
+    from chassis.prepared import Kind
+    from retromae.prepare import generate, prepare
+
+    return Kind(prepare, generate, plan)

@@ -16,11 +16,11 @@ from chassis.data import Order, tokenised
 from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
 from chassis.errors import ConfigError
+from chassis.prepared import Prepared
 from chassis.probe import Probe
 from chassis.runtime import Runtime
-from chassis.schema import BatchPlan
-from chassis.session import Prepared
 from chassis.sources import find_sources, stream_rows
+from chassis.trial import generated_text
 from retromae.collate import FEATURES, Collate, FromCorpus, StepBatch, Tokenise, check, settings
 from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
@@ -35,7 +35,7 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
         raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
     sources = find_sources(data.train)
     tokenise = Tokenise(tokenizer, max_length=model.max_length, split=data.long_texts == "split")
-    plan = BatchPlan(recipe.batch.global_size, runtime.world_size, recipe.batch.micro_size)
+    plan = recipe.batch.plan(runtime.world_size)
 
     def collate_over(rows: Any, order: Any) -> Collate:
         return Collate(rows, order, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
@@ -99,6 +99,11 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
         evaluate=_probe(recipe, module, tokenizer, runtime) if recipe.evaluate.data else None,
         facts=facts,
     )
+
+
+def generate(recipe: PretrainRecipe, share: float, number: int) -> dict[str, Any]:
+    """A row whose text has `share` of the largest length."""
+    return {"text": generated_text(int(share * recipe.model.max_length), number)}
 
 
 def _probe(recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> Any:

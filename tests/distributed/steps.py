@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from chassis import config
 from chassis.engine import build
+from chassis.prepared import Prepared
 from chassis.runtime import Runtime
 from chassis.schema import BatchPlan
-from chassis.session import Prepared
 from contrastive.config import FinetuneRecipe
 from contrastive.prepare import prepare as prepare_finetune
 from retromae.config import PretrainRecipe

@@ -1,0 +1,160 @@
+"""Generated text of the longest shapes, and by it the largest micro-batch that fits into a device's memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import socket
+import string
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from chassis import config
+from chassis.collectives import agreed, gather_counts, once_per_node
+from chassis.engine import autocast
+from chassis.errors import ConfigError
+from chassis.prepared import Kind, Prepared
+from chassis.runtime import Runtime
+from chassis.schema import AUTO, BatchPlan
+
+
+def generated_text(tokens: int, number: int) -> str:
+    """Letters, each a word and so a token to nearly every tokenizer; `number` makes it like no other."""
+    return " ".join(random.Random(number).choices(string.ascii_lowercase, k=max(1, tokens)))
+
+
+@dataclass(frozen=True)
+class LongestFirst:
+    """Rows in the order in which they were generated: a batch of the longest first, then always the second batch."""
+
+    global_size: int
+
+    def batch(self, number: int, part: range) -> tuple[Tensor, Tensor]:
+        """As `chassis.data.Order`."""
+        rows = torch.arange(part.start, part.stop) + min(number, 1) * self.global_size
+        return torch.zeros_like(rows), rows
+
+
+_ONEDNN = "could not create a primitive"
+"""What oneDNN says on a CPU without memory left."""
+
+Trial = tuple[Any, Prepared]
+"""A recipe, and what its stage has prepared."""
+
+
+@contextmanager
+def generated(recipe: Any, runtime: Runtime, kind: Kind, *, micro_size: int, steps: int) -> Iterator[Trial]:
+    """A run like the recipe's on generated rows: a batch of the longest, then one of all lengths.
+
+    Nothing else is touched: it lives in a folder of its own in run.output_dir, which is gone afterwards.
+    """
+    folder = Path(recipe.run.output_dir) / f"rehearsal-{socket.gethostname()}"
+    size, file = recipe.batch.global_size, folder / "rows.jsonl"
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lengths = [1.0] * size + [1 - i % 8 / 8 for i in range(size)]
+        draft = file.with_suffix(".draft")
+        with draft.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(kind.generate(recipe, each, i)) + "\n" for i, each in enumerate(lengths))
+        draft.rename(file)
+
+    try:
+        once_per_node(lambda: None if file.exists() else write(), runtime.local_rank)
+        on_disk = {"train": [str(file)], "cache_dir": str(folder / "cache"), "streaming": False, "field": "text"}
+        known = type(recipe.data).model_fields
+        made = recipe.model_copy(
+            update={
+                "run": recipe.run.model_copy(update={"output_dir": str(folder / "run")}),
+                "data": recipe.data.model_copy(update={k: v for k, v in on_disk.items() if k in known}),
+                "batch": recipe.batch.model_copy(update={"micro_size": micro_size}),
+                "schedule": recipe.schedule.model_copy(update={"steps": steps, "epochs": None}),
+                "evaluate": type(recipe.evaluate)(),
+            }
+        )
+        with agreed():
+            prepared = kind.prepare(made, runtime)
+        yield made, replace(prepared, collate=_in_generated_order(prepared.collate, size))
+    finally:
+        if runtime.local_rank == 0:
+            rmtree(folder, ignore_errors=True)
+
+
+def _in_generated_order(collate: Any, size: int) -> Any:
+    """`collate` over rows as they were generated; fine-tuning holds them as one data set of a mixture."""
+    order = LongestFirst(size)
+    if hasattr(collate, "sets"):
+        return replace(collate, sets=[replace(collate.sets[0], order=order)])
+    return replace(collate, order=order)
+
+
+def with_largest_micro_size(recipe: Any, runtime: Runtime, kind: Kind) -> Any:
+    """The recipe with `batch.micro_size` as a number: what the run folder's recipe says, or else found by trial."""
+    most = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).rows_per_rank)
+    before = Path(recipe.run.output_dir) / "config.yaml"
+    found = config.load(type(recipe), before).batch.micro_size if before.is_file() else AUTO
+    if found == AUTO:
+        with generated(recipe, runtime, kind, micro_size=1, steps=1) as (made, prepared):
+            parts = kind.plan(made, runtime.world_size, None)["memory"]
+            others = sum(parts[name] for name in ("gradients", "optimizer", "embeddings", "tile"))
+            found = largest(lambda rows: _fits(made, prepared, runtime, rows, others), most)
+        found = min(gather_counts(found))
+        if not found:
+            raise ConfigError("batch.micro_size: not even one row fits (lower model.max_length, or take more memory)")
+    if runtime.is_main:
+        print(f"batch.micro_size: {found} rows at a time on each device", file=sys.stderr)
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": found})})
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, to within an eighth; 0: none. Doubles, then halves the gap."""
+    good, bad, tried = 0, most + 1, 1
+    while good < tried < bad:
+        if fits(tried):
+            good = tried
+        else:
+            bad = tried
+        tried = min(most, 2 * good) if bad > most else (good + bad) // 2
+        if bad <= most and bad - good <= max(1, good // 8):
+            break
+    return good
+
+
+def _fits(recipe: Any, prepared: Prepared, runtime: Runtime, rows: int, others_bytes: int) -> bool:
+    """Whether forward and backward of so many of the longest rows fit beside what the rest of a run needs."""
+    collate: Any = prepared.collate
+    batch = replace(collate, plan=BatchPlan(rows, 1, rows), rank=0)(0)
+    module = prepared.module.to(runtime.device).train()
+    try:
+        reserved = torch.empty(others_bytes, dtype=torch.uint8, device=runtime.device)
+        with autocast(runtime.device, recipe.precision):
+            outputs = [module(*micro_batch.tensors(runtime.device)) for micro_batch in batch.micro_batches]
+        _sum(outputs).backward()
+        del reserved, outputs
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not (should_reduce_batch_size(error) or isinstance(error, MemoryError) or _ONEDNN in str(error)):
+            raise
+        return False
+    finally:
+        module.zero_grad(set_to_none=True)
+        gc.collect()
+        if runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _sum(outputs: Any) -> Tensor:
+    """Of all tensors with a gradient in nested outputs."""
+    if isinstance(outputs, Tensor):
+        return outputs.float().sum()
+    return torch.stack([_sum(x) for x in outputs if not isinstance(x, float)]).sum()
