@@ -1,11 +1,18 @@
-"""Speed of the four places where training spends its time; one JSON line for each, with its units and the machine.
+"""Speed and memory of the places where training spends them; one JSON line for each, with its units and the machine.
 
-    python benchmarks/bench.py [--threads 1]
+    PYTHONPATH=. python benchmarks/bench.py [--threads 1] [NAME ...]
 
 head    summed_nll against torch's cross-entropy on whole logits, forward and backward
 loss    contrastive_share in tiles, as a share of the rate of the same three matrix products alone
 masks   the masks of a text of 512 tokens: the encoder's, and 256 sets of the decoder's
 gather  rows from all ranks to all ranks and their gradient back, over gloo
+loader  batches of fine-tuning, prepared in one process
+kept    a step of fine-tuning whose first graphs are kept, against one that computes every chunk twice
+
+Two take minutes, and run only where they are named:
+
+whole   the loss at its full size: 32,768 queries x 65,536 passages x 768
+curve   peak memory of a whole step by global batch, from 256 to 32,768, in chunks of 64 rows
 """
 
 from __future__ import annotations
@@ -17,27 +24,39 @@ import resource
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from chassis.collectives import gather_rows
+from chassis.engine import build
+from chassis.runtime import Placement, joined
 from chassis.testing import run_world
+from chassis.trial import generated_text
 from contrastive.loss import contrastive_share
 from retromae.loss import summed_nll
 from retromae.masks import decoder_visibility, mask_tokens
-from tests.tiny import distinct_texts
+from tests import tiny
+from tests.distributed import steps
 
 CHANCE = torch.Generator().manual_seed(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all that take seconds")
     parser.add_argument("--threads", type=int, default=1)
-    torch.set_num_threads(parser.parse_args().threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    for bench in (head, loss, masks, gather):
+    quick = (head, loss, masks, gather, loader, kept)
+    known = {bench.__name__: bench for bench in (*quick, whole, curve)}
+    if unknown := set(options.names) - known.keys():
+        parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
+    for bench in [known[name] for name in options.names] or quick:
         machine = {"torch": version("torch"), "machine": _machine(), "threads": torch.get_num_threads()}
         print(json.dumps({"bench": bench.__name__, **bench(), **machine}), flush=True)
 
@@ -52,17 +71,19 @@ def head(labels: int = 2048, width: int = 256, vocabulary: int = 30_522) -> dict
     return {"labels": labels, "width": width, "vocabulary": vocabulary, "ms": ours * 1e3, "plain_ms": plain * 1e3}
 
 
-def loss(queries: int = 2048, passages: int = 16_384, width: int = 256) -> dict[str, Any]:
+def loss(queries: int = 2048, passages: int = 16_384, width: int = 256, *, once: bool = False) -> dict[str, Any]:
     q = F.normalize(torch.randn(queries, width, generator=CHANCE), dim=1).requires_grad_()
     d = F.normalize(torch.randn(passages, width, generator=CHANCE), dim=1).requires_grad_()
-    identity = distinct_texts(queries, passages)
+    identity = tiny.distinct_texts(queries, passages)
     before = _peak_bytes()
     seconds = _seconds(
-        lambda: contrastive_share(q, d, d[:queries], identity, temperature=0.02, weight=1 / queries).value.backward()
+        lambda: contrastive_share(q, d, d[:queries], identity, temperature=0.02, weight=1 / queries).value.backward(),
+        once=once,
     )
     grown = _peak_bytes() - before
     with torch.no_grad():
-        products = 3 * _seconds(lambda: q @ d.T)
+        tile = q[: (64 << 20) // (4 * passages)]  # the products alone, in tiles of the same size
+        products = 3 * _seconds(lambda: tile @ d.T) * queries / len(tile)
     return {
         "queries": queries,
         "passages": passages,
@@ -101,11 +122,79 @@ def _gather(rank: int, size: int, rows: int, width: int) -> float:
     return _seconds(lambda: gather_rows(x, [rows] * size).sum().backward())
 
 
-def _seconds(call: Callable[[], Any], least: float = 1.0) -> float:
+def whole(queries: int = 32_768, passages: int = 65_536, width: int = 768) -> dict[str, Any]:
+    loss(256, 1024, 64)  # libraries are loaded before memory is looked at
+    return loss(queries, passages, width, once=True)
+
+
+def loader(rows: int = 2048) -> dict[str, Any]:
+    with TemporaryDirectory() as name:
+        made = _recipe(Path(name), rows, micro_size=rows)
+        ready, _ = steps.prepared(made, 0, 1)
+        assert ready.collate is not None
+        collate = ready.collate
+        batch = collate(0)
+        seconds = _seconds(lambda: collate(1))
+    texts = len(batch.place_N)
+    return {"texts_per_second": texts / seconds, "tokens_per_text": batch.tokens / texts}
+
+
+def kept(rows: int = 256, micro_size: int = 32) -> dict[str, Any]:
+    found: dict[str, Any] = {"rows": rows, "micro_size": micro_size}
+    with TemporaryDirectory() as name:
+        for keep in (0, 4, 7, 8):
+            made = _recipe(Path(name), rows, micro_size, f"batch.keep_graph={keep}")
+            found[f"seconds_with_{keep}_of_8_chunks_kept"] = _step(made)
+    return found
+
+
+def curve() -> dict[str, Any]:
+    """In a fresh process for each size, because a process never forgets its peak."""
+    found = {}
+    for rows in (256, 1024, 4096, 16_384, 32_768):
+        with TemporaryDirectory() as name:
+            made = _recipe(Path(name), rows, 64)
+            (grown,) = run_world(_grown, 1, made)
+        found[f"{rows}_rows"] = {"peak_growth_mib": grown / 2**20, "embeddings_mib": 4 * 128 * 3 * rows / 2**20}
+    return found
+
+
+def _grown(rank: int, size: int, made: Any) -> int:
+    ready, runtime = steps.prepared(made, rank, size)
+    assert ready.collate is not None
+    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
+    batch = ready.collate(0)
+    before = _peak_bytes()
+    ready.stage.backward(batch, engine, 0)
+    return _peak_bytes() - before
+
+
+def _step(made: Any) -> float:
+    """Seconds of one step on this process."""
+    with joined(Placement(0, 1, 0)) as runtime:
+        ready, _ = steps.prepared(made, 0, 1)
+        engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
+        assert ready.collate is not None
+        batch = ready.collate(0)
+        return _seconds(lambda: (ready.stage.backward(batch, engine, 0), engine.step(0.0)))
+
+
+def _recipe(folder: Path, rows: int, micro_size: int, *more: str) -> Any:
+    """Fine-tuning of a small encoder on distinct texts of about 32 tokens, each query with one negative."""
+    if not (folder / "bert").exists():
+        tiny.encoder(folder / "bert", "bert", layers=2, width=128)
+        made = [generated_text(30, i) for i in range(3 * rows)]
+        lines = [{"query": made[i], "pos": [made[rows + i]], "neg": [made[2 * rows + i]]} for i in range(rows)]
+        tiny.write_jsonl(folder / "finetune.jsonl", lines)
+    return steps.recipe("finetune", folder, f"batch.global_size={rows}", f"batch.micro_size={micro_size}", *more)
+
+
+def _seconds(call: Callable[[], Any], least: float = 1.0, *, once: bool = False) -> float:
     """The fastest of several calls that take `least` seconds together: the others were disturbed."""
-    call()
+    if not once:
+        call()
     times: list[float] = []
-    while sum(times) < least or len(times) < 3:
+    while not times or (not once and (sum(times) < least or len(times) < 3)):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -9,7 +9,7 @@ import socket
 import string
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -88,6 +88,8 @@ def generated(recipe: Any, runtime: Runtime, kind: Kind, *, micro_size: int, ste
     finally:
         if runtime.local_rank == 0:
             rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # it holds a run, or another node's rehearsal
+                folder.parent.rmdir()
 
 
 def _in_generated_order(collate: Any, size: int) -> Any:

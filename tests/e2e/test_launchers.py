@@ -167,6 +167,18 @@ def test_a_finished_run_says_so_and_does_nothing(folder: Path, finetuned: Path) 
     assert (finetuned / "model/model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    overrides = ["batch.micro_size=auto", f"run.output_dir={folder}/rehearsed"]
+    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "launch/finetune.py"]
+    done = run([*launcher, "--config", str(folder / "finetune.yaml"), "--rehearse", "4", *overrides])
+    assert done.returncode == 0, done.stderr
+    for told in ("4 steps of 7 rows on 2 ranks", "tokens/s", "collectives", "peak memory", "checkpoint", "12 steps"):
+        assert told in done.stdout, done.stdout
+    assert "batch.micro_size: 4 rows" in done.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_evaluation_is_the_same_by_two_ranks_as_by_one(folder: Path, finetuned: Path) -> None:
     path = folder / "evaluate.yaml"
     path.write_text(f"models: {{tiny: {finetuned}/model}}\nevaluate: {{data: {folder}/beir}}\n")
