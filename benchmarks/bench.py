@@ -29,6 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from chassis.collectives import gather_rows
@@ -36,6 +37,7 @@ from chassis.engine import build
 from chassis.runtime import Placement, joined
 from chassis.testing import run_world
 from chassis.trial import generated_text
+from contrastive.config import TILE_BYTES
 from contrastive.loss import contrastive_share
 from retromae.loss import summed_nll
 from retromae.masks import decoder_visibility, mask_tokens
@@ -82,8 +84,8 @@ def loss(queries: int = 2048, passages: int = 16_384, width: int = 256, *, once:
     )
     grown = _peak_bytes() - before
     with torch.no_grad():
-        tile = q[: (64 << 20) // (4 * passages)]  # the products alone, in tiles of the same size
-        products = 3 * _seconds(lambda: tile @ d.T) * queries / len(tile)
+        tile = q[: TILE_BYTES // (4 * passages)]
+        products = _products(tile, d) * queries / len(tile)
     return {
         "queries": queries,
         "passages": passages,
@@ -120,6 +122,18 @@ def gather(ranks: int = 2, rows: int = 4096, width: int = 768) -> dict[str, Any]
 def _gather(rank: int, size: int, rows: int, width: int) -> float:
     x = torch.randn(rows, width, requires_grad=True)
     return _seconds(lambda: gather_rows(x, [rows] * size).sum().backward())
+
+
+def _products(tile: Tensor, d: Tensor) -> float:
+    """Seconds of the three matrix products of one tile of scores, with no memory to be found for their results."""
+    scores, dq, dd = tile.new_empty(len(tile), len(d)), torch.empty_like(tile), torch.zeros_like(d)
+
+    def three() -> None:
+        torch.mm(tile, d.T, out=scores)
+        torch.mm(scores, d, out=dq)
+        dd.addmm_(scores.T, tile, alpha=1e-9)
+
+    return _seconds(three)
 
 
 def whole(queries: int = 32_768, passages: int = 65_536, width: int = 768) -> dict[str, Any]:

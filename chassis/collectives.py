@@ -93,6 +93,11 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def is_broken(error: RuntimeError) -> bool:
+    """Whether this is how gloo or NCCL say that a peer does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     gather_objects(None)

@@ -31,3 +31,14 @@ class CheckpointError(LodestarError):
 
 class TrainingError(LodestarError):
     """Training cannot go on, as when the loss is no longer a number."""
+
+
+class PeerLostError(LodestarError):
+    """Other ranks are gone; told once on each host that is left."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, *, first_here: bool) -> None:
+        super().__init__(message)
+        self.first_here = first_here
+        """Whether this is the first rank of its host that is left."""

@@ -18,6 +18,7 @@ from chassis.data import step_batches
 from chassis.engine import Engine, build
 from chassis.loop import Progress, StepDone, fit
 from chassis.meter import peak_memory_bytes
+from chassis.peers import roll_call
 from chassis.plan import in_words
 from chassis.prepared import Kind
 from chassis.runtime import Placement, Runtime, joined
@@ -29,7 +30,7 @@ from chassis.trial import generated, with_largest_micro_size
 def rehearse(recipe: Any, placement: Placement, kind: Kind, steps: int) -> int:
     """Take `steps` steps on all ranks, print what they cost, and leave nothing behind."""
     quiet(placement.rank == 0)
-    with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime:
+    with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime, roll_call(runtime):
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
         with generated(recipe, runtime, kind, micro_size=recipe.batch.micro_size, steps=steps) as (made, prepared):

@@ -23,6 +23,7 @@ from chassis.errors import CheckpointError, DataError
 from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from chassis.loop import Hook, Progress, fit
 from chassis.meter import Console, Meter
+from chassis.peers import roll_call
 from chassis.prepared import Kind, Prepared, Recipe
 from chassis.report import write_report
 from chassis.runtime import Placement, Runtime, joined, local_environment
@@ -38,7 +39,7 @@ STOPPED = 3
 def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
     quiet(placement.rank == 0)
-    with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime:
+    with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime, roll_call(runtime):
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
         return _Session(recipe, runtime).run(kind.prepare)

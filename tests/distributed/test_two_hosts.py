@@ -1,0 +1,123 @@
+"""Two hosts on one machine: network namespaces joined by a cable, a real torchrun on each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.distributed import steps
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = Path(sys.executable).parent / "torchrun"
+NUMBER = os.getpid() % 200 + 20
+HOSTS = [
+    (f"lodestar{NUMBER}a", f"lode{NUMBER}a", f"10.77.{NUMBER}.1"),
+    (f"lodestar{NUMBER}b", f"lode{NUMBER}b", f"10.77.{NUMBER}.2"),
+]
+STEPS = 8
+
+
+def ip(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[None]:
+    try:
+        for space, _, _ in HOSTS:
+            ip("netns", "add", space)
+        ip(
+            "link",
+            "add",
+            HOSTS[0][1],
+            "netns",
+            HOSTS[0][0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            HOSTS[1][1],
+            "netns",
+            HOSTS[1][0],
+        )
+        for space, cable, address in HOSTS:
+            ip("-n", space, "address", "add", f"{address}/24", "dev", cable)
+            for link in ("lo", cable):
+                ip("-n", space, "link", "set", link, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    yield
+    for space, _, _ in HOSTS:
+        ip("netns", "delete", space)
+
+
+def start(stage: str, recipe: Path, *overrides: str) -> list[subprocess.Popen[str]]:
+    """One torchrun on each host, with one rank."""
+    launched = []
+    for node, (space, cable, _) in enumerate(HOSTS):
+        command = [
+            "ip", "netns", "exec", space, str(TORCHRUN), "--nnodes", "2", "--node-rank", str(node),
+            "--master-addr", HOSTS[0][2], "--master-port", "29777", "--nproc-per-node", "1",
+            f"launch/{stage}.py", "--config", str(recipe), *overrides,
+        ]  # fmt: skip
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+        environment = {**clean, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        launched.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    return launched
+
+
+def finish(launched: list[subprocess.Popen[str]]) -> list[str]:
+    """What each said; all have ended."""
+    try:
+        return [process.communicate(timeout=180)[1] for process in launched]
+    finally:
+        for process in launched:
+            process.kill()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_cut_cable_ends_both_hosts_with_one_line_that_names_the_peer(stage: str, hosts: None, tmp_path: Path) -> None:
+    steps.recipe(stage, tmp_path)
+    recipe = tmp_path / f"{stage}.yaml"
+
+    def options(folder: str) -> list[str]:
+        return [
+            f"run.output_dir={tmp_path}/{folder}", f"schedule.steps={STEPS}", "checkpoint.every_steps=1",
+            "engine.kind=deepspeed", "engine.timeout_minutes=0.15", "model.dropout=0.1", "track.log_every=1",
+        ]  # fmt: skip
+
+    launched = start(stage, recipe, *options("whole"))
+    said = finish(launched)
+    assert [process.returncode for process in launched] == [0, 0], said
+    whole = load_file(tmp_path / "whole/model/model.safetensors")
+
+    launched = start(stage, recipe, *options("cut"), f"schedule.steps={10**6}")
+    metrics, give_up = tmp_path / "cut/metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < give_up and all(process.poll() is None for process in launched), finish(launched)
+        time.sleep(0.1)
+    ip("-n", HOSTS[0][0], "link", "set", HOSTS[0][1], "down")
+    try:
+        said = finish(launched)
+    finally:
+        ip("-n", HOSTS[0][0], "link", "set", HOSTS[0][1], "up")
+    for me, lines in enumerate(said):
+        (line,) = [line for line in lines.splitlines() if line.startswith("error: ")]
+        other = 1 - me
+        assert line.startswith(f"error: rank {me} (") and HOSTS[me][2] in line
+        assert f"lost rank {other} (" in line and HOSTS[other][2] in line and "goes on" in line
+    assert all(process.returncode not in (0, None) for process in launched)
+
+    done = max(int(path.name[5:]) for path in (tmp_path / "cut/checkpoints").glob("step-*"))
+    again = start(stage, recipe, *options("cut"), f"schedule.steps={done + 2}")
+    said = finish(again)
+    assert [process.returncode for process in again] == [0, 0], said
+    assert f"goes on from step {done} of {done + 2}" in said[0]
+    assert load_file(tmp_path / "cut/model/model.safetensors").keys() == whole.keys()
