@@ -20,7 +20,7 @@ test: install ## run all tests
 	$(RUN)/pytest
 
 test-slurm: install slurm ## run the batch scripts on a real SLURM of two simulated nodes
-	$(RUN)/pytest -rs tests/slurm
+	$(RUN)/pytest -rs -m 'slow or not slow' tests/slurm
 
 slurm: ## install SLURM where that can be done: root and apt
 	@command -v slurmctld > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \

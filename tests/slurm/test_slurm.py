@@ -195,3 +195,23 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     first, second = load_file(whole / last), load_file(parts / last)
     assert all(first[name].equal(second[name]) for name in first)
     assert not (ROOT / "evaluated").exists()
+
+
+@pytest.mark.slow
+def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    """SLURM itself sends it, up to a minute early: the shortest limits take two minutes."""
+    job = submit(
+        cluster, "finetune", overrides("finetune", data, tmp_path / "run", 10**6), "--time=3", "--signal=USR1@60"
+    )
+    deadline = time.monotonic() + 180
+    while "Restarts=1" not in cluster.run("scontrol", "show", "job", job):
+        assert time.monotonic() < deadline, log(cluster, job)
+        time.sleep(1)
+    told = log(cluster, job)
+    assert "run: stopped" in told and "stopped by SIGUSR1" in told and "DUE TO TIME LIMIT" not in told
+    (saved,) = {path.name for path in (tmp_path / "run/checkpoints").glob("step-*")}
+    deadline = time.monotonic() + 120
+    while f"goes on from step {int(saved[5:])} " not in log(cluster, job):
+        assert time.monotonic() < deadline, log(cluster, job)
+        time.sleep(1)
+    cluster.run("scancel", job)
