@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -233,13 +234,16 @@ def step_batches(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
     )
     yield from loader  # closing this generator ends the workers
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # Launchers and batch systems signal whole process groups. The rank decides when to stop; its workers end with it.
+    for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(asked, signal.SIG_IGN)
 
 
 def cut(rows: Sequence[Any], parts: int) -> list[Sequence[Any]]:

@@ -192,18 +192,19 @@ def test_evaluation_is_the_same_by_two_ranks_as_by_one(folder: Path, finetuned: 
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(folder: Path) -> None:
-    """SIGTERM to a plain process in the midst of training, then the same command again."""
+    """SIGTERM to a process and its loader's workers in the midst of training, then the same command again."""
     command = [sys.executable, "launch/pretrain.py", "--config", str(recipe(folder, "pretrain"))]
     more = ["track.to=[]", "evaluate.data=null", "engine.kind=ddp", "schedule.steps=60", "checkpoint.every_steps=0"]
     whole, parts = folder / "runs/whole", folder / "runs/parts"
     assert run([*command, *more, f"run.output_dir={whole}"]).returncode == 0
     process = subprocess.Popen(
-        [*command, *more, f"run.output_dir={parts}"], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
+        [*command, *more, f"run.output_dir={parts}"],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (parts / "metrics.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as launchers do
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == 3 and "stopped by SIGTERM" in errors
     (saved,) = (parts / "checkpoints").iterdir()
@@ -212,6 +213,29 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(folder
     assert found.returncode == 0 and "goes on from step" in found.stderr
     first, second = (load_file(each / "checkpoints/step-00000060/weights.safetensors") for each in (whole, parts))
     assert all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks by /proc")
+def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
+    run_folder = folder / "runs/killed"
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "launch/pretrain.py", "--config"]
+    more = ["track.to=[]", "evaluate.data=null", f"schedule.steps={10**6}", "checkpoint.every_steps=3"]
+    launcher = subprocess.Popen(
+        [*command, str(recipe(folder, "pretrain")), *more, f"run.output_dir={run_folder}"],
+        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(run_folder.glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline and launcher.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (second,) = (pid for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(second), signal.SIGKILL)
+    said = launcher.communicate(timeout=120)[1]
+    assert launcher.returncode != 0, said
+    print(said[-6000:])
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: rank 0 (") and "lost rank 1 (" in line
 
 
 def test_a_mistake_is_one_line_before_torch_is_imported(folder: Path) -> None:
