@@ -1,11 +1,18 @@
-"""Who is still there: when a collective fails, the ranks that were lost are named."""
+"""Who is still there: ranks that were lost are named, by the collective that fails or, where none does, by a watch.
+
+A watch of our own, because limits on collectives do not reach the groups that DeepSpeed makes.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from chassis.collectives import gather_objects, is_broken
@@ -22,29 +29,59 @@ class Peer(NamedTuple):
     port: int
 
     def answers(self) -> bool:
-        """Whether its process, and the way to its host, are there."""
+        """Whether its process runs, and the way to its host is open."""
         try:
-            socket.create_connection((self.address, self.port), timeout=PATIENCE_SECONDS).close()
+            with socket.create_connection((self.address, self.port), timeout=PATIENCE_SECONDS) as asked:
+                return asked.recv(1) == b"."
         except OSError:
             return False
-        return True
 
 
 @contextmanager
-def roll_call(runtime: Runtime) -> Iterator[None]:
-    """Turns the failure of a collective inside into one line that names the ranks that do not answer any more."""
+def roll_call(runtime: Runtime, timeout_minutes: float) -> Iterator[None]:
+    """Ends this process with one line that names the ranks that are gone, as soon as a collective inside fails, or when
+    a neighbour has not answered for so long."""
     if runtime.world_size == 1:
         yield
         return
-    # The kernel answers for a process that is busy, and stops when it ends.
     with socket.create_server(("", 0), backlog=runtime.world_size) as here:
         peers = gather_objects(Peer(runtime.rank, socket.gethostname(), own_address(), here.getsockname()[1]))
+        done = threading.Event()
+        for task in (_answer, _watch):
+            threading.Thread(
+                target=task, args=(here, peers, runtime.rank, done, 60 * timeout_minutes), daemon=True
+            ).start()
         try:
             yield
         except RuntimeError as error:
             if not is_broken(error):
                 raise
             raise _lost(peers, runtime.rank) from error
+        finally:
+            done.set()
+
+
+def _answer(here: socket.socket, peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
+    """Say that this process runs; the kernel alone would take calls for one that was stopped."""
+    while not done.is_set():
+        with suppress(OSError), here.accept()[0] as asked:
+            asked.sendall(b".")
+
+
+def _watch(here: socket.socket, peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
+    """Ask the next rank now and then; a chain of neighbours covers all of them."""
+    neighbour = peers[(rank + 1) % len(peers)]
+    if not neighbour.answers():
+        return  # a firewall: nothing can be told
+    heard = time.monotonic()
+    while not done.wait(min(60.0, limit / 3)):
+        if neighbour.answers():
+            heard = time.monotonic()
+        elif time.monotonic() - heard > limit and not done.wait(PATIENCE_SECONDS):  # the collective may tell it itself
+            error = _lost(peers, rank)
+            if error.first_here:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(error.exit_code)
 
 
 def _lost(peers: list[Peer], rank: int) -> PeerLostError:

@@ -39,7 +39,10 @@ STOPPED = 3
 def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
     quiet(placement.rank == 0)
-    with joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime, roll_call(runtime):
+    with (
+        joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime,
+        roll_call(runtime, recipe.engine.timeout_minutes),
+    ):
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
         return _Session(recipe, runtime).run(kind.prepare)

@@ -13,7 +13,7 @@ from tests.distributed import steps
 
 CHUNKS = {1: 19, 2: 10, 3: 7, 4: 5, 5: 4, 7: 3}  # chunks of 19 rows by micro_size, for one process
 DIRECT = "batch.keep_graph=100"  # every graph is kept: one pass over the same chunks, with the same dropout
-KEPT = ("batch.keep_graph=0", "batch.keep_graph=1", "batch.keep_graph=1e-7", "batch.keep_graph=0.5")
+KEPT = ("batch.keep_graph=0", "batch.keep_graph=2", "batch.keep_graph=0.5")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "dropout": ("model.dropout=0.2",),
@@ -61,11 +61,11 @@ def test_any_number_of_chunks_gives_the_direct_step(chunks: int, folder: Path):
             assert error < allowed(options), f"{name}, {chunks} chunks, {keep}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_every_engine_gives_the_direct_step_of_ddp(size: int, folder: Path):
-    names = [(name, engine, keep) for name in OPTIONS for engine in ENGINES for keep in (DIRECT, KEPT[0], KEPT[3])]
+def test_every_engine_gives_the_direct_step_of_ddp(folder: Path):
+    options = ("plain", "own negatives", "all at once")
+    names = [(name, engine, keep) for name in options for engine in ENGINES for keep in (DIRECT, *KEPT[:2])]
     jobs = [("finetune", "batch.micro_size=3", keep, *OPTIONS[name], *ENGINES[engine]) for name, engine, keep in names]
-    for outcomes in run_world(steps.steps, size, folder, jobs):
+    for outcomes in run_world(steps.steps, 3, folder, jobs):
         found = dict(zip(names, outcomes, strict=True))
         for (name, engine, keep), outcome in found.items():
             error = steps.distance(outcome, found[name, "ddp", DIRECT])
