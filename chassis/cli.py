@@ -37,7 +37,7 @@ def door(
         quiet_libraries()
         options = _parse(argv, usage)
         recipe = config.load(schema, options.config, options.overrides)
-        if options.rehearse is not None:
+        if options.plan is None and options.rehearse is not None:
             if rehearse is None:
                 raise ConfigError("command line: --rehearse: only training can be rehearsed")
             return rehearse(recipe, placement, options.rehearse)

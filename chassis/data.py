@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -241,9 +241,7 @@ def step_batches(
 
 def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    # Launchers and batch systems signal whole process groups. The rank decides when to stop; its workers end with it.
-    for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(asked, signal.SIG_IGN)
+    os.setpgrp()  # launchers and terminals signal whole groups; the rank decides when to stop, its workers follow
 
 
 def cut(rows: Sequence[Any], parts: int) -> list[Sequence[Any]]:

@@ -6,6 +6,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Generator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,15 @@ def rehearse(recipe: Any, placement: Placement, kind: Kind, steps: int) -> int:
             batches = step_batches(
                 prepared.collate, start=0, total=steps, workers=prepared.workers, pin=runtime.device.type == "cuda"
             )
-            fit(
-                prepared.stage, engine, waiting.over(batches), progress=Progress(steps),
-                lr_factor_at=lambda step: 0.0, hooks=[watch],
-            )  # fmt: skip
+            with closing(batches):  # ends the workers
+                fit(
+                    prepared.stage,
+                    engine,
+                    waiting.over(batches),
+                    progress=Progress(steps),
+                    lr_factor_at=lambda step: 0.0,
+                    hooks=[watch],
+                )
             saved = _save(engine, runtime)
         found = gather_objects({**watch.found(), **saved})
         if runtime.is_main:

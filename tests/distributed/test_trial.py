@@ -13,7 +13,7 @@ from chassis import config
 from chassis.prepared import Kind
 from chassis.runtime import Runtime
 from chassis.testing import run_world
-from chassis.trial import largest, with_largest_micro_size
+from chassis.trial import generated, largest, with_largest_micro_size
 from contrastive import cli as finetune
 from contrastive import prepare as of_finetune
 from retromae import cli as pretrain
@@ -41,22 +41,25 @@ def test_the_largest_that_fits_is_found_to_within_an_eighth(limit: int):
     assert len(tried) == len(set(tried)) <= 16
 
 
-def _found(rank: int, size: int, stage: str, folder: Path, room_mib: int) -> list[int]:
-    """What is found with all memory, and then with so much more than is in use on rank 0."""
+def _found(rank: int, size: int, stage: str, folder: Path, room_mib: int | None) -> int:
+    """What is found with all memory, or with so much more on rank 0 than is in use."""
     made = steps.recipe(stage, folder, *OVERRIDES)
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
-    found = [with_largest_micro_size(made, runtime, KINDS[stage]).batch.micro_size]
-    if rank == 0:
+    if room_mib is not None:
+        with generated(made, runtime, KINDS[stage], micro_size=1, steps=1):
+            pass  # everything that is loaded once is there now
+    if room_mib is not None and rank == 0:  # the other one has more
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         room = pages * resource.getpagesize() + (room_mib << 20)
         resource.setrlimit(resource.RLIMIT_AS, (room, room))
-    return [*found, with_largest_micro_size(made, runtime, KINDS[stage]).batch.micro_size]
+    return with_largest_micro_size(made, runtime, KINDS[stage]).batch.micro_size
 
 
 @pytest.mark.parametrize("stage", KINDS)
 def test_all_ranks_take_what_fits_on_the_one_with_the_least_memory(stage: str, tmp_path: Path):
+    assert run_world(_found, 2, stage, tmp_path, None) == [ROWS // 2, ROWS // 2]
     first, second = run_world(_found, 2, stage, tmp_path, 250)
-    assert first == second and first[0] == ROWS // 2 and 0 < first[1] < ROWS // 2
+    assert first == second and 0 < first < ROWS // 2
     assert not list(tmp_path.rglob("rehearsal*"))
 
 
