@@ -103,6 +103,18 @@ def find(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
+def set_aside(directory: Path, above: int) -> list[str]:
+    """Rename the checkpoints above a step, which a run that starts there would take for its own; their new names."""
+    names = []
+    for step in steps(directory):
+        if step > above:
+            name = f"replaced-step-{step:08d}"
+            shutil.rmtree(directory / name, ignore_errors=True)
+            (directory / f"step-{step:08d}").rename(directory / name)
+            names.append(name)
+    return names
+
+
 def prune(directory: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for step in steps(directory)[:-keep]:

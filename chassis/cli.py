@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from chassis import config
 from chassis.cost import DEVICES
-from chassis.errors import ConfigError, LodestarError, PeerLostError
+from chassis.errors import ConfigError, LodestarError
 from chassis.plan import in_words
 from chassis.runtime import Placement, quiet_libraries
 
@@ -48,7 +48,7 @@ def door(
             print(json.dumps(found) if options.json else in_words(found))
         return 0
     except LodestarError as error:
-        if error.first_here if isinstance(error, PeerLostError) else rank == 0:
+        if rank == 0 if error.told_here is None else error.told_here:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # launchers end all ranks when one has gone: let rank 0 speak first

@@ -116,6 +116,15 @@ def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             raise other
 
 
+def on_main(build: Callable[[], Result]) -> Result:
+    """`build()` of rank 0 on every rank; what it raises there, every rank raises."""
+    found = None
+    with agreed():
+        if rank() == 0:
+            found = build()
+    return from_main(found)
+
+
 def once_per_node(build: Callable[[], Result], local_rank: int) -> Result:
     """`build()` on the first rank of each node, then, with its files on the disk, on the others."""
     # A large corpus takes hours: longer than any limit on a hanging peer.

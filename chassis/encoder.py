@@ -79,7 +79,6 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model.encoder: {folder}: cannot be opened: {_first_line(error)}") from None
-    _check_length(model, config)
     if model.dropout is not None:
         for name in _dropout_rates(config):
             setattr(config, name, model.dropout)
@@ -90,6 +89,7 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
         loaded = Loaded(encoder, 0, len(list(encoder.parameters())), "chance (model.random_weights)")
     else:
         loaded = _from_file(folder, config, auto_class, extra, random_head)
+    _check_length(model, loaded.model)
     if model.activation_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
     return loaded
@@ -183,11 +183,17 @@ def _without_pooler(auto_class: Any, config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if known else {}
 
 
-def _check_length(model: Model, config: Any) -> None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and model.max_length > positions:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that decides how it splits a text, but not what its last call asked for."""
+    made = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    return json.dumps({**made, "truncation": None, "padding": None}, sort_keys=True)
+
+
+def _check_length(model: Model, encoder: PreTrainedModel) -> None:
+    rows, (_, first) = getattr(encoder.config, "max_position_embeddings", None), _positions_of(encoder.base_model)
+    if rows is not None and model.max_length > rows - first:
         raise ModelError(
-            f"model.max_length: {model.max_length} tokens but {model.encoder} knows {positions} positions (lower it)"
+            f"model.max_length: {model.max_length} tokens but {model.encoder} knows {rows - first} positions (lower it)"
         )
 
 
@@ -234,9 +240,14 @@ def parts_of(model: PreTrainedModel) -> Parts:
         raise ModelError(
             f"model.encoder: {type(model).__name__}: no embeddings or no masked-language-model head was found in it"
         )
-    positions = getattr(embeddings, "position_embeddings", None)
-    padding = getattr(positions, "padding_idx", None)
-    return Parts(base, embeddings, positions, 0 if padding is None else padding + 1, head, vocabulary)
+    return Parts(base, embeddings, *_positions_of(base), head, vocabulary)
+
+
+def _positions_of(base: nn.Module) -> tuple[nn.Embedding | None, int]:
+    """The table of absolute positions, if there is one, and its row for a text's first token."""
+    table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return table, 0 if padding is None else padding + 1
 
 
 def _head_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

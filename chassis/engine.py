@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole fp32 parameters and buffers by name, on the CPU; every rank must call."""
+        """Whole fp32 parameters by name, on the CPU; every rank must call."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -302,7 +302,11 @@ class ZeroEngine:
         return result
 
     def values(self) -> dict[str, float]:
-        return {"loss_scale": float(self._engine.optimizer.cur_scale)} if self._half else {}
+        if not self._half:
+            return {}
+        scaler = self._engine.optimizer.loss_scaler
+        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"loss_scale": scaler.cur_scale, "good_steps": good_steps, "hysteresis": scaler.cur_hysteresis}
 
     def resume(self, checkpoint: Resumed) -> None:
         for parameter, name in self._trained():
@@ -316,7 +320,10 @@ class ZeroEngine:
 
             for parameter, name in self._trained():
                 safe_set_full_fp32_param(parameter, checkpoint.weights[name].to(self._device))
-            self._engine.optimizer.loss_scaler.cur_scale = checkpoint.values.get("loss_scale", 2.0**16)
+            scaler, found = self._engine.optimizer.loss_scaler, checkpoint.values
+            scaler.cur_scale = found.get("loss_scale", scaler.cur_scale)
+            scaler.cur_iter, scaler.last_overflow_iter = int(found.get("good_steps", 0)), -1
+            scaler.cur_hysteresis = int(found.get("hysteresis", scaler.cur_hysteresis))
 
     def _trained(self) -> list[tuple[nn.Parameter, str]]:
         return [(parameter, name) for parameter, name in self._names.items() if parameter.requires_grad]

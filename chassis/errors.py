@@ -8,6 +8,11 @@ class LodestarError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str, *, told_here: bool | None = None) -> None:
+        super().__init__(message)
+        self.told_here = told_here
+        """Whether this process prints it; none: rank 0 does."""
+
 
 class ConfigError(LodestarError):
     """A recipe, or an override of it, says something that cannot be done."""
@@ -37,8 +42,3 @@ class PeerLostError(LodestarError):
     """Other ranks are gone; told once on each host that is left."""
 
     exit_code = 4
-
-    def __init__(self, message: str, *, first_here: bool) -> None:
-        super().__init__(message)
-        self.first_here = first_here
-        """Whether this is the first rank of its host that is left."""

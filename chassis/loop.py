@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from chassis.engine import Engine, StepReport
@@ -98,14 +97,3 @@ def fit(
             hook.after_step(progress, done)
     for hook in hooks:
         hook.after(progress)
-
-
-def on_device(value: Any, device: torch.device) -> Any:
-    """Tensors of a dataclass, dict or list on the device; everything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: on_device(item, device) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [on_device(item, device) for item in value]
-    return value

@@ -8,16 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from chassis.schema import Optim
 
 Group = dict[str, Any]
-
-
-def decayed(name: str, parameter: Tensor) -> bool:
-    """Matrices decay; biases and the gains of norms do not."""
-    return parameter.ndim >= 2
 
 
 def by_muon(model: nn.Module) -> set[str]:
@@ -37,7 +32,8 @@ def groups(model: nn.Module, optim: Optim) -> list[Group]:
     sorted_out: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            sorted_out.setdefault((name in muon, decayed(name, parameter)), []).append(parameter)
+            # matrices decay; biases and the gains of norms do not
+            sorted_out.setdefault((name in muon, parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "params": parameters,

@@ -47,52 +47,53 @@ def roll_call(runtime: Runtime, timeout_minutes: float) -> Iterator[None]:
     with socket.create_server(("", 0), backlog=runtime.world_size) as here:
         peers = gather_objects(Peer(runtime.rank, socket.gethostname(), own_address(), here.getsockname()[1]))
         done = threading.Event()
-        for task in (_answer, _watch):
-            threading.Thread(
-                target=task, args=(here, peers, runtime.rank, done, 60 * timeout_minutes), daemon=True
-            ).start()
+        threading.Thread(target=_answer, args=(here, done), daemon=True).start()
+        heard = all(gather_objects(peers[(runtime.rank + 1) % len(peers)].answers()))
+        if heard:  # else a firewall lies between them: nothing can be told
+            limit = 60 * timeout_minutes
+            threading.Thread(target=_watch, args=(peers, runtime.rank, done, limit), daemon=True).start()
         try:
             yield
         except RuntimeError as error:
             if not is_broken(error):
                 raise
-            raise _lost(peers, runtime.rank) from error
+            raise _lost(peers if heard else peers[runtime.rank : runtime.rank + 1], runtime.rank) from error
         finally:
             done.set()
 
 
-def _answer(here: socket.socket, peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
+def _answer(here: socket.socket, done: threading.Event) -> None:
     """Say that this process runs; the kernel alone would take calls for one that was stopped."""
     while not done.is_set():
         with suppress(OSError), here.accept()[0] as asked:
             asked.sendall(b".")
 
 
-def _watch(here: socket.socket, peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
+def _watch(peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
     """Ask the next rank now and then; a chain of neighbours covers all of them."""
     neighbour = peers[(rank + 1) % len(peers)]
-    if not neighbour.answers():
-        return  # a firewall: nothing can be told
     heard = time.monotonic()
     while not done.wait(min(60.0, limit / 3)):
         if neighbour.answers():
             heard = time.monotonic()
-        elif time.monotonic() - heard > limit and not done.wait(PATIENCE_SECONDS):  # the collective may tell it itself
+        elif time.monotonic() - heard > limit and not done.wait(PATIENCE_SECONDS) and not neighbour.answers():
+            # the collective had the time to tell it itself
             error = _lost(peers, rank)
-            if error.first_here:
+            if error.told_here:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(error.exit_code)
 
 
 def _lost(peers: list[Peer], rank: int) -> PeerLostError:
+    """By those of `peers` that can be asked."""
     with ThreadPoolExecutor(32) as pool:
         there = list(pool.map(lambda peer: peer.rank == rank or peer.answers(), peers))
-    me, here = peers[rank], [peer for peer, answers in zip(peers, there, strict=True) if answers]
+    me = next(peer for peer in peers if peer.rank == rank)
+    here = [peer for peer, answers in zip(peers, there, strict=True) if answers]
     gone = [f"{peer.rank} ({peer.host}, {peer.address})" for peer in peers if peer not in here]
-    what = (
-        f"lost rank{'s' * (len(gone) > 1)} {', '.join(gone)}" if gone else "a collective failed, but all ranks answer"
-    )
+    unknown = "all ranks answer" if len(peers) > 1 else "ranks cannot be asked through a firewall"
+    what = f"lost rank{'s' * (len(gone) > 1)} {', '.join(gone)}" if gone else f"a collective failed, but {unknown}"
     return PeerLostError(
         f"rank {rank} ({me.host}, {me.address}): {what} (see what ended there; the same command goes on)",
-        first_here=rank == min(peer.rank for peer in here if peer.address == me.address),
+        told_here=rank == min(peer.rank for peer in here if peer.address == me.address),
     )

@@ -75,10 +75,11 @@ def choose_device(local_rank: int) -> torch.device:
     import torch
 
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        if local_rank >= torch.cuda.device_count():
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count()
+        if here > gpus:
             raise LaunchError(
-                f"environment: LOCAL_RANK: {local_rank} but this node shows {torch.cuda.device_count()} GPUs "
-                "(start as many processes as there are GPUs)"
+                f"environment: {here} processes on a node that shows {gpus} GPUs (start as many as there are GPUs)",
+                told_here=local_rank == gpus,  # where the launcher sets no LOCAL_WORLD_SIZE, only those beyond know it
             )
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -17,9 +17,9 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from chassis import checkpoint, config, data
-from chassis.collectives import agreed, barrier, from_main
+from chassis.collectives import agreed, barrier, from_main, on_main
 from chassis.engine import Engine, Resumed, build
-from chassis.errors import CheckpointError, DataError
+from chassis.errors import CheckpointError, ConfigError, DataError
 from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from chassis.loop import Hook, Progress, fit
 from chassis.meter import Console, Meter
@@ -40,12 +40,13 @@ def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
     quiet(placement.rank == 0)
     with (
+        StopHook(placement.world_size) as stop,
         joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime,
         roll_call(runtime, recipe.engine.timeout_minutes),
     ):
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
-        return _Session(recipe, runtime).run(kind.prepare)
+        return _Session(recipe, runtime).run(kind.prepare, stop)
 
 
 def quiet(main: bool) -> None:
@@ -64,15 +65,9 @@ class _Session:
         self.checkpoints = self.folder / "checkpoints"
         self.clock = Clock()
 
-    def run(self, prepare: Callable[[Any, Runtime], Prepared]) -> int:
-        with StopHook(self.runtime.world_size) as stop:
-            return self._run(prepare, stop)
-
-    def _run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
+    def run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
         recipe, runtime = self.recipe, self.runtime
-        with agreed():
-            if runtime.is_main:
-                self._open_folder()
+        on_main(self._make_folder)
         with agreed():
             prepared = prepare(recipe, runtime)
         progress = Progress(prepared.total_steps)
@@ -93,6 +88,8 @@ class _Session:
             with agreed():
                 engine.resume(resumed)
             self._say(f"goes on from step {progress.step} of {progress.total_steps}")
+        if runtime.is_main:
+            self._open_folder(prepared, progress)
         self._train(prepared, engine, progress, stop)
         if progress.stop is not None:
             self._say(f"stopped by {progress.stop} at step {progress.step}; the same command goes on from here")
@@ -147,15 +144,25 @@ class _Session:
 
     # --- before ---
 
-    def _open_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(config.dump(self.recipe), encoding="utf-8")  # type: ignore[arg-type]
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run.output_dir: {self.folder}: {error.strerror} (name another folder)") from None
+
+    def _open_folder(self, prepared: Prepared, progress: Progress) -> None:
+        """Leave nothing there that an earlier run could be taken for this one by."""
+        for name in checkpoint.set_aside(self.checkpoints, progress.step):
+            self._say(f"warning: {self.checkpoints}: {name}: set aside, for this run starts at step {progress.step}")
+        if not progress.step:
+            (self.folder / "best.json").unlink(missing_ok=True)
+        self._write("config.yaml", config.dump(self.recipe))  # type: ignore[arg-type]
+        data = prepared.identity.get("data")
+        self._write("environment.json", {**environment(self.runtime, self.recipe.run.output_dir), "data": data})
 
     def _find_checkpoint(self, prepared: Prepared, progress: Progress) -> Resumed | None:
         """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
-        found, passed = from_main(
-            checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume) if self.runtime.is_main else None
-        )
+        found, passed = on_main(lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume))
         for line in passed:
             self._say(f"warning: {line}")
         if found is None:
@@ -187,7 +194,6 @@ class _Session:
     def _tracker(self, progress: Progress) -> Tracker:
         if not self.runtime.is_main:
             return Tracker.silent()
-        self._write("environment.json", environment(self.runtime, self.recipe.run.output_dir))
         values = json.loads(self.recipe.model_dump_json())  # type: ignore[attr-defined]
         tracker = Tracker.open(self.folder, self.recipe.track, self.recipe.run.name, values, local_environment())
         tracker.resume_at(progress.step)
@@ -226,15 +232,15 @@ class _Session:
             known = ", ".join(name for name in found if name != "evaluation")
             raise DataError(f"evaluate.keep_best: {metric}: not a metric (one of {known})")
         record = self.folder / "best.json"
-        best = from_main(json.loads(record.read_text()) if record.is_file() else None) if step else None
-        if best is None or found[metric] > best["value"] or best["step"] == step:
+        best = from_main(json.loads(record.read_text()) if record.is_file() else None)
+        if best is None or best["metric"] != metric or found[metric] > best["value"] or best["step"] == step:
             self._export(prepared, engine, {"steps": step, **found})
             if self.runtime.is_main:
                 self._write("best.json", {"metric": metric, "value": found[metric], "step": step})
         barrier()
 
     def _finish(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
-        if prepared.keep_best is None or not (self.folder / "best.json").is_file():
+        if prepared.keep_best is None or not from_main((self.folder / "best.json").is_file()):
             self._export(prepared, engine, {"steps": progress.step, **progress.final})
 
     def _export(self, prepared: Prepared, engine: Engine, facts: Mapping[str, Any]) -> None:
@@ -262,8 +268,12 @@ class _Session:
         )
         write_report(self.folder)
 
-    def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    def _write(self, name: str, value: Mapping[str, Any] | str) -> None:
+        """A text, or an object as JSON; whole or absent."""
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        draft = self.folder / f".{name}.draft"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(self.folder / name)
 
     def _say(self, line: str) -> None:
         if self.runtime.is_main:

@@ -141,7 +141,7 @@ def stream_rows(sources: Sequence[Source]) -> Any:
 
 def count_rows(sources: Sequence[Source]) -> int | None:
     """Rows of the sources, by counting lines where that takes a moment; none where it would take longer."""
-    total, budget_bytes = 0, 2 << 30
+    total, budget_bytes = 0, 1 << 27
     for source in sources:
         if source.kind not in ("jsonl", "json", "txt"):
             return None

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and accelerate's trackers beside it; the only file that knows accelerate and wandb."""
+"""metrics.jsonl, and accelerate's trackers beside it; the only file that knows trackers."""
 
 from __future__ import annotations
 

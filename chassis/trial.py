@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import random
-import socket
 import string
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from chassis import config
-from chassis.collectives import agreed, gather_counts, once_per_node
+from chassis.collectives import agreed, gather_counts, on_main, once_per_node
 from chassis.engine import autocast
 from chassis.errors import ConfigError
 from chassis.prepared import Kind, Prepared
@@ -58,20 +57,19 @@ def generated(recipe: Any, runtime: Runtime, kind: Kind, *, micro_size: int, ste
 
     Nothing else is touched: it lives in a folder of its own in run.output_dir, which is gone afterwards.
     """
-    folder = Path(recipe.run.output_dir) / f"rehearsal-{socket.gethostname()}"
+    folder = Path(recipe.run.output_dir) / f"rehearsal-{runtime.rank - runtime.local_rank}"  # each node its own
     size, file = recipe.batch.global_size, folder / "rows.jsonl"
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         lengths = [1.0] * size + [1 - i % 8 / 8 for i in range(size)]
-        draft = file.with_suffix(".draft")
-        with draft.open("w", encoding="utf-8") as lines:
+        with file.open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(kind.generate(recipe, each, i)) + "\n" for i, each in enumerate(lengths))
-        draft.rename(file)
 
     try:
-        once_per_node(lambda: None if file.exists() else write(), runtime.local_rank)
+        once_per_node(lambda: write() if runtime.local_rank == 0 else None, runtime.local_rank)
         on_disk = {"train": [str(file)], "cache_dir": str(folder / "cache"), "streaming": False, "field": "text"}
+        on_disk |= {"long_texts": "cut"}
         known = type(recipe.data).model_fields
         made = recipe.model_copy(
             update={
@@ -103,19 +101,24 @@ def _in_generated_order(collate: Any, size: int) -> Any:
 def with_largest_micro_size(recipe: Any, runtime: Runtime, kind: Kind) -> Any:
     """The recipe with `batch.micro_size` as a number: what the run folder's recipe says, or else found by trial."""
     most = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).rows_per_rank)
-    before = Path(recipe.run.output_dir) / "config.yaml"
-    found = config.load(type(recipe), before).batch.micro_size if before.is_file() else AUTO
+    found = on_main(lambda: _found_before(recipe))
     if found == AUTO:
         with generated(recipe, runtime, kind, micro_size=1, steps=1) as (made, prepared):
-            parts = kind.plan(made, runtime.world_size, None)["memory"]
-            others = sum(parts[name] for name in ("gradients", "optimizer", "embeddings", "tile"))
-            found = largest(lambda rows: _fits(made, prepared, runtime, rows, others), most)
+            found = largest(lambda rows: _fits(made, prepared, runtime, kind, rows, most), most)
         found = min(gather_counts(found))
+        if runtime.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if not found:
             raise ConfigError("batch.micro_size: not even one row fits (lower model.max_length, or take more memory)")
     if runtime.is_main:
         print(f"batch.micro_size: {found} rows at a time on each device", file=sys.stderr)
     return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": found})})
+
+
+def _found_before(recipe: Any) -> int | str:
+    """By the run that lies in the recipe's folder."""
+    path = Path(recipe.run.output_dir) / "config.yaml"
+    return config.load(type(recipe), path).batch.micro_size if path.is_file() else AUTO
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -132,15 +135,24 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def _fits(recipe: Any, prepared: Prepared, runtime: Runtime, rows: int, others_bytes: int) -> bool:
-    """Whether forward and backward of so many of the longest rows fit beside what the rest of a run needs."""
-    collate: Any = prepared.collate
-    batch = replace(collate, plan=BatchPlan(rows, 1, rows), rank=0)(0)
+def _fits(recipe: Any, prepared: Prepared, runtime: Runtime, kind: Kind, rows: int, most: int) -> bool:
+    """Whether forward and backward of the longest micro-batches of `rows` rows fit beside what else a run needs."""
+    sized = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": rows})})
+    planned = kind.plan(sized, runtime.world_size, None)
+    if runtime.device.type == "cpu" and planned["peak_memory_bytes"] > runtime.memory_bytes():
+        return False  # the kernel would lend more than there is, and end the process when it is used
     module = prepared.module.to(runtime.device).train()
+    parts = {**planned["memory"], "weights": 0, "activations": 0}
+    others_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters()))  # gradients come by trial
+    kept = max(1, int(getattr(recipe.batch, "keep_graph", 0)))
+    plan = BatchPlan(min(most, max(2, kept) * rows), 1, rows)
+    collate: Any = prepared.collate
+    micro_batches = replace(collate, plan=plan, rank=0)(0).micro_batches
+    held = micro_batches if plan.passes == 1 else micro_batches[-kept:]  # by length: the last are the longest
     try:
         reserved = torch.empty(others_bytes, dtype=torch.uint8, device=runtime.device)
         with autocast(runtime.device, recipe.precision):
-            outputs = [module(*micro_batch.tensors(runtime.device)) for micro_batch in batch.micro_batches]
+            outputs = [module(*micro_batch.tensors(runtime.device)) for micro_batch in held]
         _sum(outputs).backward()
         del reserved, outputs
         return True

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from chassis import cli
-from chassis.cost import memory, model_flops, seconds
+from chassis.cost import DEVICES, activation_bytes, memory, model_flops, seconds
 from chassis.plan import Missing, describe, encoder_shape, rows_and_steps
 from chassis.runtime import Placement
 from contrastive.config import TILE_BYTES, FinetuneRecipe
@@ -32,7 +32,13 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
     query, passage = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
     row_tokens = query + passages_per_query * passage
     texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
-    chunks_held = min(share.passes, 1 + int(batch.keep_graph))  # a share of the memory never adds to the peak
+    chunk_tokens = -(-largest // share.passes) * (1 + passages_per_query) * max(query, passage)
+    per_token = activation_bytes(shape, recipe.precision, checkpointing=recipe.model.activation_checkpointing)
+    graphs = max(1, int(batch.keep_graph))
+    if 0 < batch.keep_graph < 1 and device:
+        graphs = max(1, int(batch.keep_graph * DEVICES[device].memory_bytes / (chunk_tokens * per_token)))
+    elif 0 < batch.keep_graph < 1:
+        missing.lines.append("batch.keep_graph: a share of a device's memory: planned with one graph (name --device)")
     return describe(
         run=recipe.run,
         batch=batch,
@@ -50,7 +56,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
             engine=recipe.engine,
             world_size=world_size,
             precision=recipe.precision,
-            tokens_at_once=chunks_held * -(-largest // share.passes) * (1 + passages_per_query) * max(query, passage),
+            tokens_at_once=min(graphs, share.passes) * chunk_tokens,
             checkpointing=recipe.model.activation_checkpointing,
             embeddings=4 * shape.width * texts,
             tile=min(TILE_BYTES, 4 * largest * seen * passages_per_query),

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chassis import chance
 from chassis.data import Mixture, Order, cut, padded
+from chassis.encoder import tokenizer_identity
 from chassis.errors import DataError
 from chassis.schema import BatchPlan
 from contrastive.config import Data
@@ -153,7 +154,7 @@ def settings(data: Data, tokenise: Tokenise) -> dict[str, Any]:
     """Everything besides the texts that decides what tokenising makes of them."""
     lengths = {"query_max_length": tokenise.query_max_length, "passage_max_length": tokenise.passage_max_length}
     instructions = {"query": data.query_instruction, "passage": data.passage_instruction}
-    return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenise.tokenizer.backend_tokenizer.to_str()}  # type: ignore[attr-defined]
+    return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenizer_identity(tokenise.tokenizer)}
 
 
 # --- batches ---------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from chassis.retrieval import Beir
 
 COLUMNS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "recall@100"}
+TIMEOUT_MINUTES = 30.0
+"""How long a rank waits for the others."""
 Row = dict[str, Any]
 """`model`, a label, and the metrics."""
 
@@ -127,7 +129,7 @@ def embed(
     """
     import torch
 
-    from chassis.collectives import gather_rows, rank, world_size
+    from chassis.collectives import agreed, gather_rows, rank, world_size
 
     size = world_size()
     if len(texts) < size:
@@ -139,8 +141,9 @@ def embed(
         found = encode(list(mine), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
     assert isinstance(found, torch.Tensor)
     found_ND = found.float().cpu()
-    if not found_ND.isfinite().all():
-        raise ModelError(f"embeddings: not all are finite in {precision} (take precision: fp32, or check the model)")
+    with agreed():
+        if not found_ND.isfinite().all():
+            raise ModelError(f"embeddings: not all are finite in {precision} (take fp32, or check the model)")
     turns = [list(range(turn, len(texts), size)) for turn in range(size)]
     gathered_ND = gather_rows(found_ND, [len(turn) for turn in turns])
     return gathered_ND[torch.tensor([i for turn in turns for i in turn]).argsort()]
@@ -246,10 +249,11 @@ def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> 
 def run(recipe: EvaluateRecipe, placement: Placement) -> int:
     import torch
 
+    from chassis.peers import roll_call
     from chassis.runtime import joined
 
     beir = _beir(recipe)
-    with joined(placement) as runtime:
+    with joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime, roll_call(runtime, TIMEOUT_MINUTES):
         rows = compare(
             recipe.labelled,
             beir,

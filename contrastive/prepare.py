@@ -58,6 +58,7 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
             global_size=size,
             seed=seed,
             device=runtime.device,
+            max_length=max(query_length, passage_length),
             keep_graph=recipe.batch.keep_graph,
             memory_bytes=runtime.memory_bytes(),
         ),

@@ -28,10 +28,18 @@ class FinetuneStage:
     """loss = mean over the global batch of -log p(positive | query), plus what the recipe adds."""
 
     def __init__(
-        self, *, loss: Loss, global_size: int, seed: int, device: torch.device, keep_graph: float, memory_bytes: int
+        self,
+        *,
+        loss: Loss,
+        global_size: int,
+        seed: int,
+        device: torch.device,
+        max_length: int,
+        keep_graph: float,
+        memory_bytes: int,
     ) -> None:
         self._loss, self._global_size, self._seed, self._device = loss, global_size, seed, device
-        self._keep = KeepGraph(keep_graph, memory_bytes)
+        self._keep = KeepGraph(keep_graph, memory_bytes, max_length)
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Shares:
         def run(i: int) -> tuple[Tensor, Temperature]:
@@ -42,8 +50,13 @@ class FinetuneStage:
             return unit_BD if micro_batch.real else unit_BD[:0], temperature
 
         count = len(batch.micro_batches)
-        kept = count if batch.single_pass else self._keep.first([m.ids_BL.numel() for m in batch.micro_batches], run)
+        tokens = [micro_batch.ids_BL.numel() for micro_batch in batch.micro_batches]
+        kept = count if batch.single_pass else self._keep.first(tokens, lambda texts: self._embed(engine, texts))
         return cached_backward(run, count, kept, lambda x_ND, t: self._shares(batch, x_ND, t), engine)
+
+    def _embed(self, engine: Engine, texts_BL: Tensor) -> object:
+        lengths_B = torch.full((len(texts_BL),), texts_BL.shape[1])
+        return engine.run(texts_BL.to(self._device), lengths_B.to(self._device), last=False)
 
     def _shares(self, batch: StepBatch, sorted_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
         """This rank's shares of the loss and of the numbers to log, from its embeddings in the micro-batches' order."""
@@ -185,18 +198,25 @@ class Direction:
 class KeepGraph:
     """How many micro-batches of a step keep their graph from the first pass."""
 
-    def __init__(self, keep: float, memory_bytes: int) -> None:
-        self._keep, self._memory_bytes = keep, memory_bytes
-        self._bytes_per_token: float | None = None
+    def __init__(self, keep: float, memory_bytes: int, max_length: int) -> None:
+        self._keep, self._memory_bytes, self._max_length = keep, memory_bytes, max_length
+        self._bytes: tuple[float, float] | None = None
+        """Of a graph, and of each token in it."""
 
-    def first(self, tokens: list[int], run: Callable[[int], object]) -> int:
-        """So many of the first micro-batches (of so many tokens each, padding counted), the same on every rank."""
+    def first(self, tokens: list[int], embed: Callable[[Tensor], object]) -> int:
+        """So many of the first micro-batches (of so many tokens each, padding counted), the same on every rank.
+
+        What a graph takes is measured once, on texts that are the same whenever a run goes on.
+        """
         if self._keep == 0 or self._keep >= 1:
             return min(int(self._keep), len(tokens))
-        if self._bytes_per_token is None:
-            self._bytes_per_token = max(gather_counts(graph_bytes(lambda: run(0)))) / tokens[0]
+        if self._bytes is None:
+            two_BL = torch.ones(2, self._max_length, dtype=torch.int64)
+            one = max(gather_counts(graph_bytes(lambda: embed(two_BL[:1]))))
+            two = max(gather_counts(graph_bytes(lambda: embed(two_BL))))
+            self._bytes = 2 * one - two, (two - one) / self._max_length
         left, kept = self._keep * self._memory_bytes, 0
-        while kept < len(tokens) and (left := left - tokens[kept] * self._bytes_per_token) >= 0:
+        while kept < len(tokens) and (left := left - self._bytes[0] - tokens[kept] * self._bytes[1]) >= 0:
             kept += 1
         return min(gather_counts(kept))
 
@@ -223,7 +243,7 @@ def cached_backward(
     shares_of: Callable[[Tensor, Temperature], Shares],
     engine: Engine,
 ) -> Shares:
-    """The gradient of a loss over all embeddings, holding the activations of `kept` micro-batches and of one more."""
+    """The gradient of a loss over all embeddings, holding the activations of `kept` micro-batches, or of one."""
     first = []
     for i in range(count):  # 1. embed all
         with torch.set_grad_enabled(i < kept):

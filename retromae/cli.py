@@ -9,7 +9,7 @@ from chassis import cli
 from chassis.cost import memory, model_flops, seconds
 from chassis.plan import Missing, describe, encoder_shape, rows_and_steps
 from chassis.runtime import Placement
-from retromae.config import PretrainRecipe
+from retromae.config import HEAD_LOGITS, PretrainRecipe
 
 if TYPE_CHECKING:
     from chassis.prepared import Kind
@@ -29,6 +29,9 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[st
     shape = encoder.deeper(1)  # the decoder's layer; its embeddings and head are the encoder's
     # The head reads 0.3 of the encoder's and all of the decoder's positions.
     head = 6 * most * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
+    micro_tokens = -(-most // share.passes) * length
+    # Of one chunk its products and, in half precision, their copy in fp32; of both heads the gradient of the weight.
+    tile = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * (4 if recipe.precision == "fp32" else 6)
     return describe(
         run=recipe.run,
         batch=recipe.batch,
@@ -46,8 +49,9 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[st
             engine=recipe.engine,
             world_size=world_size,
             precision=recipe.precision,
-            tokens_at_once=-(-most // share.passes) * length,
+            tokens_at_once=micro_tokens,
             checkpointing=recipe.model.activation_checkpointing,
+            tile=(tile + 2 * 4 * encoder.width) * encoder.vocabulary,
         ),
         seconds=lambda on: seconds(
             shape,

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chassis import chance
 from chassis.data import Order, cut, padded
+from chassis.encoder import tokenizer_identity
 from chassis.errors import DataError
 from chassis.schema import BatchPlan
 from retromae.config import Data
@@ -199,5 +200,5 @@ def settings(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) ->
         "field": data.field,
         "long_texts": data.long_texts,
         "max_length": max_length,
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+        "tokenizer": tokenizer_identity(tokenizer),
     }

@@ -9,6 +9,9 @@ from pydantic import Field
 from chassis.config import Section
 from chassis.schema import Batch, Checkpoint, Engine, Evaluate, Model, Natural, Optim, Run, Schedule, Track
 
+HEAD_LOGITS = 2**27
+"""Logits that the head holds at once on a GPU; the plan counts them, the loss keeps to them."""
+
 
 class Mask(Section):
     encoder: Annotated[float, Field(gt=0, lt=1)] = 0.3

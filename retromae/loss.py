@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from retromae.config import HEAD_LOGITS
+
 
 def summed_nll(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, chunk_rows: int | None = None
@@ -142,4 +144,4 @@ def _product_type(x: Tensor) -> torch.dtype:
 
 def _fast_rows(device: str, vocabulary: int) -> int:
     """Rows of a chunk: on a CPU speed is flat from 256 on and the cache likes few; a GPU wants large products."""
-    return 512 if device == "cpu" else max(512, 2**27 // vocabulary)
+    return 512 if device == "cpu" else max(512, HEAD_LOGITS // vocabulary)

@@ -33,19 +33,27 @@ def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, 
             progress.stop = "SIGTERM" if progress.step == stop_after else None
 
         hooks.StopHook.after_step = stop  # type: ignore[method-assign]
-    return session.run(prepare)
+    with hooks.StopHook(size) as stopped:
+        return session.run(prepare, stopped)
 
 
+OPTIONS = {
+    "adamw": (),
+    "muon": ("optim.name=muon",),  # the recipe does not clip
+    "two sets": ("data.train=[{folder}/finetune.jsonl, {folder}/second.jsonl]", "batch.keep_graph=2e-5"),
+}
 CASES = [
     (stage, engine, "adamw") for stage in ("pretrain", "finetune") for engine in ("ddp", "zero1", "zero2", "zero3")
 ]
 CASES += [("pretrain", engine, "muon") for engine in ("ddp", "zero1", "zero2")]
+CASES += [("finetune", "ddp", "muon"), ("finetune", "zero0", "two sets"), ("finetune", "ddp", "two sets")]
 
 
-@pytest.mark.parametrize(("stage", "engine", "optimizer"), CASES, ids=str)
-def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "engine", "option"), CASES, ids=str)
+def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, option: str, tmp_path: Path) -> None:
     kind = ("engine.kind=ddp",) if engine == "ddp" else ("engine.kind=deepspeed", f"engine.zero_stage={engine[-1]}")
-    kind += ("optim.name=muon",) if optimizer == "muon" else ()  # the recipe does not clip
+    kind += tuple(each.format(folder=tmp_path) for each in OPTIONS[option])
+    tiny.finetune_file(tmp_path / "second.jsonl", count=21)
     tiny.encoder(tmp_path / "bert", "bert", dropout=0.1)
     steps.recipe(stage, tmp_path)
     common = (*kind, f"schedule.steps={TOTAL}", "track.log_every=1")

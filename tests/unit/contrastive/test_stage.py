@@ -21,11 +21,17 @@ def test_the_memory_of_a_graph_is_counted_without_parameters_and_each_storage_on
 
 @pytest.mark.parametrize(
     ("keep", "memory", "kept"),
-    [(0, 10**9, 0), (2, 0, 2), (9, 0, 3), (0.5, 200, 1), (0.5, 600, 2), (0.5, 2000, 3), (0.5, 190, 0)],
+    [(0, 10**9, 0), (2, 0, 2), (9, 0, 3), (0.5, 280, 1), (0.5, 760, 2), (0.5, 2000, 3), (0.5, 270, 0)],
 )
 def test_as_many_graphs_are_kept_as_were_asked_for_or_fit(keep: float, memory: int, kept: int):
-    x = torch.ones(25, requires_grad=True)  # exp keeps 100 bytes: 10 for each of 10 tokens
-    assert KeepGraph(keep, memory).first([10, 20, 40], lambda i: x.exp()) == kept
+    weight = torch.ones(10, requires_grad=True)
+
+    def embed(texts_BL: torch.Tensor) -> torch.Tensor:
+        """Keeps 40 bytes for what all texts share, and 10 for each token."""
+        x_BLD = torch.ones(5, texts_BL.numel(), dtype=torch.float16, requires_grad=True)
+        return weight.exp().sum() + x_BLD.exp().sum()
+
+    assert KeepGraph(keep, memory, max_length=8).first([10, 20, 40], embed) == kept
 
 
 def test_a_share_and_a_number_are_not_mixed_up(tmp_path):
