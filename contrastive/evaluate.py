@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +15,7 @@ from pydantic import Field, model_validator
 
 from chassis.cli import door
 from chassis.config import Section
-from chassis.errors import DataError, ModelError
+from chassis.errors import DataError
 from chassis.runtime import Placement
 from chassis.schema import Evaluate
 
@@ -62,64 +61,12 @@ class EvaluateRecipe(Section):
 # --- models ----------------------------------------------------------------------------------
 
 
-def load_model(path: str | Path, device: torch.device) -> SentenceTransformer:
-    """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing."""
-    from sentence_transformers import SentenceTransformer
-
-    folder = Path(path)
-    if not (folder / "modules.json").is_file() and (folder.exists() or str(path).startswith((".", "/", "~"))):
-        # sentence-transformers would put mean pooling on a bare encoder and go on
-        what = "no modules.json there" if folder.exists() else "no such folder"
-        raise ModelError(f"{path}: {what} (name a sentence-transformers folder, as model/ of a run)")
-    try:
-        with _quiet_transformers():
-            model = SentenceTransformer(str(path), device=str(device)).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
-    if missing := _missing(model, folder):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelError(f"{path}: {missing[0]}{more} not in its files (use the folder that the model was saved to)")
-    return model
-
-
-def _missing(model: SentenceTransformer, folder: Path) -> list[str]:
-    """Parameters of the encoder that its folder does not hold; transformers draws those at random, with a warning."""
-    from safetensors import safe_open
-    from transformers import PreTrainedModel
-
-    files = list(folder.glob("*.safetensors"))
-    encoder = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
-    if not files or encoder is None:
-        return []
-    held = {name for file in files for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118 (not a dict)
-    prefix = f"{encoder.base_model_prefix}."
-    names = (name for name, _ in encoder.named_parameters() if not name.startswith("pooler."))  # [CLS] needs no pooler
-    return [name for name in names if not held & {name, prefix + name, name.removeprefix(prefix)}]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without a bar for each model, and without its report of tensors: `_missing` says what matters."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
-
-
 def embed(
     model: SentenceTransformer,
     texts: Sequence[str],
     role: Literal["query", "document"],
     *,
-    batch_size: int = 64,
+    batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
 ) -> Tensor:
@@ -130,20 +77,15 @@ def embed(
     import torch
 
     from chassis.collectives import agreed, gather_rows, rank, world_size
+    from contrastive.embedder import encode_texts
 
     size = world_size()
     if len(texts) < size:
         raise DataError(f"{len(texts)} texts of a kind for {size} processes (start fewer)")
-    mine = texts[rank() :: size]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    encode = model.encode_query if role == "query" else model.encode_document
-    with torch.autocast(model.device.type, dtype) if dtype else nullcontext():
-        found = encode(list(mine), batch_size=batch_size, convert_to_tensor=True, show_progress_bar=progress)
-    assert isinstance(found, torch.Tensor)
-    found_ND = found.float().cpu()
     with agreed():
-        if not found_ND.isfinite().all():
-            raise ModelError(f"embeddings: not all are finite in {precision} (take fp32, or check the model)")
+        found_ND, _ = encode_texts(
+            model, texts[rank() :: size], role, batch_tokens=batch_tokens, precision=precision, progress=progress
+        )
     turns = [list(range(turn, len(texts), size)) for turn in range(size)]
     gathered_ND = gather_rows(found_ND, [len(turn) for turn in turns])
     return gathered_ND[torch.tensor([i for turn in turns for i in turn]).argsort()]
@@ -154,16 +96,17 @@ def evaluate_model(
     beir: Beir,
     *,
     device: torch.device,
-    batch_size: int = 64,
+    batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
     """The metrics of a model, and its run: (Q, K) scores and rows, deep enough to mix with another."""
     from chassis.retrieval import evaluate_run, search
     from contrastive.bm25 import POOL
+    from contrastive.embedder import load_model
 
     model = load_model(path, device)
-    how: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": progress}
+    how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
     query_QD = embed(model, beir.queries, "query", **how)
     document_ND = embed(model, beir.documents, "document", **how)
     scores_QK, index_QK = search(query_QD, document_ND, POOL)
@@ -176,7 +119,7 @@ def compare(
     *,
     device: torch.device,
     bm25: bool = True,
-    batch_size: int = 64,
+    batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
 ) -> list[Row]:
@@ -190,7 +133,7 @@ def compare(
         rows.append({"model": "BM25", **evaluate_run(beir, bm25_run[0][:, :100], bm25_run[1][:, :100])})
     for last, (label, path) in enumerate(models.items(), 1 - len(models)):
         found, model_run = evaluate_model(
-            path, beir, device=device, batch_size=batch_size, precision=precision, progress=progress
+            path, beir, device=device, batch_tokens=batch_tokens, precision=precision, progress=progress
         )
         rows.append({"model": label, **found})
         if bm25_run and last == 0:
@@ -259,7 +202,6 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
             beir,
             device=runtime.device if recipe.device == "auto" else torch.device("cpu"),
             bm25=recipe.bm25,
-            batch_size=recipe.evaluate.batch_size,
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
         )

@@ -43,7 +43,7 @@ class Searcher:
         documents: Iterable[Document],
         *,
         cache: Path | None = None,
-        batch_size: int = 64,
+        batch_tokens: int | None = None,
         progress: bool = False,
     ) -> None:
         """cache   a safetensors file of (N, D) fp32, named by `cache_file`; written if it is not there"""
@@ -53,7 +53,7 @@ class Searcher:
         stored = _read(cache, len(self.documents))
         if stored is None:
             texts = [document.full for document in self.documents]
-            stored = embed(model, texts, "document", batch_size=batch_size, progress=progress)
+            stored = embed(model, texts, "document", batch_tokens=batch_tokens, progress=progress)
             _write(cache, stored)
         self.document_ND = stored
 
@@ -171,7 +171,7 @@ def _open(options: argparse.Namespace) -> Searcher:
 
     from chassis.retrieval import read_corpus
     from chassis.runtime import choose_device
-    from contrastive.evaluate import load_model
+    from contrastive.embedder import load_model
 
     documents = list(read_corpus(corpus))
     if not documents:

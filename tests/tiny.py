@@ -173,6 +173,17 @@ def finetune_file(path: Path, count: int = 40, negatives: int = 2, scores: bool 
     return write_jsonl(path, rows)
 
 
+def trained(folder: Path, plain: Path, *, query_prompt: str = "search ") -> Path:
+    """A small BERT of random weights (also in `plain`), CLS pooling, a query prompt; in sentence-transformers' form."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    modules = [Transformer(str(encoder(plain)), max_seq_length=32), Pooling(32, pooling_mode="cls"), Normalize()]
+    prompts = {"query": query_prompt, "document": ""}
+    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(folder))
+    return folder
+
+
 def beir_folder(folder: Path, count: int = 12) -> Path:
     """Queries that are the first words of their documents."""
     documents = texts(count, seed=11)

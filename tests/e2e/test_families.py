@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM
 
 from chassis import config
+from chassis.hooks import StopHook
 from chassis.runtime import Runtime
 from chassis.session import _Session
 from chassis.testing import run_world
@@ -30,7 +31,8 @@ STAGES: dict[str, Any] = {
 def train(rank: int, size: int, stage: str, path: Path, overrides: tuple[str, ...]) -> int:
     schema, prepare = STAGES[stage]
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
-    return _Session(config.load(schema, path, overrides), runtime).run(prepare)
+    with StopHook(size) as stop:
+        return _Session(config.load(schema, path, overrides), runtime).run(prepare, stop)
 
 
 def recipe(folder: Path, stage: str, encoder: Path) -> Path:

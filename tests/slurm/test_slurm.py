@@ -137,7 +137,7 @@ def overrides(stage: str, data: Path, run: Path, steps: int) -> list[str]:
         f'data.train=["{data}/{stage}.jsonl"]',
         f"data.cache_dir={data}/cache",
         "data.processes=1",
-        "data.workers=0",
+        "data.workers=1",
         "batch.global_size=16",
         "schedule.epochs=null",
         f"schedule.steps={steps}",
@@ -209,9 +209,10 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
         time.sleep(1)
     told = log(cluster, job)
     assert "run: stopped" in told and "stopped by SIGUSR1" in told and "DUE TO TIME LIMIT" not in told
-    (saved,) = {path.name for path in (tmp_path / "run/checkpoints").glob("step-*")}
+    step = int(told.partition("stopped by SIGUSR1 at step ")[2].partition(";")[0])
+    assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file()
     deadline = time.monotonic() + 120
-    while f"goes on from step {int(saved[5:])} " not in log(cluster, job):
+    while f"goes on from step {step} " not in log(cluster, job):
         assert time.monotonic() < deadline, log(cluster, job)
         time.sleep(1)
     cluster.run("scancel", job)

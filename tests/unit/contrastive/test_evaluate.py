@@ -12,7 +12,8 @@ import torch
 from chassis.errors import ModelError
 from chassis.retrieval import evaluate_embeddings, evaluate_run, read_beir
 from contrastive.bm25 import rank_bm25
-from contrastive.evaluate import compare, embed, evaluate_model, load_model, main
+from contrastive.embedder import load_model
+from contrastive.evaluate import compare, embed, evaluate_model, main
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -21,16 +22,8 @@ TEXTS = tiny.texts(7, seed=5)
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory) -> Path:
-    """A small BERT of random weights, CLS pooling and a query prompt, as sentence-transformers saves it."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
     root = tmp_path_factory.mktemp("models")
-    encoder = tiny.encoder(root / "plain")
-    modules = [Transformer(str(encoder), max_seq_length=32), Pooling(32, pooling_mode="cls"), Normalize()]
-    model = SentenceTransformer(modules=modules, prompts={"query": "search ", "document": ""}, device="cpu")
-    model.save(str(root / "model"))
-    return root / "model"
+    return tiny.trained(root / "model", root / "plain")
 
 
 @pytest.fixture
@@ -49,7 +42,7 @@ def test_embeddings_are_the_cls_vectors_in_the_order_of_the_texts_with_the_query
 
     encoder, tokenizer = AutoModel.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
     for role, prompt in (("query", "search "), ("document", "")):
-        got = embed(load_model(model_folder, CPU), TEXTS, role, batch_size=2)
+        got = embed(load_model(model_folder, CPU), TEXTS, role, batch_tokens=32)
         for row, text in zip(got, TEXTS, strict=True):  # one at a time: no padding, no sorting
             with torch.no_grad():
                 cls = encoder(

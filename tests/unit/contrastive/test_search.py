@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from chassis.retrieval import Document, read_corpus
-from contrastive.evaluate import embed, load_model
+from contrastive.embedder import load_model
+from contrastive.evaluate import embed
 from contrastive.search import Searcher, cache_file, main
 from tests import tiny
 
@@ -20,14 +21,7 @@ DOCUMENTS = [Document(f"d{i}", f"title {i}", text) for i, text in enumerate(tiny
 
 @pytest.fixture
 def model_folder(tmp_path) -> Path:
-    """A small BERT of random weights, CLS pooling and no prompt, as sentence-transformers saves it."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    encoder = tiny.encoder(tmp_path / "plain")
-    modules = [Transformer(str(encoder), max_seq_length=32), Pooling(32, pooling_mode="cls"), Normalize()]
-    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "run/model"))
-    return tmp_path / "run/model"
+    return tiny.trained(tmp_path / "run/model", tmp_path / "plain", query_prompt="")
 
 
 def test_a_document_is_its_own_best_answer_and_scores_fall(model_folder):
