@@ -62,6 +62,15 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def own_devices(self) -> list[str]:
+        """This rank's part of the GPUs of its node, for work that needs no group; the CPU where there are none."""
+        import torch
+
+        if self.device.type != "cuda":
+            return ["cpu"]
+        step = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if self.world_size == 1 else torch.cuda.device_count()))
+        return [f"cuda:{i}" for i in range(self.local_rank, torch.cuda.device_count(), step)]
+
     def memory_bytes(self) -> int:
         """Of this rank's device; without a GPU, this rank's share of the machine's."""
         import torch

@@ -60,11 +60,14 @@ class Embedder:
         self._open = ExitStack()
         if len(self._devices) == 1:
             model = load_model(path, self._devices[0])
+            known = model.get_embedding_dimension()
             self._encode: Callable[[Sequence[str], Role], Encoded] = lambda texts, role: encode_texts(
                 model, texts, role, **self._how
             )
         else:
-            self._encode = self._open.enter_context(_processes(str(path), self._devices, self._how))
+            self._encode, known = self._open.enter_context(_processes(str(path), self._devices, self._how))
+        self.width: int = min(width or 2**31, known or 2**31)
+        """Of the embeddings."""
 
     def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
         return self.encode(texts, "query")
@@ -78,7 +81,7 @@ class Embedder:
 
         parts = [texts[i :: len(self._devices)] for i in range(len(self._devices))]  # turns share out long texts evenly
         found = list(self.stream((part, role) for part in parts))
-        result_ND = torch.empty(len(texts), found[0].vectors_ND.shape[1])
+        result_ND = torch.empty(len(texts), self.width)
         for i, each in enumerate(found):
             result_ND[i :: len(self._devices)] = each.vectors_ND
         return result_ND.numpy()
@@ -234,8 +237,10 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _processes(path: str, devices: Sequence[str], how: dict[str, Any]) -> Iterator[Callable[..., Encoded]]:
-    """A process with the model on each device; what is yielded hands texts to one that is idle."""
+def _processes(
+    path: str, devices: Sequence[str], how: dict[str, Any]
+) -> Iterator[tuple[Callable[..., Encoded], int | None]]:
+    """A process with the model on each device; yields what hands texts to one that is idle, and the model's width."""
     import torch
     import torch.multiprocessing as mp
 
@@ -250,8 +255,9 @@ def _processes(path: str, devices: Sequence[str], how: dict[str, Any]) -> Iterat
             process.start()
             theirs.close()
             started.append((process, ours))
+        known = None
         for _, ours in started:
-            _answer(ours)  # the model is loaded
+            known = _answer(ours)
             idle.put(ours)
 
         def encode(texts: Sequence[str], role: Role) -> Encoded:
@@ -263,7 +269,7 @@ def _processes(path: str, devices: Sequence[str], how: dict[str, Any]) -> Iterat
             finally:
                 idle.put(connection)
 
-        yield encode
+        yield encode, known
     finally:
         for process, ours in started:
             ours.close()  # the process ends by itself
@@ -288,7 +294,7 @@ def _serve(connection: Connection, path: str, device: str, threads: int, how: di
     torch.set_flush_denormal(True)
     try:
         model = load_model(path, device)
-        connection.send(None)
+        connection.send(model.get_embedding_dimension())
         while True:
             texts, role = connection.recv()
             found = encode_texts(model, texts, role, **how)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from chassis.cli import Parser
 from chassis.errors import ConfigError, DataError, LodestarError
+from contrastive.encode import folder_digest
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -69,12 +70,7 @@ class Searcher:
 
 def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
     """`search_cache/KEY.safetensors` beside the model; the key changes with the model's files and the documents."""
-    digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(path for path in model_folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(model_folder)}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+    digest = hashlib.blake2b(folder_digest(model_folder).encode(), digest_size=12)
     for document in documents:
         digest.update(json.dumps([document.id, document.full]).encode())
     return model_folder.resolve().parent / "search_cache" / f"{digest.hexdigest()}.safetensors"
