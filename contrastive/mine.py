@@ -1,0 +1,433 @@
+"""Hard negatives: what a model ranks high for a query and nobody called an answer, as BGE's JSONL for stage 2.
+
+Exact: every query against every candidate, shard of the corpus by shard, so that only one is in memory. Margins to the
+positive's score: Moreira et al. 2024, "NV-Retriever", 3.2.
+Shape suffixes: Q queries of a block, N candidates of a shard, K candidates that are looked at, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from chassis.cli import door
+from chassis.config import Section
+from chassis.errors import DataError, ModelError
+from chassis.runtime import Placement
+from chassis.schema import Count, Natural, Positive
+from chassis.sources import count_rows, find_sources, read_json, read_rows
+from contrastive.embedder import Role
+from contrastive.encode import (
+    TIMEOUT_MINUTES,
+    Encode,
+    EncodeRecipe,
+    Output,
+    encode,
+    files_of,
+    folder_digest,
+    read_embeddings,
+    read_texts,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from chassis.runtime import Runtime
+
+
+class Mine(Section):
+    negatives: Count = 15
+    """Of each row; fewer where the window and the margins leave fewer."""
+    first_rank: Natural = 10
+    """Ranks before this one are passed over: they may be answers that nobody marked. Known positives have no rank."""
+    last_rank: Count = 210
+    pick: Literal["random", "top"] = "random"
+    """Which of those in the window."""
+    margin: Positive | None = None
+    """Pass over what scores more than the positive (of several the lowest) less this; none: do not."""
+    relative_margin: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Pass over what scores more than this share of the positive; NV-Retriever takes 0.95."""
+    seed: int = 42
+    block_rows: Count = 50_000
+    """Queries that are searched at once; what an interrupted run has to do again on each rank."""
+
+    @model_validator(mode="after")
+    def _window(self) -> Mine:
+        if self.last_rank <= self.first_rank:
+            raise ValueError(f"last_rank must lie above first_rank, got {self.last_rank} and {self.first_rank}")
+        return self
+
+
+class MineRecipe(Section):
+    """Hard negatives for a training file."""
+
+    model: str
+    """A sentence-transformers folder or hub name: the one that is to be trained on, or a better one."""
+    data: Annotated[list[str], Field(min_length=1)]
+    """BGE JSONL, or (anchor, positive) columns; negatives that rows have already are replaced."""
+    corpus: list[str] | None = None
+    """Where negatives come from: files with `text`, or a BEIR folder; none: all passages of `data`."""
+    output: str
+    """The JSONL file; embeddings and finished parts stay in a folder of its name with .work until you delete it."""
+    mine: Mine = Mine()
+    encode: Encode = Encode()
+    cross_encoder: str | None = None
+    """A sentence-transformers CrossEncoder whose scores go into the file, not the model's: a teacher for stage 2."""
+
+    @property
+    def work(self) -> Path:
+        return Path(f"{self.output}.work")
+
+
+# --- what there is ---------------------------------------------------------------------------
+
+
+def read_training(recipe: MineRecipe) -> Iterator[Mapping[str, Any]]:
+    """The checked rows of `data`, in order, without those whose query is empty."""
+    from contrastive.collate import check_row
+
+    for source in find_sources(recipe.data, "data"):
+        for where, row in read_rows(source):
+            kept = check_row(where, row)
+            if kept is not None:
+                yield kept
+
+
+def _corpus(recipe: MineRecipe) -> EncodeRecipe | None:
+    """The corpus as something to read, a BEIR folder as its documents."""
+    if recipe.corpus is None:
+        return None
+    found = EncodeRecipe(model=recipe.model, texts=recipe.corpus, output=Output(dir=""))
+    return found.model_copy(update={"texts": files_of(found)})
+
+
+def _candidates(recipe: MineRecipe) -> Iterator[str]:
+    if corpus := _corpus(recipe):
+        yield from (text for _, text in read_texts(corpus))
+        return
+    for row in read_training(recipe):
+        yield from row["pos"]
+        yield from row["neg"]
+
+
+def _lay_out(recipe: MineRecipe) -> tuple[str, int]:
+    """Write queries.jsonl, corpus.jsonl (each text once: candidates, then other positives) and their hashes.
+
+    returns   (the folder, named by all that decides its content; how many texts are candidates)
+    """
+    import numpy as np
+
+    from contrastive.collate import content_hash
+
+    corpus = _corpus(recipe)
+    files = [*find_sources(recipe.data, "data"), *find_sources(corpus.texts if corpus else [], "corpus")]
+    sources = [source.fingerprint for source in files]
+    model = folder_digest(Path(recipe.model)) if Path(recipe.model).is_dir() else recipe.model
+    key = hashlib.blake2b(json.dumps([sources, len(recipe.data), model]).encode(), digest_size=8).hexdigest()
+    folder = recipe.work / key
+    facts = folder / "texts.json"
+    if not facts.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        seen: set[int] = set()
+        hashes: list[int] = []
+        with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+
+            def add(texts: Iterable[str]) -> None:
+                for text in texts:
+                    if text.strip() and (found := content_hash(text)) not in seen:
+                        seen.add(found)
+                        file.write(json.dumps({"text": text}) + "\n")
+                        hashes.append(found)
+
+            add(_candidates(recipe))
+            candidates = len(hashes)
+            add(text for row in read_training(recipe) for text in row["pos"])
+        with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": row["query"]}) + "\n" for row in read_training(recipe))
+        np.save(folder / "hashes.npy", np.array(hashes, dtype=np.int64))
+        facts.write_text(json.dumps({"candidates": candidates}), encoding="utf-8")
+    return str(folder), json.loads(facts.read_text(encoding="utf-8"))["candidates"]
+
+
+# --- search ----------------------------------------------------------------------------------
+
+
+def nearest(query_QD: np.ndarray, x_ND: np.ndarray, k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, K) scores and rows of the K largest dot products, exactly: by faiss, or on a GPU by PyTorch."""
+    if device.startswith("cuda"):
+        import torch
+
+        from chassis.retrieval import search
+
+        scores_QK, rows_QK = search(torch.from_numpy(query_QD).to(device), torch.from_numpy(x_ND).to(device), k)
+        return scores_QK.cpu().numpy(), rows_QK.cpu().numpy()
+    import faiss
+
+    return faiss.knn(query_QD, x_ND, min(k, len(x_ND)), metric=faiss.METRIC_INNER_PRODUCT)
+
+
+def search_shards(
+    query_QD: np.ndarray,
+    shards: Iterable[np.ndarray],
+    *,
+    candidates: int,
+    k: int,
+    pairs_2P: np.ndarray,
+    device: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The K nearest of the first `candidates` rows of all shards, and the scores of given pairs.
+
+    pairs_2P   (2, P) int64: rows of query_QD, and rows of the corpus
+    returns    (Q, K) scores, falling; (Q, K) rows of the corpus, -1 where there are none; (P,) scores
+    """
+    import faiss
+    import numpy as np
+
+    heap = faiss.ResultHeap(len(query_QD), k, keep_max=True)
+    pair_scores_P, first = np.zeros(pairs_2P.shape[1], dtype=np.float32), 0
+    for x_ND in shards:
+        here = (pairs_2P[1] >= first) & (pairs_2P[1] < first + len(x_ND))
+        queries, rows = pairs_2P[:, here]
+        pair_scores_P[here] = (query_QD[queries] * x_ND[rows - first]).sum(1)
+        open_ND = x_ND[: max(0, candidates - first)]
+        if len(open_ND):
+            scores_QK, rows_QK = nearest(query_QD, open_ND, k, device)
+            heap.add_result(scores_QK, rows_QK + first)
+        first += len(x_ND)
+    heap.finalize()
+    return heap.D, heap.I, pair_scores_P
+
+
+def choose(
+    scores_K: np.ndarray, rows_K: np.ndarray, known: set[int], lowest_positive: float, section: Mine, keys_K: np.ndarray
+) -> np.ndarray:
+    """Places in rows_K of a query's negatives, the nearest first.
+
+    known    rows that are answers, or the query's own text
+    keys_K   random numbers that decide whom `pick: random` takes
+    """
+    import numpy as np
+
+    places = np.flatnonzero([row >= 0 and row not in known for row in rows_K.tolist()])
+    places = places[section.first_rank : section.last_rank]
+    most = np.inf
+    if section.margin is not None:
+        most = lowest_positive - section.margin
+    if section.relative_margin is not None:
+        most = min(most, section.relative_margin * lowest_positive)
+    places = places[scores_K[places] <= most]
+    if section.pick == "random":
+        places = np.sort(places[np.argsort(keys_K[places], kind="stable")[: section.negatives]])
+    return places[: section.negatives]
+
+
+# --- the run ---------------------------------------------------------------------------------
+
+
+def mine(recipe: MineRecipe, runtime: Runtime) -> None:
+    """Embed, search block by block (rank r of W takes the blocks r, r + W, ...), join the parts."""
+    from chassis.collectives import agreed, barrier, on_main
+
+    name, candidates = on_main(lambda: _lay_out(recipe))
+    folder = Path(name)
+    roles: dict[str, Role] = {"corpus": "document", "queries": "query"}
+    for texts, role in roles.items():
+        output = Output(dir=str(folder / texts))
+        source = [str(folder / f"{texts}.jsonl")]
+        encode(EncodeRecipe(model=recipe.model, texts=source, role=role, encode=recipe.encode, output=output), runtime)
+    said = json.dumps([recipe.mine.model_dump(), recipe.cross_encoder])
+    parts = folder / f"mined-{hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}"
+    size = recipe.mine.block_rows
+    with agreed():
+        parts.mkdir(exist_ok=True)
+        for number, block in enumerate(_blocks(read_training(recipe), size)):
+            part = parts / f"part-{number:05d}.jsonl"
+            if number % runtime.world_size == runtime.rank and not part.is_file():
+                draft = part.with_suffix(".draft")
+                with draft.open("w", encoding="utf-8") as file:
+                    for row in _mined(recipe, runtime, folder, candidates, number * size, block):
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                draft.replace(part)
+    barrier()
+    if runtime.is_main:
+        _join(recipe, sorted(parts.glob("part-*.jsonl")))
+    barrier()
+
+
+def _blocks(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    while block := list(islice(rows, size)):
+        yield block
+
+
+def _mined(
+    recipe: MineRecipe,
+    runtime: Runtime,
+    folder: Path,
+    candidates: int,
+    first: int,
+    block: list[Mapping[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """The rows of a block with their negatives."""
+    import numpy as np
+    import torch
+
+    from chassis import chance
+    from contrastive.collate import content_hash
+
+    rows_of = _Rows(np.load(folder / "hashes.npy"))
+    answers: dict[int, set[int]] = defaultdict(set)
+    for row in read_training(recipe):  # the same question may stand in several rows
+        answers[content_hash(row["query"])].update(rows_of[row["pos"]])
+    known = [
+        answers[content_hash(row["query"])] | {at for at in rows_of[[row["query"]]] if at is not None} for row in block
+    ]
+    pairs = [(i, at) for i, row in enumerate(block) for at in rows_of[row["pos"]]]
+    k = recipe.mine.last_rank + max(map(len, known))
+    scores_QK, rows_QK, pair_scores_P = search_shards(
+        _vectors(folder / "queries", first, len(block)),
+        (vectors_ND for _, vectors_ND in read_embeddings(folder / "corpus")),
+        candidates=candidates,
+        k=k,
+        pairs_2P=np.array(pairs, dtype=np.int64).T,
+        device=str(runtime.device),
+    )
+    positive_scores: dict[int, list[float]] = defaultdict(list)
+    for (i, _), score in zip(pairs, pair_scores_P.tolist(), strict=True):
+        positive_scores[i].append(score)
+    places = []
+    for i in range(len(block)):
+        keys_K = chance.hashed(torch.tensor(chance.key(recipe.mine.seed, "mine", first + i)), torch.arange(k)).numpy()
+        places.append(
+            choose(scores_QK[i], rows_QK[i], known[i], min(positive_scores[i]), recipe.mine, keys_K[: len(rows_QK[i])])
+        )
+    texts = _texts(folder / "corpus.jsonl", {row for i, at in enumerate(places) for row in rows_QK[i, at].tolist()})
+    found = [
+        {
+            **{name: row[name] for name in ("query", "pos")},
+            "neg": [texts[at] for at in rows_QK[i, places[i]].tolist()],
+            "pos_scores": positive_scores[i],
+            "neg_scores": scores_QK[i, places[i]].tolist(),
+            **({"prompt": row["prompt"]} if row["prompt"] is not None else {}),
+            **({"type": row["type"]} if row["type"] != "normal" else {}),
+        }
+        for i, row in enumerate(block)
+    ]
+    yield from _rescored(recipe, runtime, found) if recipe.cross_encoder else found
+
+
+class _Rows:
+    """Texts to their rows in the corpus."""
+
+    def __init__(self, hashes_N: np.ndarray) -> None:
+        import numpy as np
+
+        self._order = np.argsort(hashes_N)
+        self._sorted = hashes_N[self._order]
+
+    def __getitem__(self, texts: Sequence[str]) -> list[Any]:
+        """None for a text that is not there."""
+        import numpy as np
+
+        from contrastive.collate import content_hash
+
+        wanted = np.array([content_hash(text) for text in texts], dtype=np.int64)
+        at = np.searchsorted(self._sorted, wanted).clip(max=len(self._sorted) - 1)
+        return [int(self._order[i]) if self._sorted[i] == each else None for i, each in zip(at, wanted, strict=True)]
+
+
+def _vectors(folder: Path, first: int, count: int) -> np.ndarray:
+    """Rows first to first + count of a folder of embeddings."""
+    import numpy as np
+
+    found, at = [], 0
+    for _, vectors_ND in read_embeddings(folder):
+        found.append(vectors_ND[max(0, first - at) : max(0, first + count - at)])
+        at += len(vectors_ND)
+    return np.ascontiguousarray(np.concatenate(found))
+
+
+def _texts(path: Path, wanted: set[int]) -> dict[int, str]:
+    return {i: row["text"] for i, (_, row) in enumerate(read_json(path)) if i in wanted}
+
+
+def _rescored(recipe: MineRecipe, runtime: Runtime, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows with a cross-encoder's scores."""
+    from sentence_transformers import CrossEncoder
+
+    assert recipe.cross_encoder is not None
+    try:
+        model = CrossEncoder(recipe.cross_encoder, device=str(runtime.device))
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"cross_encoder: {recipe.cross_encoder}: cannot be opened: {reason}") from None
+    pairs = [(row["query"], text) for row in rows for text in (*row["pos"], *row["neg"])]
+    scores, at = model.predict(pairs, show_progress_bar=runtime.is_main and sys.stderr.isatty()), 0
+    for row in rows:
+        own = [float(score) for score in scores[at : at + len(row["pos"]) + len(row["neg"])]]
+        at += len(own)
+        yield {**row, "pos_scores": own[: len(row["pos"])], "neg_scores": own[len(row["pos"]) :]}
+
+
+def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
+    """The parts as one file, and a line about it."""
+    output = Path(recipe.output)
+    draft, rows, negatives, short = output.with_name(f".{output.name}.draft"), 0, 0, 0
+    with draft.open("w", encoding="utf-8") as file:
+        for part in parts:
+            for line in part.open(encoding="utf-8"):
+                found = len(json.loads(line)["neg"])
+                rows, negatives, short = rows + 1, negatives + found, short + (found < recipe.mine.negatives)
+                file.write(line)
+    if not rows:
+        raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
+    draft.replace(output)
+    print(f"{output}: {rows:,} rows with {negatives / rows:.1f} negatives each, {short:,} with fewer than asked for")
+
+
+# --- the door --------------------------------------------------------------------------------
+
+
+def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
+    """What `--plan` prints."""
+    queries = count_rows(find_sources(recipe.data, "data"))
+    corpus = _corpus(recipe)
+    return {
+        "output": recipe.output,
+        "work": str(recipe.work),
+        "world_size": world_size,
+        "queries": queries,
+        "corpus_rows": count_rows(find_sources(corpus.texts, "corpus")) if corpus else "all passages of data",
+        "negatives_per_query": recipe.mine.negatives,
+        "ranks": f"{recipe.mine.first_rank} to {recipe.mine.last_rank}, {recipe.mine.pick}",
+        "blocks": None if queries is None else -(-queries // recipe.mine.block_rows),
+    }
+
+
+def run(recipe: MineRecipe, placement: Placement) -> int:
+    from chassis.peers import roll_call
+    from chassis.runtime import joined
+    from chassis.session import quiet
+
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
+    quiet(placement.rank == 0)
+    with (
+        joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime,
+        roll_call(runtime, TIMEOUT_MINUTES),
+    ):
+        mine(recipe, runtime)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return door(argv, usage="Find hard negatives with a trained model.", schema=MineRecipe, plan=plan, run=run)
