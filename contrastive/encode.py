@@ -20,6 +20,7 @@ from pydantic import Field
 from chassis.cli import door
 from chassis.config import Section
 from chassis.errors import ConfigError, DataError
+from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count
 from chassis.sources import count_rows, find_sources, read_rows
@@ -228,7 +229,8 @@ def _write(path: Path, value: Any) -> None:
 
 def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     """What `--plan` prints."""
-    rows = count_rows(find_sources(files_of(recipe), "texts"))
+    missing = Missing([])
+    rows = missing.instead(None, lambda: count_rows(find_sources(files_of(recipe), "texts")), "rows are not known")
     width = recipe.output.width
     config = Path(recipe.model) / "config.json"
     if width is None and config.is_file():
@@ -242,6 +244,7 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
         "shards": None if rows is None else -(-rows // recipe.encode.shard_rows),
         "width": width,
         **({} if rows is None or width is None else {"output_bytes": int(rows * width * bytes_each)}),
+        "missing": missing.lines,
     }
 
 

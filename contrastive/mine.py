@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from chassis.cli import door
 from chassis.config import Section
 from chassis.errors import DataError, ModelError
+from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Natural, Positive
 from chassis.sources import count_rows, find_sources, read_json, read_rows
@@ -397,17 +398,22 @@ def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
 
 def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     """What `--plan` prints."""
-    queries = count_rows(find_sources(recipe.data, "data"))
-    corpus = _corpus(recipe)
+    corpus, missing = _corpus(recipe), Missing([])
+
+    def count(files: Sequence[str], name: str) -> int | None:
+        return missing.instead(None, lambda: count_rows(find_sources(files, name)), "rows are not known")
+
+    queries = count(recipe.data, "data")
     return {
         "output": recipe.output,
         "work": str(recipe.work),
         "world_size": world_size,
         "queries": queries,
-        "corpus_rows": count_rows(find_sources(corpus.texts, "corpus")) if corpus else "all passages of data",
+        "corpus_rows": count(corpus.texts, "corpus") if corpus else "all passages of data",
         "negatives_per_query": recipe.mine.negatives,
         "ranks": f"{recipe.mine.first_rank} to {recipe.mine.last_rank}, {recipe.mine.pick}",
         "blocks": None if queries is None else -(-queries // recipe.mine.block_rows),
+        "missing": missing.lines,
     }
 
 

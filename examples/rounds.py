@@ -2,8 +2,8 @@
 
     python examples/rounds.py --finetune FINE_TUNING_RECIPE --mine MINING_RECIPE [--rounds 2] [--ranks 2]
 
-Round 0 is the fine-tuning recipe as it is. Round r mines with round r - 1's model for the recipe's data.train, and trains
-on what was found, with the same number of steps. Results lie beside the recipe's run.output_dir; run again, it goes on.
+Round 0 is the fine-tuning recipe as it is. Round r mines with round r - 1's model for the recipe's data.train, and
+trains on what was found, with the same number of steps. Results lie beside run.output_dir; run again, it goes on.
 """
 
 from __future__ import annotations

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from contrastive import cli as finetune
-from contrastive import search
+from contrastive import encode, mine, search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 DOORS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
+OTHER_DOORS: dict[str, Any] = {"encode": encode.main, "mine": mine.main}
+OF_TRAINING, OF_USE = ([path for path in RECIPES if path.parent.name in doors] for doors in (DOORS, OTHER_DOORS))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -33,13 +35,18 @@ def planned(door: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> d
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
-def test_every_recipe_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("recipe", OF_TRAINING, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_recipe_of_training_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for size in (1, devices(recipe), 1000):
         plan = planned(DOORS[recipe.parent.name], ["--config", str(recipe), "--plan", str(size)], capsys)
         assert plan["world_size"] == size
         assert sum(plan["rows_per_rank"]) == plan["global_size"] and len(plan["rows_per_rank"]) == size
         assert plan["peak_memory_bytes"] == sum(plan["memory"].values()) > 0
+
+
+@pytest.mark.parametrize("recipe", OF_USE, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_every_recipe_of_use_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(OTHER_DOORS[recipe.parent.name], ["--config", str(recipe), "--plan", "3"], capsys)["world_size"] == 3
 
 
 def test_the_recipe_of_48_devices_has_65535_negatives_per_query(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +111,8 @@ def test_every_command_of_the_documents_is_understood(
     arguments = words[words.index(script) + 1 :]
     if script == "launch/search.py":
         search._parse(arguments)
-    elif Path(script).stem in DOORS:
-        planned(DOORS[Path(script).stem], [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
+    elif door := (DOORS | OTHER_DOORS).get(Path(script).stem):
+        planned(door, [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
 
 
 def test_the_documents_hold_commands() -> None:

@@ -1,0 +1,62 @@
+"""The Python blocks of the pages do what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from contrastive.collate import check_row
+from tests import tiny
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def rows(path: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    assert all(check_row(path, row) is not None for row in found)
+    return found
+
+
+def test_the_converters_of_the_data_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.beir_folder(tmp_path / "beir")
+    (tmp_path / "beir/qrels/test.tsv").rename(tmp_path / "beir/qrels/train.tsv")
+    (tmp_path / "collection.tsv").write_text('7\tA "quoted" passage.\n8\tAnother.\n')
+    (tmp_path / "queries.train.tsv").write_text("1\twhat is quoted\n")
+    (tmp_path / "qrels.train.tsv").write_text("1\t0\t7\t1\n1\t0\t8\t0\n")
+    datasets.Dataset.from_dict({"query": ["a question"], "answer": ["an answer"]}).save_to_disk("questions")
+    code = blocks("data.md")
+    assert len(code) == 3
+    for block in code:
+        exec(block, {})  # the page's own code
+    assert len(rows("from_beir.jsonl")) == 12
+    assert rows("from_msmarco.jsonl") == [{"query": "what is quoted", "pos": ['A "quoted" passage.']}]
+    assert len(Path("corpus.jsonl").read_text().splitlines()) == 2
+    assert rows("from_columns.jsonl") == [{"anchor": "a question", "positive": "an answer"}]
+
+
+def test_the_embeddings_of_the_mining_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from contrastive.encode import main
+
+    monkeypatch.chdir(tmp_path)
+    tiny.trained(tmp_path / "model", tmp_path / "plain")
+    tiny.write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in tiny.texts(5)])
+    recipe = {"model": "model", "texts": ["texts.jsonl"], "output": {"dir": "embeddings"}}
+    (tmp_path / "encode.yaml").write_text(json.dumps(recipe))
+    assert main(["--config", "encode.yaml"]) == 0
+    (code,) = blocks("mining.md")
+    found: dict[str, Any] = {}
+    exec(code, found)  # the page's own code
+    assert found["scores"].shape == (1, 2)
+    assert "5 (5, 32)" in capsys.readouterr().out
