@@ -8,6 +8,7 @@ masks   the masks of a text of 512 tokens: the encoder's, and 256 sets of the de
 gather  rows from all ranks to all ranks and their gradient back, over gloo
 loader  batches of fine-tuning, prepared in one process
 kept    a step of fine-tuning whose first graphs are kept, against one that computes every chunk twice
+encode  texts of 6 to 64 tokens to embeddings, against sentence-transformers' own encode
 
 Two take minutes, and run only where they are named:
 
@@ -38,6 +39,7 @@ from chassis.runtime import Placement, joined
 from chassis.testing import run_world
 from chassis.trial import generated_text
 from contrastive.config import TILE_BYTES
+from contrastive.embedder import encode_texts, load_model
 from contrastive.loss import contrastive_share
 from retromae.loss import summed_nll
 from retromae.masks import decoder_visibility, mask_tokens
@@ -54,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    quick = (head, loss, masks, gather, loader, kept)
+    quick = (head, loss, masks, gather, loader, kept, encode)
     known = {bench.__name__: bench for bench in (*quick, whole, curve)}
     if unknown := set(options.names) - known.keys():
         parser.error(f"{', '.join(sorted(unknown))}: not one of {', '.join(known)}")
@@ -191,6 +193,17 @@ def _step(made: Any) -> float:
         assert ready.collate is not None
         batch = ready.collate(0)
         return _seconds(lambda: (ready.stage.backward(batch, engine, 0), engine.step(0.0)))
+
+
+def encode() -> dict[str, Any]:
+    texts = [generated_text(4 + 58 * i * i // 999**2, i) for i in range(1000)]  # many short, few long
+    texts = [texts[i] for i in torch.randperm(len(texts), generator=CHANCE).tolist()]
+    with TemporaryDirectory() as name:
+        plain = tiny.encoder(Path(name) / "plain", "bert", layers=4, width=256)
+        model = load_model(tiny.trained(Path(name) / "model", plain, max_length=64), "cpu")
+        ours = _seconds(lambda: encode_texts(model, texts, "document"))
+        theirs = _seconds(lambda: model.encode_document(texts, show_progress_bar=False))
+    return {"texts_per_second": len(texts) / ours, "sentence_transformers": len(texts) / theirs}
 
 
 def _recipe(folder: Path, rows: int, micro_size: int, *more: str) -> Any:

@@ -173,12 +173,14 @@ def finetune_file(path: Path, count: int = 40, negatives: int = 2, scores: bool 
     return write_jsonl(path, rows)
 
 
-def trained(folder: Path, plain: Path, *, query_prompt: str = "search ") -> Path:
+def trained(folder: Path, plain: Path, *, query_prompt: str = "search ", max_length: int = 32) -> Path:
     """A small BERT of random weights (also in `plain`), CLS pooling, a query prompt; in sentence-transformers' form."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    modules = [Transformer(str(encoder(plain)), max_seq_length=32), Pooling(32, pooling_mode="cls"), Normalize()]
+    made = plain if plain.exists() else encoder(plain)
+    transformer = Transformer(str(made), max_seq_length=max_length)
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="cls"), Normalize()]
     prompts = {"query": query_prompt, "document": ""}
     SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(folder))
     return folder
