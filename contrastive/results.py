@@ -58,7 +58,7 @@ class Result:
 
 
 def show(rows: Sequence[Row], title: str, columns: Mapping[str, str] = COLUMNS["retrieval"]) -> None:
-    """The table, the best of each column in bold."""
+    """A row for each model, a column for each metric, the best of it in bold."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -67,30 +67,34 @@ def show(rows: Sequence[Row], title: str, columns: Mapping[str, str] = COLUMNS["
     table.add_column("model", overflow="fold")
     for heading in columns.values():
         table.add_column(heading, justify="right")
-    best = {key: max(row[key] for row in rows if key in row) for key in columns}
+    best = {key: max(row[key] for row in rows) for key in columns}
     for row in rows:
-        cells = [
-            Text(f"{row[key]:.4f}", style="bold" if row[key] == best[key] else "") if key in row else Text("")
-            for key in columns
-        ]
+        cells = [Text(f"{row[key]:.4f}", style="bold" if row[key] == best[key] else "") for key in columns]
         table.add_row(Text(row["model"]), *cells)
     Console().print(table)
 
 
 def show_all(results: Mapping[str, Result]) -> None:
-    """One task with all its columns, or several with the first of each."""
+    """Of one task `show`; of several a row for each task and metric, a column for each model."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     if len(results) == 1:
         ((name, result),) = results.items()
         split = f", {result.facts['split']}" if "split" in result.facts else ""
         return show(result.rows, f"{name}{split}: {counts(result.facts)}", result.columns)
-    rows: dict[str, Row] = {}
-    columns = {}
+    models = dict.fromkeys(row["model"] for result in results.values() for row in result.rows)
+    table = Table("task", "metric", title=f"{len(results)} tasks")
+    for model in models:
+        table.add_column(Text(model), justify="right", overflow="fold")
     for name, result in results.items():
-        key, heading = next(iter(result.columns.items()))
-        columns[name] = f"{name}\n{heading}"
-        for row in result.rows:
-            rows.setdefault(row["model"], {"model": row["model"]})[name] = row[key]
-    show(list(rows.values()), f"{len(results)} tasks", columns)
+        for key, heading in result.columns.items():
+            values = {row["model"]: row[key] for row in result.rows}
+            best = max(values.values())
+            cells = {m: Text(f"{value:.4f}", style="bold" if value == best else "") for m, value in values.items()}
+            table.add_row(Text(name), heading, *(cells.get(model, "") for model in models))
+    Console().print(table)
 
 
 def show_differences(differences: Mapping[str, Sequence[Row]], how: Bootstrap) -> None:
@@ -103,12 +107,18 @@ def show_differences(differences: Mapping[str, Sequence[Row]], how: Bootstrap) -
         return
     first = next(each["to"] for found in differences.values() for each in found)
     table = Table(title=f"difference to {first}, paired bootstrap of {how.resamples:,} resamples")
-    for heading in ("task", "metric", "model", "difference", "95 % interval", "p"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("task", "model", "difference", "95 % interval", "p"):
+        table.add_column(heading, overflow="fold", no_wrap="%" in heading)
     for name, found in differences.items():
         for each in found:
             interval = f"{each['low']:+.4f} .. {each['high']:+.4f}"
-            cells = (name, each["metric"], each["model"], f"{each['difference']:+.4f}", interval, f"{each['p']:.4f}")
+            cells = (
+                f"{name}: {each['metric']}",
+                each["model"],
+                f"{each['difference']:+.4f}",
+                interval,
+                f"{each['p']:.4f}",
+            )
             table.add_row(*map(Text, cells))
     Console().print(table)
 
