@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +19,10 @@ from contrastive.tasks import AnyTask
 from tests import tiny
 from tests.unit.contrastive.test_tasks import sections
 
+if TYPE_CHECKING:
+    from mteb.abstasks import AbsTask
+
+DOCUMENT = Path(__file__).parents[3] / "docs/evaluation.md"
 mteb = pytest.importorskip("mteb", reason="the extra mteb is not installed")
 OURS_AND_THEIRS = {
     "retrieval": [("ndcg_at_10", "ndcg_at_10"), ("map_at_100", "map_at_100"), ("recall_at_10", "recall_at_10")],
@@ -31,10 +37,10 @@ def rows(path: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def local_tasks(data: dict[str, dict[str, object]]) -> dict[str, object]:
-    """The same files as tasks of mteb: a class with `metadata` and `load_data`, as docs/evaluation.md shows."""
+def local_tasks(data: dict[str, dict[str, object]]) -> list[AbsTask]:
+    """The same files as tasks of mteb: but for retrieval, which docs/evaluation.md shows."""
     from datasets import Dataset, DatasetDict
-    from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
+    from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskSTS
     from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
     from mteb.abstasks.task_metadata import TaskMetadata
 
@@ -43,19 +49,6 @@ def local_tasks(data: dict[str, dict[str, object]]) -> dict[str, object]:
             name=name, type=kind, main_score=score, description="", dataset={"path": "local", "revision": "1"},
             category="t2t", modalities=["text"], eval_splits=["test"], eval_langs=["eng-Latn"],
         )  # fmt: skip
-
-    class Words(AbsTaskRetrieval):
-        metadata = about("Words", "Retrieval", "ndcg_at_10")
-
-        def load_data(self, **_):
-            folder = data["retrieval"]["data"]
-            corpus, queries = (
-                {row.pop("_id"): row for row in rows(f"{folder}/{n}.jsonl")} for n in ("corpus", "queries")
-            )
-            self.corpus = {"test": corpus}
-            self.queries = {"test": {key: row["text"] for key, row in queries.items()}}
-            self.relevant_docs = {"test": {f"q{i}": {f"d{i}": 1} for i in range(len(queries))}}
-            self.data_loaded = True
 
     class Labels(AbsTaskClassification):
         metadata = about("Labels", "Classification", "accuracy")
@@ -87,7 +80,7 @@ def local_tasks(data: dict[str, dict[str, object]]) -> dict[str, object]:
         def load_data(self, **_):
             Scores.load_data(self)
 
-    return dict(zip(OURS_AND_THEIRS, (Words(), Labels(), Clusters(), Scores(), Pairs()), strict=True))
+    return [Labels(), Clusters(), Scores(), Pairs()]
 
 
 def scores_by_mteb(model, task) -> dict[str, float]:
@@ -95,18 +88,26 @@ def scores_by_mteb(model, task) -> dict[str, float]:
     return found.task_results[0].scores["test"][0]
 
 
-def test_mteb_puts_the_query_prompt_on_queries_alone_and_finds_our_numbers(tmp_path, monkeypatch):
+def test_mteb_puts_the_query_prompt_on_queries_alone_and_finds_our_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
     logging.getLogger("mteb").setLevel(logging.ERROR)
-    data = sections(tmp_path)
-    folder = tiny.trained(tmp_path / "model", tmp_path / "plain", query_prompt="search ")
+    data = sections(tmp_path / "data")
+    data["retrieval"]["data"] = str(Path(data["retrieval"]["data"]).rename(tmp_path / "data/mine"))
+    folder = tiny.trained(tmp_path / "runs/finetune/model", tmp_path / "plain", query_prompt="search ")
     model, bare = (load_model(folder, torch.device("cpu")) for _ in range(2))
     bare.prompts = {"query": "", "document": ""}
-    for kind, task in local_tasks(data).items():
+
+    documented: dict[str, Any] = {"__name__": "documented"}
+    exec(re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)[0], documented)
+    printed = float(capsys.readouterr().out.split()[-1])
+    for kind, task in zip(OURS_AND_THEIRS, [documented["Mine"](), *local_tasks(data)], strict=True):
         theirs = scores_by_mteb(model, task)
         ours = TypeAdapter(AnyTask).validate_python(data[kind]).read(kind).measure(partial(embed, model)).metrics
         for our_name, their_name in OURS_AND_THEIRS[kind]:
             assert ours[our_name] == pytest.approx(theirs[their_name], abs=1e-5), our_name  # mteb rounds some
         main = OURS_AND_THEIRS[kind][0][1]
-        without = scores_by_mteb(bare, local_tasks(data)[kind])[main]
+        without = scores_by_mteb(bare, task)[main]
         assert (without == pytest.approx(theirs[main], abs=1e-5)) == (kind != "retrieval"), kind
+        if kind == "retrieval":
+            assert printed == theirs[main]

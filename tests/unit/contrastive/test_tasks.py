@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from chassis.config import load
 from chassis.errors import DataError
 from chassis.testing import run_world
-from contrastive.bootstrap import paired_bootstrap
+from contrastive.bootstrap import Bootstrap, paired_bootstrap
 from contrastive.embedder import load_model
-from contrastive.evaluate import embed, main, measure
+from contrastive.evaluate import EvaluateRecipe, embed, main, measure
 from contrastive.tasks import AnyTask, classify, cluster, spearman, tell_apart, undersample
 from tests import tiny
 
@@ -262,6 +264,17 @@ def test_each_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, task, compla
     assert main(["--config", str(path)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
+
+
+def test_the_documented_recipe_is_one(tmp_path):
+    (text,) = re.findall(
+        r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "docs/evaluation.md").read_text(), re.DOTALL
+    )
+    path = tmp_path / "evaluate.yaml"
+    path.write_text(text)
+    recipe = load(EvaluateRecipe, path)
+    assert {section.kind for section in recipe.all_tasks.values()} == set(KINDS)
+    assert list(recipe.all_tasks)[:2] == ["scifact", "boolq"] and recipe.bootstrap == Bootstrap()
 
 
 def test_labels_of_one_kind_cannot_be_told_apart(tmp_path):
