@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -150,12 +150,14 @@ def _override(tree: _Tree, override: str) -> None:
 
 def _explain(schema: type[BaseModel], tree: _Tree, file: str, detail: Any) -> str:
     """One line for one of pydantic's findings, at the line of the YAML that caused it."""
-    names = [str(part) for part in detail["loc"]]
-    while names and ".".join(names) not in tree.places and detail["type"] != "missing":
-        names.pop()  # pydantic appends the branch of a union; the YAML has no such key
+    loc, names = [str(part) for part in detail["loc"]], list[str]()
+    for i, part in enumerate(loc):  # pydantic names the branch of a union too; the YAML has no such key
+        absent = detail["type"] == "missing" and i == len(loc) - 1
+        if absent or ".".join([*names, part]) in tree.places:
+            names.append(part)
     at = ".".join(names)
     place = tree.places.get(at) or tree.places.get(".".join(names[:-1])) or f"{file}:1"
-    return f"{place}: {at or 'recipe'}: {_reason(schema, names, detail)}"
+    return f"{place}: {at or 'recipe'}: {_reason(schema, loc, detail)}"
 
 
 def _reason(schema: type[BaseModel], names: list[str], detail: Any) -> str:
@@ -167,6 +169,9 @@ def _reason(schema: type[BaseModel], names: list[str], detail: Any) -> str:
         return f"unknown key ({hint})"
     if kind == "missing":
         return "not set (it has no default)"
+    if kind.startswith("union_tag"):
+        known = detail["ctx"].get("expected_tags")
+        return f"kind: must be one of {known}, got '{got['kind']}'" if known else "kind: not set (it has no default)"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     message = message.removeprefix("Input should be ").replace("valid ", "")
@@ -175,11 +180,17 @@ def _reason(schema: type[BaseModel], names: list[str], detail: Any) -> str:
 
 def _keys(schema: type[BaseModel], names: list[str]) -> list[str]:
     """The keys that the section at `names` knows."""
+    found = [schema]
     for name in names:
-        annotation = schema.model_fields[name].annotation if name in schema.model_fields else None
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not found:
-            return []
-        schema = found[0]
-    return list(schema.model_fields)
+        fields = [(each, each.model_fields) for each in found]
+        below = [each for _, held in fields if name in held for each in _sections(held[name].annotation)]
+        of_kind = [each for each, held in fields if "kind" in held and name in get_args(held["kind"].annotation)]
+        found = below or of_kind or found  # neither: the key of a mapping, the place in a list
+    return list(found[0].model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, also in a list or mapping, or by kind."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [each for inner in get_args(annotation) for each in _sections(inner)]

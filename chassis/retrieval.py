@@ -252,6 +252,13 @@ def metrics(ranked: Mapping[str, Sequence[str]], relevant: Relevant, at: Sequenc
     `ranked` lacks counts as 0. The order is taken as handed in, so ties are settled there: `trec_order` settles them
     as trec_eval does.
     """
+    return {name: float(value_Q.mean()) for name, value_Q in metrics_per_query(ranked, relevant, at).items()}
+
+
+def metrics_per_query(
+    ranked: Mapping[str, Sequence[str]], relevant: Relevant, at: Sequence[int] = (10, 100)
+) -> dict[str, np.ndarray]:
+    """What `metrics` takes the mean of: (Q,) float64 for each, in the order of `relevant`."""
     queries = [query for query, grades in relevant.items() if any(grade > 0 for grade in grades.values())]
     if not queries:
         raise ValueError("no query has a relevant document")
@@ -270,7 +277,7 @@ def metrics(ranked: Mapping[str, Sequence[str]], relevant: Relevant, at: Sequenc
     hit_QK, relevant_Q = gain_QK > 0, np.array(relevant_Q)
     precision_QK = hit_QK.cumsum(1) / ranks_K
     discount_K = 1 / np.log2(ranks_K + 1)
-    results: dict[str, float] = {}
+    results: dict[str, np.ndarray] = {}
     for c in at:
         hit_QC = hit_QK[:, :c]
         per_query = {
@@ -280,7 +287,7 @@ def metrics(ranked: Mapping[str, Sequence[str]], relevant: Relevant, at: Sequenc
             "precision": precision_QK[:, c - 1],
             "map": (hit_QC * precision_QK[:, :c]).sum(1) / relevant_Q,
         }
-        results |= {f"{name}_at_{c}": float(values.mean()) for name, values in per_query.items()}
+        results |= {f"{name}_at_{c}": value_Q for name, value_Q in per_query.items()}
     return results
 
 

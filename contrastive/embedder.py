@@ -9,6 +9,7 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
 
-Role = Literal["query", "document"]
+Role = Literal["query", "document", "text"]
+"""text: of a task that neither asks nor answers, as classification; embedded without any prompt."""
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
@@ -143,8 +145,9 @@ def encode_texts(
     import torch
     from tqdm import tqdm
 
+    no_prompt = partial(model.encode, prompt="")  # nor the model's default one
+    encode = {"query": model.encode_query, "document": model.encode_document, "text": no_prompt}[role]
     budget = batch_tokens or (4096 if model.device.type == "cpu" else 65536)
-    encode = model.encode_query if role == "query" else model.encode_document
     lengths, truncated = _token_counts(model, texts, role)
     order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

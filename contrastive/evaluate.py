@@ -1,13 +1,13 @@
-"""Models and BM25 side by side on a BEIR folder: one table, one JSON.
+"""Models and BM25 side by side on one task or many: one table, one JSON, and whether differences are luck.
 
-Shape suffixes: Q queries, N documents, D embedding width.
+Shape suffixes: N texts, D embedding width, I items of a test set.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +18,9 @@ from chassis.config import Section
 from chassis.errors import DataError
 from chassis.runtime import Placement
 from chassis.schema import Evaluate
+from contrastive.bootstrap import Bootstrap
+from contrastive.results import Result, Row, about, counts, show_all, show_differences, write_json
+from contrastive.tasks import AnyTask, Retrieval, Run, Task, measure_run, retrieval
 
 if TYPE_CHECKING:
     import torch
@@ -25,22 +28,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chassis.retrieval import Beir
+    from contrastive.embedder import Role
 
-COLUMNS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "recall@100"}
 TIMEOUT_MINUTES = 30.0
 """How long a rank waits for the others."""
-Row = dict[str, Any]
-"""`model`, a label, and the metrics."""
 
 
 class EvaluateRecipe(Section):
-    """Retrieval of models that are trained already."""
+    """Models that are trained already, and what they are measured by."""
 
     models: Annotated[list[str] | dict[str, str], Field(min_length=1)]
     """Folders (or hub names) in sentence-transformers' format; or the same, each under a label."""
-    evaluate: Evaluate
+    evaluate: Evaluate = Evaluate()
+    """Retrieval on one BEIR folder."""
+    tasks: dict[str, AnyTask] = {}
+    """More to measure, each under a label."""
     bm25: bool = True
-    """Also BM25, and its mix with the last model."""
+    """Beside each retrieval also BM25, and its mix with the last model."""
+    bootstrap: Bootstrap = Bootstrap()
+    """Each row's difference to the first model."""
     output_dir: str | None = None
     """Where evaluation.json goes; none: nowhere."""
     precision: Literal["bf16", "fp16", "fp32"] = "fp32"
@@ -49,9 +55,21 @@ class EvaluateRecipe(Section):
 
     @model_validator(mode="after")
     def _on_something(self) -> EvaluateRecipe:
-        if self.evaluate.data is None:
-            raise ValueError("needs evaluate.data (name a BEIR folder)")
+        if not self.all_tasks:
+            raise ValueError("needs evaluate.data (name a BEIR folder) or tasks")
+        if len(self.all_tasks) == len(self.tasks) and self.evaluate.data:
+            raise ValueError(
+                f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
+            )
         return self
+
+    @property
+    def all_tasks(self) -> dict[str, AnyTask]:
+        """That of `evaluate` first, under its folder's name."""
+        if self.evaluate.data is None:
+            return self.tasks
+        kept = self.evaluate.model_dump(include={"data", "split", "max_queries", "max_documents"})
+        return {Path(self.evaluate.data).resolve().name: Retrieval(kind="retrieval", **kept), **self.tasks}
 
     @property
     def labelled(self) -> dict[str, str]:
@@ -64,13 +82,13 @@ class EvaluateRecipe(Section):
 def embed(
     model: SentenceTransformer,
     texts: Sequence[str],
-    role: Literal["query", "document"],
+    role: Role,
     *,
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
 ) -> Tensor:
-    """(N, D) fp32 on the CPU, in the order of `texts`, with the model's own prompt for the role.
+    """(N, D) fp32 on the CPU, in the order of `texts`, with the model's own prompt for the role; "text": without.
 
     Ranks take the texts in turn, each embeds its own, and every rank gets them all.
     """
@@ -99,127 +117,110 @@ def evaluate_model(
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
-) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
+) -> tuple[dict[str, float], Run]:
     """The metrics of a model, and its run: (Q, K) scores and rows, deep enough to mix with another."""
-    from chassis.retrieval import evaluate_run, search
-    from contrastive.bm25 import POOL
     from contrastive.embedder import load_model
 
-    model = load_model(path, device)
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
-    query_QD = embed(model, beir.queries, "query", **how)
-    document_ND = embed(model, beir.documents, "document", **how)
-    scores_QK, index_QK = search(query_QD, document_ND, POOL)
-    return evaluate_run(beir, scores_QK[:, :100], index_QK[:, :100]), (scores_QK, index_QK)
+    found = retrieval(beir).measure(partial(embed, load_model(path, device), **how))
+    assert found.run is not None
+    return found.metrics, found.run
 
 
-def compare(
+def measure(
     models: Mapping[str, str | Path],
-    beir: Beir,
+    tasks: Mapping[str, Task],
     *,
     device: torch.device,
     bm25: bool = True,
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
-) -> list[Row]:
-    """A row for BM25, one for each labelled model, and one for the last model mixed with BM25."""
-    from chassis.retrieval import evaluate_run
+) -> dict[str, Result]:
+    """For each task a row of each labelled model; for retrieval also BM25, and the last model mixed with it."""
     from contrastive.bm25 import POOL, fuse, rank_bm25
+    from contrastive.embedder import load_model
 
-    rows: list[Row] = []
-    bm25_run = rank_bm25(beir, POOL) if bm25 else None
-    if bm25_run:
-        rows.append({"model": "BM25", **evaluate_run(beir, bm25_run[0][:, :100], bm25_run[1][:, :100])})
+    how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
+    results = {name: Result(task.facts) for name, task in tasks.items()}
+    beirs = {name: task.beir for name, task in tasks.items() if bm25 and task.beir}
+    bm25_runs = {name: rank_bm25(beir, POOL) for name, beir in beirs.items()}
+    for name, beir in beirs.items():
+        results[name].add("BM25", measure_run(beir, bm25_runs[name]))
     for last, (label, path) in enumerate(models.items(), 1 - len(models)):
-        found, model_run = evaluate_model(
-            path, beir, device=device, batch_tokens=batch_tokens, precision=precision, progress=progress
-        )
-        rows.append({"model": label, **found})
-        if bm25_run and last == 0:
-            rows.append({"model": f"{label} + BM25", **evaluate_run(beir, *fuse([bm25_run, model_run], 100))})
-    return rows
+        embed_by_model = partial(embed, load_model(path, device), **how)
+        for name, task in tasks.items():
+            found = task.measure(embed_by_model)
+            results[name].add(label, found)
+            if last == 0 and name in beirs and found.run:
+                mixed = fuse([bm25_runs[name], found.run], 100)
+                results[name].add(f"{label} + BM25", measure_run(beirs[name], mixed))
+    return results
 
 
-# --- telling ---------------------------------------------------------------------------------
-
-
-def show(rows: Sequence[Row], title: str) -> None:
-    """The table, the best of each column in bold."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title)
-    table.add_column("model", overflow="fold")
-    for heading in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        best = {key: row[key] == max(other[key] for other in rows) for key in COLUMNS}
-        cells = [Text(f"{row[key]:.4f}", style="bold" if best[key] else "") for key in COLUMNS]
-        table.add_row(Text(row["model"]), *cells)
-    Console().print(table)
+def compare(models: Mapping[str, str | Path], beir: Beir, **how: Any) -> list[Row]:
+    """`measure` on one BEIR folder: its rows."""
+    return measure(models, {beir.name: retrieval(beir)}, **how)[beir.name].rows
 
 
 def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Path:
-    """`evaluation.json`: what was measured on, and the rows with all their metrics."""
-    path = Path(folder) / "evaluation.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"evaluation": beir.name, "split": split, "queries": len(beir.queries), "documents": len(beir.documents)}
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps({**facts, "rows": list(rows)}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
-    return path
+    """`evaluation.json` of one BEIR folder: what was measured on, and the rows with all their metrics."""
+    return write_json(folder, {**about(beir.name, retrieval(beir, split).facts), "rows": list(rows)})
 
 
 # --- the door --------------------------------------------------------------------------------
 
 
 def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
-    beir = _beir(recipe)
-    return {
-        "world_size": world_size,
-        "models": ", ".join(recipe.labelled),
-        "evaluation": beir.name,
-        "split": recipe.evaluate.split,
-        "queries": len(beir.queries),
-        "documents": len(beir.documents),
-        "texts_per_rank": -(-(len(beir.queries) + len(beir.documents)) // world_size),
-        "characters": sum(map(len, beir.queries)) + sum(map(len, beir.documents)),
-    }
+    found = {"world_size": world_size, "models": ", ".join(recipe.labelled)}
+    tasks = read_tasks(recipe)
+    for name, task in tasks.items():
+        if name in recipe.tasks:
+            found[f"task {name}"] = f"{task.facts['kind']}: {counts(task.facts)}"
+        else:
+            found |= about(name, task.facts)
+    found["texts_per_rank"] = -(-sum(len(task.texts) for task in tasks.values()) // world_size)
+    return found | {"characters": sum(len(text) for task in tasks.values() for text in task.texts)}
 
 
 def run(recipe: EvaluateRecipe, placement: Placement) -> int:
+    tasks = read_tasks(recipe)
     import torch
 
     from chassis.peers import roll_call
     from chassis.runtime import joined
 
-    beir = _beir(recipe)
     with joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime, roll_call(runtime, TIMEOUT_MINUTES):
-        rows = compare(
+        results = measure(
             recipe.labelled,
-            beir,
+            tasks,
             device=runtime.device if recipe.device == "auto" else torch.device("cpu"),
             bm25=recipe.bm25,
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
         )
     if placement.rank == 0:
-        size = f"{len(beir.queries):,} queries, {len(beir.documents):,} documents"
-        show(rows, f"{beir.name}, {recipe.evaluate.split}: {size}")
+        first = next(iter(recipe.labelled))
+        differences = {name: result.differences(first, recipe.bootstrap) for name, result in results.items()}
+        show_all(results)
+        show_differences(differences, recipe.bootstrap)
         if recipe.output_dir:
-            print(f"written: {write(recipe.output_dir, beir, recipe.evaluate.split, rows)}")
+            content: dict[str, Any] = {"tasks": {}}
+            for name, result in results.items():
+                found = {"rows": result.rows, "differences": differences[name]}
+                if name in recipe.tasks:
+                    content["tasks"][name] = result.facts | found
+                else:  # that of `evaluate`
+                    content = about(name, result.facts) | found | content
+            print(f"written: {write_json(recipe.output_dir, content)}")
     return 0
 
 
-def _beir(recipe: EvaluateRecipe) -> Beir:
-    from chassis.retrieval import read_beir
-
-    section = recipe.evaluate
-    assert section.data is not None
-    return read_beir(section.data, section.split, max_queries=section.max_queries, max_documents=section.max_documents)
+def read_tasks(recipe: EvaluateRecipe) -> dict[str, Task]:
+    """In the order of the recipe; DataError for what is wrong with their files."""
+    return {name: section.read(name) for name, section in recipe.all_tasks.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return door(argv, usage="Measure models on a BEIR folder.", schema=EvaluateRecipe, plan=plan, run=run)
+    usage = "Measure models: retrieval, classification, clustering, STS, pair classification."
+    return door(argv, usage=usage, schema=EvaluateRecipe, plan=plan, run=run)

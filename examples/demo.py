@@ -138,9 +138,9 @@ def measure(models: dict[str, Path], folder: Path) -> list[dict[str, Any]]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    from contrastive import evaluate
+    from contrastive import results
 
-    evaluate.show(rows, "held-out packages: networkx, sklearn, sentence_transformers")
+    results.show(rows, "held-out packages: networkx, sklearn, sentence_transformers")
 
 
 # --- processes -------------------------------------------------------------------------------
