@@ -55,7 +55,7 @@ def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> d
     onnxruntime = _onnxruntime()
     check_absent(folder)
 
-    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     from tokenizers import Tokenizer
 
     from chassis.data import replacing
@@ -68,7 +68,8 @@ def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> d
         _write_tokenizer(model, draft, about["max_length"])
         _write_fp32(path, model, draft / FP32)
         if int8:
-            quantize_dynamic(draft / FP32, draft / INT8)
+            # unsigned: signed weights saturate on CPUs without VNNI (docs/export.md)
+            quantize_dynamic(draft / FP32, draft / INT8, weight_type=QuantType.QUInt8, per_channel=True)
         (draft / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tokenizer = Tokenizer.from_file(str(draft / "tokenizer.json"))
         expected_ND = encode_texts(model, SAMPLE, "query").vectors_ND.numpy()
@@ -203,7 +204,12 @@ def plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> di
     check_absent(recipe.output)
     weights = sum(file.stat().st_size for file in Path(recipe.model).rglob("*.safetensors"))
     files = [FP32, *([INT8] if recipe.int8 else []), "tokenizer.json", ABOUT]
-    return {"model": recipe.model, "output": recipe.output, "files": ", ".join(files), "model_bytes": weights}
+    return {
+        "model": recipe.model,
+        "output": recipe.output,
+        "files": ", ".join(files),
+        "weights_megabytes": round(weights / 1e6),
+    }
 
 
 def run(recipe: ExportRecipe, placement: Placement) -> int:
