@@ -17,8 +17,8 @@ from contrastive import search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 DOORS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
+RECIPES = sorted(path for stage in DOORS for path in (ROOT / "configs" / stage).glob("*.yaml"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
