@@ -15,9 +15,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import AutoModel
 
+from chassis.config import load
 from chassis.errors import ConfigError, ModelError
 from contrastive.embedder import Embedder
-from contrastive.merge import main, merge
+from contrastive.merge import MergeRecipe, main, merge
 from tests import tiny
 
 WEIGHTS = "model.safetensors"
@@ -184,6 +185,11 @@ def test_the_door_plans_without_writing_then_merges_once(
         assert main(["--config", str(recipe), *overrides]) == 2
         told = capsys.readouterr().err
         assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
+
+
+def test_the_recipe_that_comes_along_loads() -> None:
+    recipe = load(MergeRecipe, Path(__file__).parents[3] / "configs/merge/two.yaml")
+    assert [part.weight for part in recipe.models] == [0.5, 0.5] and recipe.prompts is None
 
 
 def test_an_output_that_is_there_is_not_replaced(models: list[Path]) -> None:
