@@ -291,6 +291,9 @@ def save_model(
         state = {name: tensor for names in _aliases(model).values() for tensor in [weights[names[0]]] for name in names}
     model.save_pretrained(folder, state_dict=state)
     tokenizer.model_max_length = max_length
+    made: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    made.no_truncation()  # what the last call asked for is no part of the model
+    made.no_padding()
     tokenizer.save_pretrained(folder)
     width = model.config.hidden_size
     for place, module in (("1_Pooling", Pooling(width, pooling_mode="cls")), ("2_Normalize", Normalize())):

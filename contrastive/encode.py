@@ -237,6 +237,7 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
         width = json.loads(config.read_text(encoding="utf-8")).get("hidden_size")
     bytes_each = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}[recipe.output.dtype]
     return {
+        "model": recipe.model,
         "output_dir": recipe.output.dir,
         "world_size": world_size,
         "devices": ", ".join(recipe.encode.devices or ["all that each rank sees"]),

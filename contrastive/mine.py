@@ -405,6 +405,7 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
     queries = count(recipe.data, "data")
     return {
+        "model": recipe.model,
         "output": recipe.output,
         "work": str(recipe.work),
         "world_size": world_size,

@@ -131,6 +131,12 @@ def test_stage_1_leaves_a_plain_masked_language_model(pretrained: Path) -> None:
     AutoModel.from_pretrained(pretrained / "model")
 
 
+def test_what_training_asked_of_the_tokenizer_is_no_part_of_the_model(pretrained: Path, finetuned: Path) -> None:
+    for folder in (pretrained, finetuned):
+        saved = json.loads((folder / "model/tokenizer.json").read_text())
+        assert saved["truncation"] is None and saved["padding"] is None
+
+
 def test_the_model_gives_the_trainers_embeddings_to_the_last_bit(finetuned: Path) -> None:
     """By sentence-transformers, by transformers and [CLS], and by the tower that was trained."""
     texts = tiny.texts(9, seed=5)

@@ -13,13 +13,17 @@ from typing import Any
 import pytest
 
 from contrastive import cli as finetune
-from contrastive import encode, mine, search
+from contrastive import encode, export, merge, mine, search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 DOORS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
-OTHER_DOORS: dict[str, Any] = {"encode": encode.main, "mine": mine.main}
+OTHER_DOORS: dict[str, Any] = {
+    "encode": encode.main,
+    "export": export.main,
+    "merge": merge.main,
+    "mine": mine.main,
+}
 OF_TRAINING, OF_USE = ([path for path in RECIPES if path.parent.name in doors] for doors in (DOORS, OTHER_DOORS))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -46,7 +50,7 @@ def test_every_recipe_of_training_loads_and_plans(recipe: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("recipe", OF_USE, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_of_use_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert planned(OTHER_DOORS[recipe.parent.name], ["--config", str(recipe), "--plan", "3"], capsys)["world_size"] == 3
+    assert "model" in " ".join(planned(OTHER_DOORS[recipe.parent.name], ["--config", str(recipe), "--plan"], capsys))
 
 
 def test_the_recipe_of_48_devices_has_65535_negatives_per_query(capsys: pytest.CaptureFixture[str]) -> None:
