@@ -24,6 +24,7 @@ OTHER_DOORS: dict[str, Any] = {
     "merge": merge.main,
     "mine": mine.main,
 }
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 OF_TRAINING, OF_USE = ([path for path in RECIPES if path.parent.name in doors] for doors in (DOORS, OTHER_DOORS))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
