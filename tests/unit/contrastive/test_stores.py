@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tests import tiny
 
 CLIENTS = {"lancedb": "lancedb", "qdrant": "qdrant_client", "faiss": "faiss"}
 LANGUAGES = ["en", "it's", "zh"]
+ROOT = Path(__file__).parents[3]
 rng = np.random.default_rng(0)
 VECTORS = rng.standard_normal((40, 8)).astype(np.float32)  # not of length one: the score is the dot product
 ROWS: list[Row] = [
@@ -218,3 +221,12 @@ def test_a_beir_folder_is_its_corpus_alone_and_of_equal_ids_the_last_row_stays(m
     assert (found.rows, found.documents) == (30, 30)
     with open_searcher(store.path, where={"id": "d29"}) as searcher:
         assert [hit.document.text for hit in searcher.ask("x")] == ["last"]
+
+
+def test_the_door_tells_a_mistake_before_torch_is_loaded(tmp_path: Path) -> None:
+    recipe = tmp_path / "index.yaml"
+    recipe.write_text("model: m\ncorpus: c.jsonl\nstore: {kind: faiss, path: db, tabel: t}\n")
+    command = [sys.executable, "-X", "importtime", "launch/index.py", "--config", str(recipe)]
+    found = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2 and "store.tabel: unknown key (did you mean 'table'?)" in found.stderr
+    assert not any(line.endswith((" torch", " lancedb", " faiss")) for line in found.stderr.splitlines())
