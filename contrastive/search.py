@@ -1,4 +1,4 @@
-"""Questions to a trained model: a corpus embedded once, the nearest documents printed.
+"""Questions to a trained model: a corpus embedded once, or in a vector database; the nearest documents printed.
 
 Shape suffixes: N documents, D embedding width.
 """
@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chassis.retrieval import Document
+    from contrastive.embedder import Embedder
+    from contrastive.stores import Store
 
 SNIPPET_CHARACTERS = 240
 
@@ -66,6 +69,58 @@ class Searcher:
         scores, found = search(embed(self.model, [query], "query"), self.document_ND, k)
         hits = zip(scores[0].tolist(), found[0].tolist(), strict=True)
         return [Hit(score, self.documents[row]) for score, row in hits]
+
+
+class StoreSearcher:
+    """A vector database and the model that its documents were embedded by; also a context manager."""
+
+    def __init__(self, embedder: Embedder, store: Store, where: Mapping[str, str] | None = None) -> None:
+        """where   only documents with these values, as {"lang": "en"}"""
+        self.embedder, self.store, self.where = embedder, store, where or {}
+
+    def ask(self, query: str, k: int = 5) -> list[Hit]:
+        """The k nearest documents, best first."""
+        from chassis.retrieval import Document
+
+        found = self.store.search(self.embedder.encode_queries([query])[0], k, self.where)
+        return [Hit(score, Document(row["id"], row["title"], row["text"])) for score, row in found]
+
+    def __enter__(self) -> StoreSearcher:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.store.close()
+
+
+def open_searcher(
+    name: str | Path, *, model: str | None = None, where: Mapping[str, str] | None = None
+) -> StoreSearcher:
+    """name    the folder that launch/index.py filled, or its recipe
+    model   where the model is now, if it was moved
+    Raises ConfigError, also where the model is not the one that embedded the documents.
+    """
+    from contrastive.stores import check, locate, open_store, read_record, record_path
+
+    precision = "fp32"
+    if str(name).endswith((".yaml", ".yml")):
+        from chassis.config import load
+        from contrastive.index import IndexRecipe
+
+        recipe = load(IndexRecipe, name)
+        section, precision, record = recipe.store, recipe.encode.precision, read_record(record_path(recipe.store))
+        model = model or recipe.model
+        if record is None:
+            raise ConfigError(f"{record_path(section)}: no such index (launch/index.py --config {name} makes it)")
+    else:
+        section, record = locate(name)
+        model = model or record.model
+    check(section, model)
+
+    from chassis.runtime import choose_device
+    from contrastive.embedder import Embedder
+
+    embedder = Embedder(model, [str(choose_device(0))], precision=precision, width=record.dimension)
+    return StoreSearcher(embedder, open_store(section, model, record.dimension), where)
 
 
 def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
@@ -126,6 +181,8 @@ def show(query: str, hits: Sequence[Hit]) -> None:
 
     console = Console(highlight=False)
     console.print(Text(query, style="bold"))
+    if not hits:
+        console.print("     nothing found")
     for rank, hit in enumerate(hits, 1):
         line = Text.assemble(f"{rank:>3}  {hit.score:.3f}  ", (hit.document.id, "cyan"), f"  {hit.document.title}")
         console.print(line, soft_wrap=True)
@@ -138,9 +195,9 @@ def show(query: str, hits: Sequence[Hit]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(argv)
-        searcher = _open(options)
-        for query in options.query or _typed():
-            show(query, searcher.ask(query, options.top))
+        with _open(options) as searcher:
+            for query in options.query or _typed():
+                show(query, searcher.ask(query, options.top))
         return 0
     except LodestarError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -150,16 +207,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description="Search a corpus with a trained model.", allow_abbrev=False)
     parser.add_argument("query", nargs="*", help="what to look for, in quotes; none: read lines from the terminal")
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="as model/ of a run")
+    parser.add_argument("--model", metavar="FOLDER", help="as model/ of a run; with --store: where it is now, if moved")
     parser.add_argument("--corpus", metavar="PATH", help="a corpus.jsonl or BEIR folder; none: what the run wrote down")
+    parser.add_argument("--store", metavar="PATH", help="a folder that launch/index.py filled, or its recipe")
+    parser.add_argument(
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="with --store: only such documents; repeatable",
+    )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many documents to show (5)")
     options = parser.parse_intermixed_args(argv)
     if options.top < 1:
         raise ConfigError(f"command line: --top: must be 1 or more, got {options.top}")
+    if not options.model and not options.store:
+        raise ConfigError("command line: the following arguments are required: --model, or --store (see --help)")
+    if options.store and options.corpus:
+        raise ConfigError("command line: --corpus: not with --store, which has a corpus (give the one or the other)")
+    if options.where and not options.store:
+        raise ConfigError("command line: --where: only with --store (launch/index.py makes one)")
     return options
 
 
-def _open(options: argparse.Namespace) -> Searcher:
+def _where(options: Sequence[str]) -> dict[str, str]:
+    from contrastive.index import FIELD
+
+    parts = [option.partition("=") for option in options]
+    for field, equals, value in parts:
+        if not equals or not FIELD.fullmatch(field):
+            raise ConfigError(f"command line: --where: {field}{equals}{value}: not FIELD=VALUE (as lang=en)")
+    return {field: value for field, _, value in parts}
+
+
+def _open(options: argparse.Namespace) -> AbstractContextManager[Searcher | StoreSearcher]:
+    if options.store:
+        return open_searcher(options.store, model=options.model, where=_where(options.where))
+    return nullcontext(_open_corpus(options))
+
+
+def _open_corpus(options: argparse.Namespace) -> Searcher:
     folder = Path(options.model)
     if not folder.is_dir():
         raise ConfigError(f"command line: --model: {folder}: no such folder (name model/ of a run)")

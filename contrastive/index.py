@@ -1,0 +1,167 @@
+"""A corpus into a vector database: embedded chunk by chunk, so that memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from chassis.cli import door
+from chassis.config import Section
+from chassis.errors import DataError, LaunchError
+from chassis.runtime import Placement
+from chassis.schema import Count
+from chassis.sources import Source, count_rows, find_sources, read_rows
+from contrastive.stores import Row, StoreSection, check, open_store, read_record, record_path
+
+FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+class Encode(Section):
+    devices: list[str] | None = None
+    """As [cuda:0, cuda:1]; none: all visible GPUs, or the CPU."""
+    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    batch_tokens: Count | None = None
+    """Tokens at once on a device; none: 4,096 on a CPU, 65,536 on a GPU."""
+    width: Count | None = None
+    """The first so many dimensions, normalised again (Matryoshka); none: all."""
+    chunk_rows: Count = 4096
+    """Rows that are read, embedded and put at once: bounds memory."""
+
+
+class IndexRecipe(Section):
+    """A corpus, the model that embeds it, and the table it goes to."""
+
+    model: str
+    """A folder (or hub name) in sentence-transformers' format."""
+    corpus: str
+    """A BEIR folder, or files of rows with _id or id, text, and maybe title and metadata."""
+    store: StoreSection
+    encode: Encode = Encode()
+
+
+@dataclass(frozen=True)
+class Indexed:
+    rows: int
+    """That were embedded; of rows with the same id the last one stays."""
+    truncated: int
+    """Texts that were longer than the model reads."""
+    documents: int
+    """In the table now."""
+
+
+def index(recipe: IndexRecipe, *, progress: bool = False) -> Indexed:
+    """Put the corpus into the store. To do so again changes nothing; documents that left the corpus stay.
+
+    Raises ConfigError, DataError or ModelError; what was put before stays, and the same call goes over it again.
+    """
+    sources = find_corpus(recipe.corpus)
+    check(recipe.store, recipe.model)  # before a model is loaded
+
+    from tqdm import tqdm
+
+    from chassis.retrieval import Document
+    from contrastive.embedder import Embedder
+
+    encode, waiting = recipe.encode, deque[list[Row]]()
+
+    def jobs() -> Iterator[tuple[list[str], Literal["document"]]]:
+        for chunk in _chunks(sources, encode.chunk_rows):
+            waiting.append(chunk)
+            yield [Document(row["id"], row["title"], row["text"]).full for row in chunk], "document"
+
+    rows = truncated = 0
+    with Embedder(
+        recipe.model, encode.devices, precision=encode.precision, batch_tokens=encode.batch_tokens, width=encode.width
+    ) as embedder:
+        dimension = embedder.encode_documents(["a text"]).shape[1]
+        with (
+            closing(open_store(recipe.store, recipe.model, dimension)) as store,
+            tqdm(total=count_rows(sources), unit="row", disable=not progress) as bar,
+        ):
+            for encoded in embedder.stream(jobs()):
+                chunk = waiting.popleft()
+                store.upsert(encoded.vectors_ND.numpy(), chunk)
+                rows, truncated = rows + len(chunk), truncated + encoded.truncated
+                bar.update(len(chunk))
+            return Indexed(rows, truncated, store.count())
+
+
+# --- the corpus ------------------------------------------------------------------------------
+
+
+def find_corpus(corpus: str) -> list[Source]:
+    """`corpus.jsonl[.gz]` of a BEIR folder, or any files of rows."""
+    beir = [path for name in ("corpus.jsonl", "corpus.jsonl.gz") if (path := Path(corpus) / name).is_file()]
+    return find_sources([str(beir[0]) if beir else corpus], "corpus")
+
+
+def _chunks(sources: Sequence[Source], size: int) -> Iterator[list[Row]]:
+    """Runs of `size` rows; within each the ids differ."""
+    found = (as_row(where, row) for source in sources for where, row in read_rows(source))
+    while chunk := list(islice(found, size)):
+        yield list({row["id"]: row for row in chunk}.values())
+
+
+def as_row(where: str, row: Mapping[str, Any]) -> Row:
+    """`id`, `title`, `text`, and what else the row or its `metadata` holds, as text; DataError for what cannot be."""
+    found = dict(row)
+    if isinstance(metadata := found.get("metadata"), dict):
+        del found["metadata"]
+        found = metadata | found
+    name = "_id" if "_id" in found else "id"
+    if not isinstance(document := found.pop(name, None), str | int):
+        raise DataError(f"{where}: {name}: must be text or a whole number, and is not (give each row an id)")
+    if not isinstance(found.get("text"), str):
+        raise DataError(f"{where}: text: must be text, and is not (each row has one)")
+    for field in found:
+        if not FIELD.fullmatch(field) or field in ("id", "vector"):
+            raise DataError(f"{where}: {field}: not a name for metadata (letters, digits and _, not id or vector)")
+    kept = {key: as_text(value) for key, value in found.items() if value is not None}
+    return {"title": "", **kept, "id": str(document)}
+
+
+def as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --- the door --------------------------------------------------------------------------------
+
+
+def plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
+    rows = count_rows(find_corpus(recipe.corpus))
+    check(recipe.store, recipe.model)
+    record = read_record(record_path(recipe.store))
+    return {
+        "world_size": world_size,
+        "model": recipe.model,
+        "corpus": recipe.corpus,
+        "rows": rows,
+        "chunks": None if rows is None else -(-rows // recipe.encode.chunk_rows),
+        "store": f"{recipe.store.kind}, {recipe.store.path}, {recipe.store.table}",
+        "state": "there: rows of the same id are replaced" if record else "new",
+    }
+
+
+def run(recipe: IndexRecipe, placement: Placement) -> int:
+    if placement.world_size > 1:
+        raise LaunchError(
+            "launcher: one process writes to a database (start with python; encode.devices takes several)"
+        )
+    found = index(recipe, progress=sys.stderr.isatty())
+    print(
+        f"{found.documents:,} documents in {recipe.store.kind}, {recipe.store.path}, {recipe.store.table} "
+        f"({found.rows:,} rows embedded, {found.truncated:,} texts cut)"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return door(argv, usage="Put a corpus into a vector database.", schema=IndexRecipe, plan=plan, run=run)

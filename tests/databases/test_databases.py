@@ -1,0 +1,20 @@
+"""The code of docs/databases.md, as it stands there, on real databases."""
+
+from __future__ import annotations
+
+import pytest
+
+from contrastive.index import main
+from tests import pages
+
+PAGE = "databases.md"
+CLIENTS = {"LanceDB": "lancedb", "Qdrant": "qdrant_client", "faiss": "faiss"}
+
+
+@pytest.mark.parametrize("heading", CLIENTS)
+def test_the_page_finds_the_nearest_documents_in(heading: str, expected: list[str]) -> None:
+    pytest.importorskip(CLIENTS[heading], reason="an optional library: lodestar-embeddings[databases]")
+    name = heading.lower()
+    assert main(["--config", "index.yaml", f"store.kind={name}", f"store.path=runs/index/{name}"]) == 0
+    assert pages.execute(PAGE, None)["found"] == expected
+    assert pages.execute(PAGE, None, heading)["found"] == expected
