@@ -134,8 +134,8 @@ def figure(
         "axes.prop_cycle": cycler(color=SERIES), "axes.formatter.useoffset": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        drawn = Figure(figsize=(7.2, height), layout="constrained")
-        axes = drawn.subplots()
+        drawn = Figure(figsize=(7.2, height))
+        axes = drawn.add_axes((0.1, 0.42 / height, 0.87, 1 - 0.5 / height))  # the same edges in every figure of a page
         marks = draw(axes) or ()
         buffer = io.StringIO()
         none = dict.fromkeys(("Creator", "Date", "Format", "Type"))

@@ -120,7 +120,8 @@ def _flat(value: object) -> str:
 
 
 def _subtitle(summary: Line, environment: Line) -> str:
-    state = "finished" if summary.get("finished") else f"stopped by {summary.get('stopped_by') or 'no one knows what'}"
+    stopped = f"stopped by {summary['stopped_by']}" if summary.get("stopped_by") else "unfinished"
+    state = "finished" if summary.get("finished") else stopped
     where = f"{environment['world_size']} x {environment['device']}" if "device" in environment else ""
     return ", ".join(filter(None, (state, where)))
 
@@ -154,12 +155,12 @@ def _highlights(summary: Line, final: Line, logged: Sequence[Line], evaluations:
 
 def _training(lines: Sequence[Line]) -> list[str]:
     """A figure for each chart that has something to show; what never changes is told in a line."""
-    names = list(dict.fromkeys(name for line in lines for name in line if name not in _NOT_DRAWN))
-    known = {name for chart in CHARTS for name in names if _takes(chart, name)}
-    others = [Chart(name.replace("_", " ").capitalize(), (name,)) for name in names if name not in known]
+    every = _series(lines)
+    known = {name for chart in CHARTS for name in every if _takes(chart, name)}
+    others = [Chart(name.replace("_", " ").capitalize(), (name,)) for name in every if name not in known]
     figures, constant = [], {}
     for chart in (*CHARTS, *others):
-        found = [each for name in names if _takes(chart, name) and (each := _series(lines, name, chart.scale))]
+        found = [s._replace(value_N=s.value_N * chart.scale) for name, s in every.items() if _takes(chart, name)]
         if len(found) == 1 and np.ptp(found[0].value_N) == 0 and not found[0].not_finite:
             constant[chart.title] = " ".join((number(found[0].value_N[0].item()), chart.unit)).strip()
         elif found:
@@ -177,14 +178,20 @@ def _takes(chart: Chart, name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in chart.fields)
 
 
-def _series(lines: Sequence[Line], name: str, scale: float = 1.0) -> Series | None:
-    """A field over steps; none where no line has a number."""
-    points = [(line["step"], line[name]) for line in lines if name in line]
-    finite = [(step, value) for step, value in points if isinstance(value, (int, float))]
-    if not finite:
-        return None
-    step_N, value_N = np.array(finite, dtype=np.float64).T
-    return Series(name, step_N, value_N * scale, sum(value is None for _, value in points))
+def _series(lines: Sequence[Line]) -> dict[str, Series]:
+    """Each field over steps; without those that have no number."""
+    points: dict[str, list[tuple[int, float | None]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name not in _NOT_DRAWN and not isinstance(value, str):
+                points.setdefault(name, []).append((line["step"], value))
+    found = {}
+    for name, pairs in points.items():
+        step_N, value_N = np.array(pairs, dtype=np.float64).T  # null becomes NaN
+        finite_N = np.isfinite(value_N)
+        if finite_N.any():
+            found[name] = Series(name, step_N[finite_N], value_N[finite_N], int((~finite_N).sum()))
+    return found
 
 
 def curves(chart: Chart, series: Sequence[Series]) -> Html:
@@ -227,9 +234,9 @@ def thinned(x_N: np.ndarray, y_N: np.ndarray, most: int = _POINTS) -> tuple[np.n
 
 
 def _running_mean(series: Series) -> tuple[np.ndarray, np.ndarray] | None:
-    """Over a fortieth of the points; none where they are few."""
+    """Over a fortieth of the points; none where they are few, or go up and down too little to need it."""
     window = len(series.step_N) // 40
-    if window < 3:
+    if window < 3 or np.abs(np.diff(series.value_N)).sum() < 4 * np.ptp(series.value_N):
         return None
     sums = np.cumsum(np.insert(series.value_N, 0, 0.0))
     mean = (sums[window:] - sums[:-window]) / window
@@ -276,15 +283,13 @@ def _evaluations(lines: Sequence[Line]) -> list[str]:
     parts = []
     for name in dict.fromkeys(line["evaluation"] for line in lines):
         own = [line for line in lines if line["evaluation"] == name]
-        metrics = list(dict.fromkeys(field for line in own for field in line if field not in _NOT_DRAWN))
+        series = _series(own)
         parts.append(f"<h2>Evaluation on {escape(name)}</h2>")
-        for cutoff in dict.fromkeys(metric.partition("_at_")[2] for metric in metrics):
-            found = [s for m in metrics if m.partition("_at_")[2] == cutoff and (s := _series(own, m))]
-            if found:
-                title = f"Metrics at {cutoff}" if cutoff else "Metrics"
-                parts.append(curves(Chart(title, (), tells="Higher is better; best where the curve turns."), found))
-        rows = [[line["step"], *(_best(own, metric, line.get(metric)) for metric in metrics)] for line in own[-50:]]
-        parts.append(table(rows, ["step", *(metric.replace("_at_", "@") for metric in metrics)]))
+        for cutoff in dict.fromkeys(metric.partition("_at_")[2] for metric in series):
+            chart = Chart(f"Metrics at {cutoff}" if cutoff else "Metrics", (), tells="Higher is better.", axis="zero")
+            parts.append(curves(chart, [s for metric, s in series.items() if metric.partition("_at_")[2] == cutoff]))
+        rows = [[line["step"], *(_best(own, metric, line.get(metric)) for metric in series)] for line in own[-50:]]
+        parts.append(table(rows, ["step", *(metric.replace("_at_", "@") for metric in series)]))
     return parts
 
 
