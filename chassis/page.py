@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,11 +54,13 @@ class Html(str):
 
 
 class Mark(NamedTuple):
-    """What the mouse is told over a stretch of a figure's x axis, or over a point."""
+    """What is told where the mouse is over part of a figure, in the units of its axes."""
 
     left: float
     right: float
     text: str
+    low: float = -math.inf
+    high: float = math.inf
 
 
 def page(path: Path, title: str, parts: Iterable[str]) -> Path:
@@ -120,7 +123,7 @@ def figure(
     """What `draw` puts on matplotlib's axes as inline SVG, `height` inches at a width of 7.2.
 
     key   one line for each of SERIES in use
-    draw  returns marks: the mouse over a stretch of the x axis, from left to right in its units, is shown the text
+    draw  may return marks
     """
     import matplotlib
     from cycler import cycler
@@ -155,11 +158,11 @@ def figure(
 
 
 def _strip(axes: Axes, mark: Mark) -> str:
-    """A rectangle over all of the axes' height; SVG counts in 1/72 inch, from above."""
+    """A rectangle; SVG counts in 1/72 inch, from above."""
     points = 72 / axes.figure.dpi
-    (left, low), (right, high) = (
-        axes.transData.transform((x, y)) * points for x, y in zip(mark[:2], axes.get_ylim(), strict=True)
-    )
+    bottom, ceiling = axes.get_ylim()
+    ends = max(bottom, mark.low), min(ceiling, mark.high)
+    (left, low), (right, high) = (axes.transData.transform(at) * points for at in zip(mark[:2], ends, strict=True))
     top = axes.figure.bbox.height * points - high
     size = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{high - low:.1f}"'
     return f"<rect {size}><title>{escape(mark.text)}</title></rect>"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chassis.retrieval import Beir
+    from contrastive.evaluation_report import View
 
 COLUMNS = {"ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "recall_at_100": "recall@100"}
 TIMEOUT_MINUTES = 30.0
@@ -99,8 +100,12 @@ def evaluate_model(
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
+    seen: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> tuple[dict[str, float], tuple[Tensor, Tensor]]:
-    """The metrics of a model, and its run: (Q, K) scores and rows, deep enough to mix with another."""
+    """The metrics of a model, and its run: (Q, K) scores and rows, deep enough to mix with another.
+
+    seen  is shown query_QD, document_ND and the run
+    """
     from chassis.retrieval import evaluate_run, search
     from contrastive.bm25 import POOL
     from contrastive.embedder import load_model
@@ -110,6 +115,8 @@ def evaluate_model(
     query_QD = embed(model, beir.queries, "query", **how)
     document_ND = embed(model, beir.documents, "document", **how)
     scores_QK, index_QK = search(query_QD, document_ND, POOL)
+    if seen:
+        seen(query_QD, document_ND, scores_QK, index_QK)
     return evaluate_run(beir, scores_QK[:, :100], index_QK[:, :100]), (scores_QK, index_QK)
 
 
@@ -122,10 +129,15 @@ def compare(
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
+    views: list[View] | None = None,
 ) -> list[Row]:
-    """A row for BM25, one for each labelled model, and one for the last model mixed with BM25."""
+    """A row for BM25, one for each labelled model, and one for the last model mixed with BM25.
+
+    views  is given what a report shows of each model
+    """
     from chassis.retrieval import evaluate_run
     from contrastive.bm25 import POOL, fuse, rank_bm25
+    from contrastive.evaluation_report import view
 
     rows: list[Row] = []
     bm25_run = rank_bm25(beir, POOL) if bm25 else None
@@ -133,7 +145,13 @@ def compare(
         rows.append({"model": "BM25", **evaluate_run(beir, bm25_run[0][:, :100], bm25_run[1][:, :100])})
     for last, (label, path) in enumerate(models.items(), 1 - len(models)):
         found, model_run = evaluate_model(
-            path, beir, device=device, batch_tokens=batch_tokens, precision=precision, progress=progress
+            path,
+            beir,
+            device=device,
+            batch_tokens=batch_tokens,
+            precision=precision,
+            progress=progress,
+            seen=None if views is None else lambda *seen, label=label: views.append(view(label, beir, *seen)),
         )
         rows.append({"model": label, **found})
         if bm25_run and last == 0:
@@ -194,8 +212,10 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
 
     from chassis.peers import roll_call
     from chassis.runtime import joined
+    from contrastive.evaluation_report import write_report
 
     beir = _beir(recipe)
+    views: list[View] = []
     with joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime, roll_call(runtime, TIMEOUT_MINUTES):
         rows = compare(
             recipe.labelled,
@@ -204,12 +224,14 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
             bm25=recipe.bm25,
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
+            views=views if runtime.is_main and recipe.output_dir else None,
         )
     if placement.rank == 0:
         size = f"{len(beir.queries):,} queries, {len(beir.documents):,} documents"
         show(rows, f"{beir.name}, {recipe.evaluate.split}: {size}")
         if recipe.output_dir:
             print(f"written: {write(recipe.output_dir, beir, recipe.evaluate.split, rows)}")
+            print(f"written: {write_report(recipe.output_dir, beir, recipe.evaluate.split, rows, views)}")
     return 0
 
 
