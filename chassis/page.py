@@ -42,6 +42,7 @@ background:var(--c)}
 .wide{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:500}td,th{padding:.28rem .8rem .28rem 0;border-bottom:1px solid var(--line);
 vertical-align:top}td.number,th.number{text-align:right}td.text{overflow-wrap:anywhere}
+td:first-child{white-space:nowrap}
 details{border-top:1px solid var(--line);padding:.7rem 0}summary{cursor:pointer;font-weight:600}
 pre{background:var(--soft);border-radius:.6rem;padding:.9rem;overflow-x:auto;font-size:.82rem;line-height:1.45}
 article{background:var(--soft);border-radius:.6rem;padding:.8rem 1rem;margin:.8rem 0;overflow-wrap:anywhere}

@@ -135,17 +135,17 @@ def write_report(
     folder: str | Path, beir: Beir, split: str, rows: Sequence[Mapping[str, Any]], views: Sequence[View]
 ) -> Path:
     """`evaluation.html`: the table of `rows` as `contrastive.evaluate.compare` gives them, and each model's view."""
-    columns = [name for name in rows[0] if name != "model"]
-    best = {name: max(row[name] for row in rows) for name in columns}
+    metrics = [name for name in rows[0] if name != "model"]
+    best = {name: max(row[name] for row in rows) for name in metrics}
     cells = [
-        [row["model"], *(Html(f"<b>{row[n]:.4f}</b>" if row[n] == best[n] else f"{row[n]:.4f}") for n in columns)]
-        for row in rows
+        [n.replace("_at_", "@"), *(Html(f"<b>{r[n]:.4f}</b>" if r[n] == best[n] else f"{r[n]:.4f}") for r in rows)]
+        for n in metrics
     ]
     parts: list[str] = [
         f"<h1>{escape(beir.name)}</h1><p class=muted>Retrieval, split {escape(split)}</p>",
         facts({"Queries": len(beir.queries), "Documents": len(beir.documents), "Models": len(views)}),
         "<h2>Metrics</h2>",
-        table(cells, ["model", *(name.replace("_at_", "@") for name in columns)]),
+        table(cells, ["", *(row["model"] for row in rows)]),
     ]
     for each in views:
         parts += [f"<h2>{escape(each.model)}</h2>", _histogram(each), _map(each)]
@@ -200,10 +200,13 @@ def _map(of: View, *, seed: int = 0) -> Html:
     def draw(axes: Axes) -> list[Mark]:
         from matplotlib.collections import LineCollection
 
-        axes.add_collection(LineCollection([xy_M2[list(pair)] for pair in of.pairs], colors=MUTED, linewidths=0.5))
+        axes.add_collection(
+            LineCollection([xy_M2[list(pair)] for pair in of.pairs], colors=MUTED, linewidths=0.5, zorder=0)
+        )
         for start, end, colour, size in ((of.map_queries, None, SERIES[1], 7), (0, of.map_queries, SERIES[0], 14)):
             axes.scatter(*xy_M2[start:end].T, s=size, color=colour, linewidths=0, alpha=0.75)
-        axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+        axes.set(aspect="equal", adjustable="datalim")
+        axes.set_axis_off()
         side = 0.006 * (xy_M2.max() - xy_M2.min())
         return [
             Mark(x - side, x + side, _cut(text, 100), y - side, y + side)
