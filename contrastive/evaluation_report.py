@@ -81,9 +81,10 @@ def view(
         positive += scores[: len(own)]
         negative += scores[len(own) :]
         found = index_QK[q].tolist()
-        others = [(found[k], score) for k, score in enumerate(scores_QK[q].tolist()) if grades.get(found[k], 0) <= 0]
-        hardest += [score for _, score in others[:1]]
-        ranked.append(_ranked(beir, q, dict(zip(own, scores, strict=False)), found, others[:1]))
+        pairs = zip(found, scores_QK[q].tolist(), strict=True)
+        other = next(((row, score) for row, score in pairs if grades.get(row, 0) <= 0), None)
+        hardest += [other[1]] if other else []
+        ranked.append(_ranked(beir, q, dict(zip(own, scores, strict=False)), found, other))
     ranked.sort(key=lambda each: (each.ndcg, each.margin))
 
     queries = sorted(chance.sample(range(len(beir.queries)), min(len(beir.queries), _MAP_POINTS // 4)))
@@ -93,9 +94,9 @@ def view(
         for document_id, grade in beir.relevant[beir.query_ids[q]].items()
         if grade > 0
     ][: _MAP_POINTS // 4]
-    rows = list(dict.fromkeys(row for _, row in answers))
-    more = chance.sample(range(len(row_of)), min(len(row_of), _MAP_POINTS - len(queries)))
-    rows += [row for row in more if row not in set(rows)][: _MAP_POINTS - len(queries) - len(rows)]
+    room = _MAP_POINTS - len(queries)
+    drawn = chance.sample(range(len(row_of)), min(len(row_of), room))
+    rows = list(dict.fromkeys([row for _, row in answers] + drawn))[:room]
     place = {row: len(queries) + i for i, row in enumerate(rows)}
     return View(
         model=model,
@@ -111,9 +112,9 @@ def view(
 
 
 def _ranked(
-    beir: Beir, q: int, own: Mapping[int, float], found: Sequence[int], others: Sequence[tuple[int, float]]
+    beir: Beir, q: int, own: Mapping[int, float], found: Sequence[int], other: tuple[int, float] | None
 ) -> Ranked:
-    """own: scores of the relevant documents; found: rows, the best first; others: the best that is not relevant."""
+    """own: scores of the relevant documents; found: rows, the best first; other: the best that is not relevant."""
     from chassis.retrieval import metrics
 
     query_id = beir.query_ids[q]
@@ -122,9 +123,9 @@ def _ranked(
     return Ranked(
         query=beir.queries[q],
         ndcg=metrics({query_id: ids}, {query_id: beir.relevant[query_id]}, at=[10])["ndcg_at_10"],
-        margin=own[best] - (others[0][1] if others else 0.0),
+        margin=own[best] - (other[1] if other else 0.0),
         relevant=(beir.documents[best], own[best], found.index(best) + 1 if best in found else None),
-        instead=(beir.documents[others[0][0]], others[0][1]) if others else None,
+        instead=(beir.documents[other[0]], other[1]) if other else None,
     )
 
 
