@@ -213,7 +213,7 @@ def curves(chart: Chart, series: Sequence[Series]) -> Html:
         if log:
             axes.set_yscale("log")
         elif chart.axis == "zero":
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(float(each.value_N.max()) for each in series) or 1)
         axes.yaxis.set_major_formatter(lambda y, _: number(float(y)))
         if log:
             axes.yaxis.set_minor_formatter(lambda y, _: number(float(y)) if _spread(series) < 100 else "")
