@@ -161,6 +161,7 @@ def _training(lines: Sequence[Line]) -> list[str]:
     figures, constant = [], {}
     for chart in (*CHARTS, *others):
         found = [s._replace(value_N=s.value_N * chart.scale) for name, s in every.items() if _takes(chart, name)]
+        found.sort(key=lambda each: each.name != "loss")  # the whole before its parts
         if len(found) == 1 and np.ptp(found[0].value_N) == 0 and not found[0].not_finite:
             constant[chart.title] = " ".join((number(found[0].value_N[0].item()), chart.unit)).strip()
         elif found:
@@ -199,6 +200,8 @@ def curves(chart: Chart, series: Sequence[Series]) -> Html:
     log = chart.axis == "log" and _spread(series) > 10
 
     def draw(axes: Axes) -> list[Mark]:
+        from matplotlib.ticker import LogLocator
+
         for i, each in enumerate(series):
             mean = _running_mean(each)
             marker = "o" if len(each.step_N) < 30 else ""
@@ -211,12 +214,11 @@ def curves(chart: Chart, series: Sequence[Series]) -> Html:
         axes.margins(x=0.01)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         if log:
-            axes.set_yscale("log")
+            axes.set_yscale("log", subs=[])
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if _spread(series) < 300 else (1,)))
         elif chart.axis == "zero":
             axes.set_ylim(0, 1.05 * max(float(each.value_N.max()) for each in series) or 1)
         axes.yaxis.set_major_formatter(lambda y, _: number(float(y)))
-        if log:
-            axes.yaxis.set_minor_formatter(lambda y, _: number(float(y)) if _spread(series) < 100 else "")
         return _marks(series)
 
     return figure(chart.title, draw, key=[_in_numbers(each) for each in series], caption=chart.tells)
