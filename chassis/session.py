@@ -24,6 +24,7 @@ from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from chassis.loop import Hook, Progress, fit
 from chassis.meter import Console, Meter
 from chassis.peers import roll_call
+from chassis.plan import in_words
 from chassis.prepared import Kind, Prepared, Recipe
 from chassis.report import write_report
 from chassis.runtime import Placement, Runtime, joined, local_environment
@@ -46,7 +47,8 @@ def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     ):
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
-        return _Session(recipe, runtime).run(kind.prepare, stop)
+        plan = on_main(lambda: in_words(kind.plan(recipe, runtime.world_size, None)))
+        return _Session(recipe, runtime, plan).run(kind.prepare, stop)
 
 
 def quiet(main: bool) -> None:
@@ -59,8 +61,8 @@ def quiet(main: bool) -> None:
 
 
 class _Session:
-    def __init__(self, recipe: Recipe, runtime: Runtime) -> None:
-        self.recipe, self.runtime = recipe, runtime
+    def __init__(self, recipe: Recipe, runtime: Runtime, plan: str = "") -> None:
+        self.recipe, self.runtime, self.plan = recipe, runtime, plan
         self.folder = Path(recipe.run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.clock = Clock()
@@ -266,7 +268,7 @@ class _Session:
                 "final": progress.final,
             },
         )
-        write_report(self.folder)
+        write_report(self.folder, plan=self.plan)
 
     def _write(self, name: str, value: Mapping[str, Any] | str) -> None:
         """A text, or an object as JSON; whole or absent."""

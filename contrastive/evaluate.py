@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from chassis.retrieval import Beir
     from contrastive.embedder import Role
+    from contrastive.evaluation_report import View
 
 TIMEOUT_MINUTES = 30.0
 """How long a rank waits for the others."""
@@ -136,10 +137,15 @@ def measure(
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
+    views: dict[str, list[View]] | None = None,
 ) -> dict[str, Result]:
-    """For each task a row of each labelled model; for retrieval also BM25, and the last model mixed with it."""
+    """For each task a row of each labelled model; for retrieval also BM25, and the last model mixed with it.
+
+    views   is given what a report shows of each retrieval's models
+    """
     from contrastive.bm25 import POOL, fuse, rank_bm25
     from contrastive.embedder import load_model
+    from contrastive.evaluation_report import view
 
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
     results = {name: Result(task.facts) for name, task in tasks.items()}
@@ -152,6 +158,8 @@ def measure(
         for name, task in tasks.items():
             found = task.measure(embed_by_model)
             results[name].add(label, found)
+            if views is not None and task.beir and found.vectors and found.run:
+                views.setdefault(name, []).append(view(label, task.beir, *found.vectors, *found.run))
             if last == 0 and name in beirs and found.run:
                 mixed = fuse([bm25_runs[name], found.run], 100)
                 results[name].add(f"{label} + BM25", measure_run(beirs[name], mixed))
@@ -189,7 +197,9 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
 
     from chassis.peers import roll_call
     from chassis.runtime import joined
+    from contrastive.evaluation_report import write_report
 
+    views: dict[str, list[View]] = {}
     with joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime, roll_call(runtime, TIMEOUT_MINUTES):
         results = measure(
             recipe.labelled,
@@ -198,6 +208,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
             bm25=recipe.bm25,
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
+            views=views if runtime.is_main and recipe.output_dir else None,
         )
     if placement.rank == 0:
         first = next(iter(recipe.labelled))
@@ -213,6 +224,13 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
                 else:  # that of `evaluate`
                     content = about(name, result.facts) | found | content
             print(f"written: {write_json(recipe.output_dir, content)}")
+            for name, seen in views.items():
+                beir, result = tasks[name].beir, results[name]
+                assert beir is not None
+                file = Path(recipe.output_dir) / (
+                    f"evaluation-{name}.html" if name in recipe.tasks else "evaluation.html"
+                )
+                print(f"written: {write_report(file, beir, result.facts['split'], result.rows, seen)}")
     return 0
 
 

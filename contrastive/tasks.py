@@ -52,6 +52,8 @@ class Measured(NamedTuple):
     """The first metric of each item, where the metric is their mean; what a paired bootstrap draws from."""
     run: Run | None = None
     """Of retrieval: deep enough to mix with another."""
+    vectors: tuple[Tensor, Tensor] | None = None
+    """Of retrieval: (Q, D) and (N, D)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def retrieval(beir: Beir, split: str = "test") -> Task:
 
     def measure(embed: Embed) -> Measured:
         query_QD, document_ND = embed(beir.queries, "query"), embed(beir.documents, "document")
-        return measure_run(beir, search(query_QD, document_ND, POOL))
+        found = measure_run(beir, search(query_QD, document_ND, POOL))
+        return found._replace(vectors=(query_QD, document_ND))
 
     counts = {"queries": len(beir.queries), "documents": len(beir.documents)}
     return Task({"kind": "retrieval", "split": split, **counts}, beir.queries + beir.documents, measure, beir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from chassis import chance
 from chassis.errors import LaunchError
 from chassis.meter import Console, Meter
-from chassis.report import write_report
 from chassis.runtime import Placement
 from chassis.schedule import lr_factor
 from chassis.schema import Track
@@ -111,17 +109,3 @@ def test_metrics_are_lines_of_which_a_resumed_run_forgets_the_later_ones(tmp_pat
     tracker.resume_at(2)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
     Tracker.silent().log({"step": 1})
-
-
-def test_a_report_shows_what_lies_in_the_folder_and_asks_no_network(tmp_path: Path) -> None:
-    folder = tmp_path / "a <run>"
-    folder.mkdir()
-    lines = [{"step": step, "loss": 2.0 / step, "lr": 1e-3} for step in range(1, 6)]
-    lines.append({"step": 5, "evaluation": "beir", "ndcg_at_10": 0.3})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "summary.json").write_text(json.dumps({"finished": True, "steps": 5, "final": {"loss": 0.4}}))
-    (folder / "config.yaml").write_text("run: <x>\n")
-    text = write_report(folder).read_text()
-    assert text.count("<svg") == 3 and "a &lt;run&gt;" in text and "run: &lt;x&gt;" in text
-    assert "Loss" in text and "Retrieval" in text and "Gradient norm" not in text
-    assert "<script" not in text and 'src="http' not in text and "@import" not in text
