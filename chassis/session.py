@@ -7,7 +7,8 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,19 @@ STOPPED = 3
 
 def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
-    quiet(placement.rank == 0)
-    with (
-        StopHook(placement.world_size) as stop,
-        joined(placement, timeout_minutes=recipe.engine.timeout_minutes) as runtime,
-        roll_call(runtime, recipe.engine.timeout_minutes),
-    ):
+    with StopHook(placement.world_size) as stop, together(placement, recipe.engine.timeout_minutes) as runtime:
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
         plan = on_main(lambda: in_words(kind.plan(recipe, runtime.world_size, None)))
         return _Session(recipe, runtime, plan).run(kind.prepare, stop)
+
+
+@contextmanager
+def together(placement: Placement, timeout_minutes: float) -> Iterator[Runtime]:
+    """The group of all ranks, which notices who is lost; libraries speak on the first alone."""
+    quiet(placement.rank == 0)
+    with joined(placement, timeout_minutes=timeout_minutes) as runtime, roll_call(runtime, timeout_minutes):
+        yield runtime
 
 
 def quiet(main: bool) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: N texts, D embedding width.
 
 from __future__ import annotations
 
+import hashlib
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from chassis.errors import ConfigError, LodestarError, ModelError
+from chassis.sources import Source
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -182,6 +184,17 @@ def _runs(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator
         rows = max(1, budget // max(1, lengths[order[start]]))
         yield order[start : start + rows]
         start += rows
+
+
+def fingerprint(model: str) -> str:
+    """Changes with the weights, the configuration, the tokenizer and the prompts of a folder; a hub name is its own."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.blake2b(digest_size=12)
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin"), *folder.glob("*.json")]):
+        digest.update(f"{path.relative_to(folder)} {Source('file', str(path)).fingerprint}\n".encode())
+    return digest.hexdigest()
 
 
 def load_model(path: str | Path, device: torch.device | str) -> SentenceTransformer:

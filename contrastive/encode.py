@@ -24,7 +24,7 @@ from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count
 from chassis.sources import count_rows, find_sources, read_rows
-from contrastive.embedder import Embedder, Precision, Role
+from contrastive.embedder import Embedder, Precision, Role, fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -182,17 +182,6 @@ def _facts(path: Path) -> dict[str, str]:
     return {}
 
 
-def folder_digest(folder: Path) -> str:
-    """Changes with the names and contents of the files of a model."""
-    digest = hashlib.blake2b(digest_size=12)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 # --- numbers ---------------------------------------------------------------------------------
 
 
@@ -250,15 +239,9 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
 
 
 def run(recipe: EncodeRecipe, placement: Placement) -> int:
-    from chassis.peers import roll_call
-    from chassis.runtime import joined
-    from chassis.session import quiet
+    from chassis.session import together
 
-    quiet(placement.rank == 0)
-    with (
-        joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime,
-        roll_call(runtime, TIMEOUT_MINUTES),
-    ):
+    with together(placement, TIMEOUT_MINUTES) as runtime:
         encode(recipe, runtime)
     return 0
 
@@ -297,12 +280,11 @@ def encode(recipe: EncodeRecipe, runtime: Runtime) -> None:
 
 def _key(recipe: EncodeRecipe) -> str:
     """Of everything that decides what lies in the shards; a folder that holds others is an error."""
-    model = folder_digest(Path(recipe.model)) if Path(recipe.model).is_dir() else recipe.model
     sources = [source.fingerprint for source in find_sources(files_of(recipe), "texts")]
     said = recipe.model_dump(include={"field", "id_field", "role", "output"}) | {"output": recipe.output.model_dump()}
     said["output"].pop("dir")
     said |= {"precision": recipe.encode.precision, "shard_rows": recipe.encode.shard_rows}
-    key = hashlib.blake2b(json.dumps([model, sources, said]).encode(), digest_size=12).hexdigest()
+    key = hashlib.blake2b(json.dumps([fingerprint(recipe.model), sources, said]).encode(), digest_size=12).hexdigest()
     for path in sorted(Path(recipe.output.dir).glob("shard-*")):
         if _facts(path).get("key", key) != key:
             raise ConfigError(

@@ -195,12 +195,11 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
     tasks = read_tasks(recipe)
     import torch
 
-    from chassis.peers import roll_call
-    from chassis.runtime import joined
+    from chassis.session import together
     from contrastive.evaluation_report import write_report
 
     views: dict[str, list[View]] = {}
-    with joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime, roll_call(runtime, TIMEOUT_MINUTES):
+    with together(placement, TIMEOUT_MINUTES) as runtime:
         results = measure(
             recipe.labelled,
             tasks,

@@ -19,20 +19,16 @@ from chassis.errors import DataError, LaunchError
 from chassis.runtime import Placement
 from chassis.schema import Count
 from chassis.sources import Source, count_rows, find_sources, read_rows
+from contrastive.encode import Encode
 from contrastive.stores import Row, StoreSection, check, open_store, read_record, record_path
 
 FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-class Encode(Section):
-    devices: list[str] | None = None
-    """As [cuda:0, cuda:1]; none: all visible GPUs, or the CPU."""
-    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
-    batch_tokens: Count | None = None
-    """Tokens at once on a device; none: 4,096 on a CPU, 65,536 on a GPU."""
+class IndexEncode(Encode):
     width: Count | None = None
     """The first so many dimensions, normalised again (Matryoshka); none: all."""
-    chunk_rows: Count = 4096
+    shard_rows: Count = 4096
     """Rows that are read, embedded and put at once: bounds memory."""
 
 
@@ -44,7 +40,7 @@ class IndexRecipe(Section):
     corpus: str
     """A BEIR folder, or files of rows with _id or id, text, and maybe title and metadata."""
     store: StoreSection
-    encode: Encode = Encode()
+    encode: IndexEncode = IndexEncode()
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ def index(recipe: IndexRecipe, *, progress: bool = False) -> Indexed:
     encode, waiting = recipe.encode, deque[list[Row]]()
 
     def jobs() -> Iterator[tuple[list[str], Literal["document"]]]:
-        for chunk in _chunks(sources, encode.chunk_rows):
+        for chunk in _chunks(sources, encode.shard_rows):
             waiting.append(chunk)
             yield [Document(row["id"], row["title"], row["text"]).full for row in chunk], "document"
 
@@ -144,7 +140,7 @@ def plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dic
         "model": recipe.model,
         "corpus": recipe.corpus,
         "rows": rows,
-        "chunks": None if rows is None else -(-rows // recipe.encode.chunk_rows),
+        "chunks": None if rows is None else -(-rows // recipe.encode.shard_rows),
         "store": f"{recipe.store.kind}, {recipe.store.path}, {recipe.store.table}",
         "state": "there: rows of the same id are replaced" if record else "new",
     }

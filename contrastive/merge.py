@@ -226,7 +226,9 @@ def _card(paths: Sequence[Path], shares: Sequence[float]) -> str:
 
 def plan(recipe: MergeRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     check_absent(recipe.output)
-    tensors = check([Path(part.path) for part in recipe.models])[0].values()
+    folders = [Path(part.path) for part in recipe.models]
+    absent = [f"{folder}: no such folder; tensors are not counted" for folder in folders if not folder.is_dir()]
+    tensors = [] if absent else list(check(folders)[0].values())
     shares = zip(recipe.models, _shares([part.weight for part in recipe.models]), strict=True)
     return {
         "models": " + ".join(f"{share:.4g} x {part.path}" for part, share in shares),
@@ -234,6 +236,7 @@ def plan(recipe: MergeRecipe, world_size: int, device: str | None = None) -> dic
         "averaged_tensors": sum(held.averaged for held in tensors),
         "copied_tensors": sum(not held.averaged for held in tensors),
         "parameters": sum(math.prod(held.shape) for held in tensors),
+        "missing": absent,
     }
 
 

@@ -25,7 +25,7 @@ from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Natural, Positive
 from chassis.sources import count_rows, find_sources, read_json, read_rows
-from contrastive.embedder import Role
+from contrastive.embedder import Role, fingerprint
 from contrastive.encode import (
     TIMEOUT_MINUTES,
     Encode,
@@ -33,7 +33,6 @@ from contrastive.encode import (
     Output,
     encode,
     files_of,
-    folder_digest,
     read_embeddings,
     read_texts,
 )
@@ -131,8 +130,8 @@ def _lay_out(recipe: MineRecipe) -> tuple[str, int]:
     corpus = _corpus(recipe)
     files = [*find_sources(recipe.data, "data"), *find_sources(corpus.texts if corpus else [], "corpus")]
     sources = [source.fingerprint for source in files]
-    model = folder_digest(Path(recipe.model)) if Path(recipe.model).is_dir() else recipe.model
-    key = hashlib.blake2b(json.dumps([sources, len(recipe.data), model]).encode(), digest_size=8).hexdigest()
+    said = json.dumps([sources, len(recipe.data), fingerprint(recipe.model)])
+    key = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
     folder = recipe.work / key
     facts = folder / "texts.json"
     if not facts.is_file():
@@ -419,19 +418,13 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
 
 def run(recipe: MineRecipe, placement: Placement) -> int:
-    from chassis.peers import roll_call
-    from chassis.runtime import joined
-    from chassis.session import quiet
+    from chassis.session import together
 
     try:
         import faiss  # noqa: F401
     except ImportError:
         raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
-    quiet(placement.rank == 0)
-    with (
-        joined(placement, timeout_minutes=TIMEOUT_MINUTES) as runtime,
-        roll_call(runtime, TIMEOUT_MINUTES),
-    ):
+    with together(placement, TIMEOUT_MINUTES) as runtime:
         mine(recipe, runtime)
     return 0
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from chassis.cli import Parser
 from chassis.errors import ConfigError, DataError, LodestarError
-from contrastive.encode import folder_digest
+from contrastive.embedder import fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -125,7 +125,7 @@ def open_searcher(
 
 def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
     """`search_cache/KEY.safetensors` beside the model; the key changes with the model's files and the documents."""
-    digest = hashlib.blake2b(folder_digest(model_folder).encode(), digest_size=12)
+    digest = hashlib.blake2b(fingerprint(str(model_folder)).encode(), digest_size=12)
     for document in documents:
         digest.update(json.dumps([document.id, document.full]).encode())
     return model_folder.resolve().parent / "search_cache" / f"{digest.hexdigest()}.safetensors"

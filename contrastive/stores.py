@@ -8,7 +8,6 @@ Shape suffixes: N documents, D embedding width.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import sqlite3
@@ -21,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from chassis.config import Section
 from chassis.errors import ConfigError
-from chassis.sources import Source
+from contrastive.embedder import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,17 +70,6 @@ class Store(Protocol):
 
 
 # --- which model -----------------------------------------------------------------------------
-
-
-def fingerprint(model: str) -> str:
-    """Changes with the weights, the configuration, the tokenizer and the prompts of a folder; a hub name is its own."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
-    digest = hashlib.blake2b(digest_size=12)
-    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin"), *folder.glob("*.json")]):
-        digest.update(f"{path.relative_to(folder)} {Source('file', str(path)).fingerprint}\n".encode())
-    return digest.hexdigest()
 
 
 def record_path(section: StoreSection) -> Path:

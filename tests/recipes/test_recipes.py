@@ -91,7 +91,8 @@ def commands() -> list[tuple[Path, str]]:
     """The lines of the documents' fenced blocks, with continued ones joined."""
     found = []
     for document in DOCUMENTS:
-        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for block in (block for language, block in fenced if language in ("", "bash", "sh")):
             for line in block.replace("\\\n", " ").splitlines():
                 if re.match(r"(make|python|deepspeed|torchrun|srun|sbatch)\b", line):
                     found.append((document, line))

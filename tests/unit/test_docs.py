@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,7 @@ import pytest
 
 from contrastive.collate import check_row
 from tests import tiny
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+from tests.pages import execute
 
 
 def rows(path: str) -> list[dict[str, Any]]:
@@ -34,10 +28,7 @@ def test_the_converters_of_the_data_page(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "queries.train.tsv").write_text("1\twhat is quoted\n")
     (tmp_path / "qrels.train.tsv").write_text("1\t0\t7\t1\n1\t0\t8\t0\n")
     datasets.Dataset.from_dict({"query": ["a question"], "answer": ["an answer"]}).save_to_disk("questions")
-    code = blocks("data.md")
-    assert len(code) == 3
-    for block in code:
-        exec(block, {})  # the page's own code
+    execute("data.md", "From a BEIR folder", "From MS MARCO", "From sentence-transformers' data sets")
     assert len(rows("from_beir.jsonl")) == 12
     assert rows("from_msmarco.jsonl") == [{"query": "what is quoted", "pos": ['A "quoted" passage.']}]
     assert len(Path("corpus.jsonl").read_text().splitlines()) == 2
@@ -55,8 +46,6 @@ def test_the_embeddings_of_the_mining_page(
     recipe = {"model": "model", "texts": ["texts.jsonl"], "output": {"dir": "embeddings"}}
     (tmp_path / "encode.yaml").write_text(json.dumps(recipe))
     assert main(["--config", "encode.yaml"]) == 0
-    (code,) = blocks("mining.md")
-    found: dict[str, Any] = {}
-    exec(code, found)  # the page's own code
+    found = execute("mining.md", "Embeddings of a corpus")
     assert found["scores"].shape == (1, 2)
     assert "5 (5, 32)" in capsys.readouterr().out

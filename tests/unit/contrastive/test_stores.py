@@ -16,7 +16,7 @@ from chassis.config import dump, load
 from chassis.errors import ConfigError, DataError
 from contrastive import search
 from contrastive.embedder import Embedder
-from contrastive.index import Encode, IndexRecipe, as_row, index, main
+from contrastive.index import IndexEncode, IndexRecipe, as_row, index, main
 from contrastive.search import open_searcher
 from contrastive.stores import FaissStore, Row, StoreSection, open_store
 from tests import tiny
@@ -52,7 +52,7 @@ def recipe(kind: str, model: Path, tmp_path: Path) -> Path:
     corpus = str(tiny.write_jsonl(tmp_path / "corpus.jsonl", rows))
     store = StoreSection(kind=kind, path=str(tmp_path / "db"))  # type: ignore[arg-type]
     path = tmp_path / "index.yaml"
-    path.write_text(dump(IndexRecipe(model=str(model), corpus=corpus, store=store, encode=Encode(chunk_rows=5))))
+    path.write_text(dump(IndexRecipe(model=str(model), corpus=corpus, store=store, encode=IndexEncode(shard_rows=5))))
     return path
 
 
@@ -202,7 +202,7 @@ def test_a_run_that_broke_off_is_simply_repeated(recipe: Path, tmp_path: Path) -
     whole = corpus.read_text()
     corpus.write_text(whole.replace('"_id": 10', '"ID": 10'))
     with pytest.raises(DataError, match=r"corpus.jsonl:11: id: must be"):
-        index(load(IndexRecipe, recipe, ["encode.chunk_rows=2"]))
+        index(load(IndexRecipe, recipe, ["encode.shard_rows=2"]))
     with open_searcher(tmp_path / "db") as searcher:
         assert 2 <= searcher.store.count() <= 10  # the corpus is not read as a whole first
     corpus.write_text(whole)
