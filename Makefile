@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install test test-slurm slurm lint types check bench demo demo-ablation clean
+.PHONY: help install test test-slurm slurm browser lint types check bench demo demo-ablation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,10 @@ slurm: ## install SLURM where that can be done: root and apt
 	@command -v slurmctld > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends \
 			slurm-wlm slurmctld slurmd slurm-client munge > /dev/null; } || true
+
+browser: ## install Chromium where that can be done: root and apt
+	@command -v chromium > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || true
 
 lint: install ## check style
 	$(VENV)/bin/ruff check .
