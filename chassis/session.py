@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from chassis import checkpoint, config, data
 from chassis.collectives import agreed, barrier, from_main, on_main
 from chassis.engine import Engine, Resumed, build
-from chassis.errors import CheckpointError, ConfigError, DataError
+from chassis.errors import CheckpointError, DataError
 from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from chassis.loop import Hook, Progress, fit
 from chassis.meter import Console, Meter
@@ -31,6 +31,7 @@ from chassis.report import write_report
 from chassis.runtime import Placement, Runtime, joined, local_environment
 from chassis.schedule import lr_factor
 from chassis.schema import AUTO
+from chassis.sources import make_folder
 from chassis.track import Tracker
 from chassis.trial import with_largest_micro_size
 
@@ -73,7 +74,7 @@ class _Session:
 
     def run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
         recipe, runtime = self.recipe, self.runtime
-        on_main(self._make_folder)
+        on_main(lambda: make_folder(self.folder, "run.output_dir"))
         with agreed():
             prepared = prepare(recipe, runtime)
         progress = Progress(prepared.total_steps)
@@ -150,18 +151,13 @@ class _Session:
 
     # --- before ---
 
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run.output_dir: {self.folder}: {error.strerror} (name another folder)") from None
-
     def _open_folder(self, prepared: Prepared, progress: Progress) -> None:
         """Leave nothing there that an earlier run could be taken for this one by."""
         for name in checkpoint.set_aside(self.checkpoints, progress.step):
             self._say(f"warning: {self.checkpoints}: {name}: set aside, for this run starts at step {progress.step}")
-        if not progress.step:
-            (self.folder / "best.json").unlink(missing_ok=True)
+        best = self.folder / "best.json"
+        if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
+            best.unlink()
         self._write("config.yaml", config.dump(self.recipe))  # type: ignore[arg-type]
         data = prepared.identity.get("data")
         self._write("environment.json", {**environment(self.runtime, self.recipe.run.output_dir), "data": data})

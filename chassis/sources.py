@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chassis.errors import DataError
+from chassis.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]
 
@@ -24,6 +24,8 @@ class Source:
 
     kind: str
     path: str
+    field: str = "data.train"
+    """Of the recipe that names it."""
 
     @property
     def fingerprint(self) -> str:
@@ -43,7 +45,7 @@ def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Sou
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir() and (path / "state.json").exists():
-            sources.append(Source("saved", pattern))
+            sources.append(Source("saved", pattern, field))
         elif path.is_dir():
             found = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
             if not found:
@@ -54,7 +56,7 @@ def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Sou
         elif found := sorted(glob.glob(pattern, recursive=True)):
             sources += [_file(name, field) for name in found]
         elif pattern.count("/") <= 1 and not pattern.startswith((".", "/", "~")) and not pattern.endswith(SUFFIXES):
-            sources.append(Source("hub", pattern))
+            sources.append(Source("hub", pattern, field))
         else:
             raise DataError(f"{field}: {pattern}: no such file or folder (check the path; globs and folders work too)")
     return sources
@@ -63,7 +65,7 @@ def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Sou
 def _file(name: str, field: str) -> Source:
     if not name.endswith(SUFFIXES):
         raise DataError(f"{field}: {name}: unknown kind of file (known: {', '.join(SUFFIXES)})")
-    return Source(name.removesuffix(".gz").rpartition(".")[2], name)
+    return Source(name.removesuffix(".gz").rpartition(".")[2], name, field)
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
@@ -85,11 +87,30 @@ def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: row: not valid JSON: {error.msg} (one object on each line)") from None
+        if "\\ud" in line and not _encodable(row):
+            raise DataError(f"{path}:{number}: row: holds half a character (a lone surrogate; mend or drop the row)")
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{number}: row: must be an object, got {type(row).__name__} (one object on each line)"
             )
         yield f"{path}:{number}", row
+
+
+def _encodable(row: Any) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def make_folder(path: str | Path, field: str) -> Path:
+    """With its parents; ConfigError where that cannot be done."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{field}: {path}: {error.strerror} (name another folder)") from None
+    return Path(path)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
@@ -119,7 +140,7 @@ def _open(source: Source) -> Any:
             opened = datasets.load_dataset(source.path, split="train")
     except Exception as error:  # the library has no common class for what can go wrong with a name or a file
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"data.train: {source.path}: cannot be opened: {reason}") from None
+        raise DataError(f"{source.field}: {source.path}: cannot be opened: {reason}") from None
     return opened["train"] if isinstance(opened, datasets.DatasetDict) else opened
 
 

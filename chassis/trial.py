@@ -116,9 +116,14 @@ def with_largest_micro_size(recipe: Any, runtime: Runtime, kind: Kind) -> Any:
 
 
 def _found_before(recipe: Any) -> int | str:
-    """By the run that lies in the recipe's folder."""
+    """By the run that lies in the recipe's folder, if what decides the memory is the same."""
     path = Path(recipe.run.output_dir) / "config.yaml"
-    return config.load(type(recipe), path).batch.micro_size if path.is_file() else AUTO
+    if not path.is_file():
+        return AUTO
+    before = config.load(type(recipe), path)
+    found = before.batch.micro_size
+    same = all(getattr(before, name) == getattr(recipe, name) for name in ("model", "precision", "engine"))
+    return found if same and before.batch.model_copy(update={"micro_size": AUTO}) == recipe.batch else AUTO
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

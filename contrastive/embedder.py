@@ -73,16 +73,19 @@ class Embedder:
         self.width: int = min(width or 2**31, known or 2**31)
         """Of the embeddings."""
 
-    def encode_queries(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_queries(self, texts: Sequence[str] | str) -> np.ndarray:
         return self.encode(texts, "query")
 
-    def encode_documents(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_documents(self, texts: Sequence[str] | str) -> np.ndarray:
         return self.encode(texts, "document")
 
-    def encode(self, texts: Sequence[str], role: Role) -> np.ndarray:
-        """(N, D) float32, in the order of `texts`."""
+    def encode(self, texts: Sequence[str] | str, role: Role) -> np.ndarray:
+        """(N, D) float32, in the order of `texts`; (D,) for a single text."""
         import torch
 
+        if isinstance(texts, str):
+            return self.encode([texts], role)[0]
+        texts = list(texts)
         parts = [texts[i :: len(self._devices)] for i in range(len(self._devices))]  # turns share out long texts evenly
         found = list(self.stream((part, role) for part in parts))
         result_ND = torch.empty(len(texts), self.width)
@@ -192,13 +195,15 @@ def fingerprint(model: str) -> str:
     if not folder.is_dir():
         return model
     digest = hashlib.blake2b(digest_size=12)
-    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.bin"), *folder.glob("*.json")]):
+    kinds = ("*.safetensors", "*.bin", "*.json", "*.model", "vocab.txt", "merges.txt")
+    for path in sorted(path for kind in kinds for path in folder.rglob(kind)):
         digest.update(f"{path.relative_to(folder)} {Source('file', str(path)).fingerprint}\n".encode())
     return digest.hexdigest()
 
 
 def load_model(path: str | Path, device: torch.device | str) -> SentenceTransformer:
     """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing."""
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     folder = Path(path)
@@ -209,7 +214,7 @@ def load_model(path: str | Path, device: torch.device | str) -> SentenceTransfor
     try:
         with _quiet_transformers():
             model = SentenceTransformer(str(path), device=str(device)).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
     if missing := _missing(model, folder):

@@ -23,7 +23,7 @@ from chassis.errors import ConfigError, DataError
 from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count
-from chassis.sources import count_rows, find_sources, read_rows
+from chassis.sources import count_rows, find_sources, make_folder, read_rows
 from contrastive.embedder import Embedder, Precision, Role, fingerprint
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MANIFEST = "encoding.json"
 RANGES = "ranges.json"
 CALIBRATION_ROWS = 1000
+NO_ROW = "texts: {}: no row (name files with texts)"
 Dtype = Literal["float32", "float16", "int8", "binary"]
 TIMEOUT_MINUTES = 24 * 60.0
 """How long a rank waits for the others: theirs may be the longer texts."""
@@ -107,7 +108,7 @@ def read_texts(recipe: EncodeRecipe) -> Iterator[tuple[str, str]]:
             found = next((row[name] for name in names if row.get(name) is not None), None)
             if found is None and recipe.id_field is not None:
                 raise DataError(f"{where}: {recipe.id_field}: not set (every row needs it, or leave id_field out)")
-            title = row.get("title")
+            title = row.get("title") if recipe.field == "text" else None
             yield str(number if found is None else found), f"{title} {text}" if title else text
             number += 1
 
@@ -138,9 +139,14 @@ def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: d
         table = pa.table({"id": list(ids), "embedding": column})
         parquet.write_table(table.replace_schema_metadata(facts), draft)
     else:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
-        save_file({"embeddings": vectors_ND}, draft, {**facts, "ids": json.dumps(list(ids))})
+        try:
+            save_file({"embeddings": vectors_ND}, draft, {**facts, "ids": json.dumps(list(ids))})
+        except SafetensorError as error:  # its header ends at 100 MB
+            reason = f"{len(ids):,} ids do not go into a file's header: {error}"
+            raise ConfigError(f"encode.shard_rows: {reason} (fewer rows, or output.format: parquet)") from None
     draft.replace(path)
 
 
@@ -197,14 +203,18 @@ def stored(vectors_ND: np.ndarray, dtype: Dtype, ranges_2D: np.ndarray | None) -
     return quantize_embeddings(vectors_ND, precision=dtype, ranges=ranges_2D)  # type: ignore[arg-type, return-value]
 
 
-def _ranges(recipe: EncodeRecipe, embed: Callable[[list[str]], np.ndarray]) -> list[list[float]]:
+def _ranges(recipe: EncodeRecipe, key: str, embed: Callable[[list[str]], np.ndarray]) -> list[list[float]]:
     """The smallest and largest value of each dimension in the first rows; kept, so that a restart takes the same."""
     path = Path(recipe.output.dir) / RANGES
-    if not path.is_file():
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kept.get("key") != key:
         texts = [text for _, text in islice(read_texts(recipe), CALIBRATION_ROWS)]
+        if not texts:
+            raise DataError(NO_ROW.format(", ".join(recipe.texts)))
         first_ND = embed(texts)
-        _write(path, [first_ND.min(0).tolist(), first_ND.max(0).tolist()])
-    return json.loads(path.read_text(encoding="utf-8"))
+        kept = {"key": key, "ranges": [first_ND.min(0).tolist(), first_ND.max(0).tolist()]}
+        _write(path, kept)
+    return kept["ranges"]
 
 
 def _write(path: Path, value: Any) -> None:
@@ -251,7 +261,8 @@ def encode(recipe: EncodeRecipe, runtime: Runtime) -> None:
     from chassis.collectives import agreed, gather_objects, on_main
 
     output = recipe.output
-    Path(output.dir).mkdir(parents=True, exist_ok=True)
+    with agreed():
+        make_folder(output.dir, "output.dir")
     key = on_main(lambda: _key(recipe))
     with agreed():
         how = recipe.encode.model_dump(include={"precision", "batch_tokens"})
@@ -262,20 +273,27 @@ def encode(recipe: EncodeRecipe, runtime: Runtime) -> None:
             import numpy as np
 
             ranges_2D = np.array(
-                on_main(lambda: _ranges(recipe, lambda texts: embedder.encode(texts, recipe.role))), dtype=np.float32
+                on_main(lambda: _ranges(recipe, key, lambda texts: embedder.encode(texts, recipe.role))),
+                dtype=np.float32,
             )
         with agreed():
             rows, files = _make(recipe, runtime, embedder, key, ranges_2D)
     truncated = sum(gather_objects(sum(int(_facts(shard_file(output, i))["truncated"]) for i in files)))
-    if runtime.is_main:
+
+    def conclude() -> None:
         count = -(-rows // recipe.encode.shard_rows)
         facts = {"model": recipe.model, "role": recipe.role, "rows": rows, "truncated": truncated, "key": key}
         kept = {"dtype": output.dtype, "width": embedder.width, "ranges": RANGES if ranges_2D is not None else None}
         names = [shard_file(output, i).name for i in range(count)]
+        if absent := [name for name in names if not (Path(output.dir) / name).is_file()]:
+            raise ConfigError(f"output.dir: {output.dir}: {absent[0]} is not there (name a folder that all nodes see)")
         _write(Path(output.dir) / MANIFEST, {**facts, **kept, "files": names})
         print(
-            f"{output.dir}: {rows:,} embeddings of width {embedder.width} in {count:,} files, {truncated:,} texts cut"
+            f"{output.dir}: {rows:,} embeddings of width {embedder.width} in {count:,} files, {truncated:,} texts cut",
+            flush=True,
         )
+
+    on_main(conclude)
 
 
 def _key(recipe: EncodeRecipe) -> str:
@@ -325,7 +343,7 @@ def _make(
             write_shard(shard_file(output, shard.number), shard.ids, vectors_ND, facts)
             bar.update(len(shard.ids))
     if not total:
-        raise DataError(f"texts: {', '.join(recipe.texts)}: no row (name files with texts)")
+        raise DataError(NO_ROW.format(", ".join(recipe.texts)))
     return total, mine
 
 

@@ -17,7 +17,8 @@ from chassis.cli import door
 from chassis.config import Section
 from chassis.errors import DataError
 from chassis.runtime import Placement
-from chassis.schema import Evaluate
+from chassis.schema import Count, Evaluate
+from chassis.sources import make_folder
 from contrastive.bootstrap import Bootstrap
 from contrastive.results import Result, Row, about, counts, show_all, show_differences, write_json
 from contrastive.tasks import AnyTask, Retrieval, Run, Task, measure_run, retrieval
@@ -51,11 +52,15 @@ class EvaluateRecipe(Section):
     output_dir: str | None = None
     """Where evaluation.json goes; none: nowhere."""
     precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    batch_tokens: Count | None = None
+    """Tokens at once on a device, padding counted; none: 4,096 on a CPU, 65,536 on a GPU."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
 
     @model_validator(mode="after")
     def _on_something(self) -> EvaluateRecipe:
+        if of_training := self.evaluate.model_fields_set & {"batch_size", "every_steps", "at_start"}:
+            raise ValueError(f"evaluate.{min(of_training)}: only for training (here batch_tokens bounds memory)")
         if not self.all_tasks:
             raise ValueError("needs evaluate.data (name a BEIR folder) or tasks")
         if len(self.all_tasks) == len(self.tasks) and self.evaluate.data:
@@ -198,6 +203,8 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
     from chassis.session import together
     from contrastive.evaluation_report import write_report
 
+    if recipe.output_dir and placement.rank == 0:
+        make_folder(recipe.output_dir, "output_dir")
     views: dict[str, list[View]] = {}
     with together(placement, TIMEOUT_MINUTES) as runtime:
         results = measure(
@@ -205,6 +212,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
             tasks,
             device=runtime.device if recipe.device == "auto" else torch.device("cpu"),
             bm25=recipe.bm25,
+            batch_tokens=recipe.batch_tokens,
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
             views=views if runtime.is_main and recipe.output_dir else None,

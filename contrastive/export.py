@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from chassis.cli import door
 from chassis.config import Section
-from chassis.errors import ConfigError, ModelError
+from chassis.errors import ConfigError, LaunchError, ModelError
 from chassis.runtime import Placement
+from chassis.sources import make_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +98,11 @@ def embed_onnx(session: Any, tokenizer: Any, texts: Sequence[str], prompt: str) 
     names = [each.name for each in session.get_inputs()]
     feed = {name: np.array([getattr(row, fields[name]) for row in rows], dtype=np.int64) for name in names}
     return session.run(["sentence_embedding"], feed)[0]
+
+
+def alone(placement: Placement) -> None:
+    if placement.world_size > 1:
+        raise LaunchError("launcher: one process writes the folder (start with python)")
 
 
 def check_absent(folder: str | Path) -> None:
@@ -213,6 +219,8 @@ def plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> di
 
 
 def run(recipe: ExportRecipe, placement: Placement) -> int:
+    alone(placement)
+    make_folder(Path(recipe.output).parent, "output")
     for name, facts in export_onnx(recipe.model, recipe.output, int8=recipe.int8).items():
         print(
             f"{name}: {facts['bytes'] / 1e6:,.1f} MB; beside sentence-transformers: largest difference "

@@ -125,7 +125,7 @@ def as_row(where: str, row: Mapping[str, Any]) -> Row:
 
 
 def as_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 # --- the door --------------------------------------------------------------------------------

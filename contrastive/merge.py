@@ -15,7 +15,8 @@ from chassis.cli import door
 from chassis.config import Section
 from chassis.errors import ModelError
 from chassis.runtime import Placement
-from contrastive.export import check_absent
+from chassis.sources import make_folder
+from contrastive.export import alone, check_absent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,6 +242,8 @@ def plan(recipe: MergeRecipe, world_size: int, device: str | None = None) -> dic
 
 
 def run(recipe: MergeRecipe, placement: Placement) -> int:
+    alone(placement)
+    make_folder(Path(recipe.output).parent, "output")
     weights = [part.weight for part in recipe.models]
     merge([part.path for part in recipe.models], weights, recipe.output, prompts=recipe.prompts)
     print(f"written: {recipe.output}")

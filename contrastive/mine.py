@@ -24,7 +24,7 @@ from chassis.errors import DataError, ModelError
 from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Natural, Positive
-from chassis.sources import count_rows, find_sources, read_json, read_rows
+from chassis.sources import count_rows, find_sources, make_folder, read_json, read_rows
 from contrastive.embedder import Role, fingerprint
 from contrastive.encode import (
     TIMEOUT_MINUTES,
@@ -39,6 +39,7 @@ from contrastive.encode import (
 
 if TYPE_CHECKING:
     import numpy as np
+    from sentence_transformers import CrossEncoder
 
     from chassis.runtime import Runtime
 
@@ -128,14 +129,15 @@ def _lay_out(recipe: MineRecipe) -> tuple[str, int]:
     from contrastive.collate import content_hash
 
     corpus = _corpus(recipe)
-    files = [*find_sources(recipe.data, "data"), *find_sources(corpus.texts if corpus else [], "corpus")]
-    sources = [source.fingerprint for source in files]
-    said = json.dumps([sources, len(recipe.data), fingerprint(recipe.model)])
+    files = [find_sources(recipe.data, "data"), find_sources(corpus.texts if corpus else [], "corpus")]
+    sources = [[source.fingerprint for source in each] for each in files]
+    how = recipe.encode.model_dump(include={"precision", "shard_rows"})
+    said = json.dumps([sources, fingerprint(recipe.model), how])
     key = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
     folder = recipe.work / key
     facts = folder / "texts.json"
     if not facts.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "output")
         seen: set[int] = set()
         hashes: list[int] = []
         with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
@@ -195,8 +197,9 @@ def search_shards(
     pair_scores_P, first = np.zeros(pairs_2P.shape[1], dtype=np.float32), 0
     for x_ND in shards:
         here = (pairs_2P[1] >= first) & (pairs_2P[1] < first + len(x_ND))
-        queries, rows = pairs_2P[:, here]
-        pair_scores_P[here] = (query_QD[queries] * x_ND[rows - first]).sum(1)
+        for part in np.array_split(np.flatnonzero(here), 1 + here.sum() // 65_536):
+            queries, rows = pairs_2P[:, part]
+            pair_scores_P[part] = (query_QD[queries] * x_ND[rows - first]).sum(1)
         open_ND = x_ND[: max(0, candidates - first)]
         if len(open_ND):
             scores_QK, rows_QK = nearest(query_QD, open_ND, k, device)
@@ -222,7 +225,7 @@ def choose(
     if section.margin is not None:
         most = lowest_positive - section.margin
     if section.relative_margin is not None:
-        most = min(most, section.relative_margin * lowest_positive)
+        most = min(most, lowest_positive - (1 - section.relative_margin) * abs(lowest_positive))
     places = places[scores_K[places] <= most]
     if section.pick == "random":
         places = np.sort(places[np.argsort(keys_K[places], kind="stable")[: section.negatives]])
@@ -243,23 +246,27 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
         output = Output(dir=str(folder / texts))
         source = [str(folder / f"{texts}.jsonl")]
         encode(EncodeRecipe(model=recipe.model, texts=source, role=role, encode=recipe.encode, output=output), runtime)
-    said = json.dumps([recipe.mine.model_dump(), recipe.cross_encoder])
+    with agreed():
+        teacher = _cross_encoder(recipe.cross_encoder, runtime) if recipe.cross_encoder else None
+    said = json.dumps([recipe.mine.model_dump(), fingerprint(recipe.cross_encoder or "")])
     parts = folder / f"mined-{hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}"
-    size = recipe.mine.block_rows
+    size, blocks = recipe.mine.block_rows, 0
     with agreed():
         parts.mkdir(exist_ok=True)
         for number, block in enumerate(_blocks(read_training(recipe), size)):
-            part = parts / f"part-{number:05d}.jsonl"
+            part, blocks = _part(parts, number), number + 1
             if number % runtime.world_size == runtime.rank and not part.is_file():
                 draft = part.with_suffix(".draft")
                 with draft.open("w", encoding="utf-8") as file:
-                    for row in _mined(recipe, runtime, folder, candidates, number * size, block):
+                    for row in _mined(recipe, runtime, folder, candidates, number * size, block, teacher):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 draft.replace(part)
     barrier()
-    if runtime.is_main:
-        _join(recipe, sorted(parts.glob("part-*.jsonl")))
-    barrier()
+    on_main(lambda: _join(recipe, [_part(parts, number) for number in range(blocks)]))
+
+
+def _part(parts: Path, number: int) -> Path:
+    return parts / f"part-{number:05d}.jsonl"
 
 
 def _blocks(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
@@ -274,26 +281,36 @@ def _mined(
     candidates: int,
     first: int,
     block: list[Mapping[str, Any]],
+    teacher: CrossEncoder | None,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a block with their negatives."""
     import numpy as np
     import torch
+    from tqdm import tqdm
 
     from chassis import chance
     from contrastive.collate import content_hash
 
     rows_of = _Rows(np.load(folder / "hashes.npy"))
-    answers: dict[int, set[int]] = defaultdict(set)
+    asked, answers = {content_hash(row["query"]) for row in block}, defaultdict[int, set[int]](set)
     for row in read_training(recipe):  # the same question may stand in several rows
-        answers[content_hash(row["query"])].update(rows_of[row["pos"]])
+        if (question := content_hash(row["query"])) in asked:
+            answers[question].update(rows_of[row["pos"]])
     known = [
         answers[content_hash(row["query"])] | {at for at in rows_of[[row["query"]]] if at is not None} for row in block
     ]
     pairs = [(i, at) for i, row in enumerate(block) for at in rows_of[row["pos"]]]
     k = recipe.mine.last_rank + max(map(len, known))
+    shards = tqdm(
+        (vectors_ND for _, vectors_ND in read_embeddings(folder / "corpus")),
+        desc=f"searching for {len(block):,} queries",
+        unit="shard",
+        leave=False,
+        disable=not (runtime.is_main and sys.stderr.isatty()),
+    )
     scores_QK, rows_QK, pair_scores_P = search_shards(
         _vectors(folder / "queries", first, len(block)),
-        (vectors_ND for _, vectors_ND in read_embeddings(folder / "corpus")),
+        shards,
         candidates=candidates,
         k=k,
         pairs_2P=np.array(pairs, dtype=np.int64).T,
@@ -320,7 +337,7 @@ def _mined(
         }
         for i, row in enumerate(block)
     ]
-    yield from _rescored(recipe, runtime, found) if recipe.cross_encoder else found
+    yield from _rescored(teacher, found, runtime.is_main) if teacher else found
 
 
 class _Rows:
@@ -358,18 +375,24 @@ def _texts(path: Path, wanted: set[int]) -> dict[int, str]:
     return {i: row["text"] for i, (_, row) in enumerate(read_json(path)) if i in wanted}
 
 
-def _rescored(recipe: MineRecipe, runtime: Runtime, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows with a cross-encoder's scores."""
+def _cross_encoder(name: str, runtime: Runtime) -> CrossEncoder:
+    from safetensors import SafetensorError
     from sentence_transformers import CrossEncoder
 
-    assert recipe.cross_encoder is not None
     try:
-        model = CrossEncoder(recipe.cross_encoder, device=str(runtime.device))
-    except (OSError, ValueError) as error:
+        model = CrossEncoder(name, device=str(runtime.device))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"cross_encoder: {recipe.cross_encoder}: cannot be opened: {reason}") from None
+        raise ModelError(f"cross_encoder: {name}: cannot be opened: {reason} (check the name)") from None
+    if model.num_labels != 1:
+        raise ModelError(f"cross_encoder: {name}: gives {model.num_labels} scores for a pair (take one that gives one)")
+    return model
+
+
+def _rescored(model: CrossEncoder, rows: list[dict[str, Any]], tells: bool) -> Iterator[dict[str, Any]]:
+    """The rows with a cross-encoder's scores."""
     pairs = [(row["query"], text) for row in rows for text in (*row["pos"], *row["neg"])]
-    scores, at = model.predict(pairs, show_progress_bar=runtime.is_main and sys.stderr.isatty()), 0
+    scores, at = model.predict(pairs, show_progress_bar=tells and sys.stderr.isatty()), 0
     for row in rows:
         own = [float(score) for score in scores[at : at + len(row["pos"]) + len(row["neg"])]]
         at += len(own)
@@ -379,6 +402,8 @@ def _rescored(recipe: MineRecipe, runtime: Runtime, rows: list[dict[str, Any]]) 
 def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
     """The parts as one file, and a line about it."""
     output = Path(recipe.output)
+    if absent := [part for part in parts if not part.is_file()]:
+        raise DataError(f"{absent[0]}: is not there (name an output in a folder that all nodes see)")
     draft, rows, negatives, short = output.with_name(f".{output.name}.draft"), 0, 0, 0
     with draft.open("w", encoding="utf-8") as file:
         for part in parts:

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 
 from chassis.config import Section
 from chassis.errors import ConfigError
+from chassis.sources import make_folder
 from contrastive.embedder import fingerprint
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def locate(folder: str | Path) -> tuple[StoreSection, Record]:
 def open_store(section: StoreSection, model: str, dimension: int) -> Store:
     """The table, made where there is none; ConfigError where it holds another model's embeddings, or unknown ones."""
     check(section, model, dimension)
-    Path(section.path).mkdir(parents=True, exist_ok=True)
+    make_folder(section.path, "store.path")
     classes = {"lancedb": LanceStore, "qdrant": QdrantStore, "faiss": FaissStore}
     store = classes[section.kind](section.path, section.table, dimension)
     if not record_path(section).is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from chassis.errors import LodestarError
 from contrastive.index import IndexRecipe, index
@@ -44,13 +45,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("question")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="as model/ of a run")
     parser.add_argument("--corpus", required=True, metavar="PATH", help="a BEIR folder, or files of rows")
-    parser.add_argument("--store", default="runs/rag", metavar="FOLDER", help="where the LanceDB table goes (runs/rag)")
+    parser.add_argument("--store", metavar="FOLDER", help="where the LanceDB table goes (runs/rag/CORPUS)")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="documents in the prompt (3)")
     options = parser.parse_args(argv)
     try:
-        store = StoreSection(kind="lancedb", path=options.store)
+        folder = options.store or f"runs/rag/{Path(options.corpus).resolve().name}"
+        store = StoreSection(kind="lancedb", path=folder)
         index(IndexRecipe(model=options.model, corpus=options.corpus, store=store), progress=sys.stderr.isatty())
-        with open_searcher(options.store) as searcher:
+        with open_searcher(folder) as searcher:
             rag(options.question, searcher, k=options.top)
         return 0
     except LodestarError as error:

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from chassis.config import load
+from chassis.errors import ConfigError
 from contrastive.config import FinetuneRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,12 @@ def main() -> None:
     parser.add_argument("--negatives", type=int, default=1, metavar="N", help="of each query in a step")
     options = parser.parse_args()
 
-    recipe = load(FinetuneRecipe, options.finetune, [])
+    try:
+        recipe = load(FinetuneRecipe, options.finetune, [])
+    except ConfigError as error:
+        raise SystemExit(f"error: {error}") from None
+    if not recipe.evaluate.data:
+        raise SystemExit(f"error: {options.finetune}: evaluate.data: not set (rounds are compared by it)")
     train = json.dumps([each.path for each in recipe.data.sets])
     folders = [Path(f"{recipe.run.output_dir}-round-{number}") for number in range(options.rounds + 1)]
     for number, folder in enumerate(folders):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from chassis.errors import ConfigError, ModelError
-from contrastive.embedder import Embedder, _runs, encode_texts, load_model
+from contrastive.embedder import Embedder, _runs, encode_texts, fingerprint, load_model
 from tests import tiny
 
 TEXTS = [*tiny.texts(40, seed=5), "", "mask " * 100]
@@ -35,6 +36,22 @@ def test_embeddings_are_sentence_transformers_own_with_the_prompt_of_each_role(
             np.testing.assert_allclose(ours, expected, atol=1e-6)
         assert not np.allclose(embedder.encode_queries(TEXTS), embedder.encode_documents(TEXTS))
         assert embedder.encode_queries([]).shape == (0, 32)
+
+
+def test_a_single_text_and_an_array_of_texts_serve(folder: Path) -> None:
+    embedder = Embedder(folder)
+    np.testing.assert_array_equal(embedder.encode_queries(TEXTS[0]), embedder.encode_queries(TEXTS[:1])[0])
+    assert embedder.encode_queries(np.array(TEXTS[:3])).shape == (3, 32)
+
+
+def test_a_fingerprint_changes_with_all_that_decides(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    assert fingerprint(str(copy)) == fingerprint(str(folder))
+    (copy / "README.md").write_text("another card")
+    assert fingerprint(str(copy)) == fingerprint(str(folder))
+    (copy / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
+    assert fingerprint(str(copy)) != fingerprint(str(folder))
 
 
 def test_fewer_dimensions_are_normalised_again(folder: Path) -> None:
@@ -66,6 +83,11 @@ def test_a_device_that_is_not_there_and_a_folder_without_a_model_are_one_line(fo
         Embedder(folder, ["cuda:99"])
     with pytest.raises(ConfigError, match="no such kind of device"):
         Embedder(folder, ["gpu1"])
+    shutil.copytree(folder, tmp_path / "torn")
+    weights = tmp_path / "torn/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be opened"):
+        Embedder(tmp_path / "torn")
     for devices in (None, ["cpu", "cpu"]):
         with pytest.raises(ModelError, match="no such folder"):
             Embedder(tmp_path / "absent", devices)

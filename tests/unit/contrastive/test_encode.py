@@ -15,7 +15,7 @@ from chassis import config
 from chassis.errors import ConfigError, DataError
 from chassis.runtime import Runtime
 from chassis.testing import run_world
-from contrastive.encode import MANIFEST, EncodeRecipe, encode, main, plan, read_embeddings, read_shard
+from contrastive.encode import MANIFEST, EncodeRecipe, encode, main, plan, read_embeddings, read_shard, read_texts
 from tests import tiny
 
 ROWS = tiny.texts(50, seed=5)
@@ -108,7 +108,7 @@ def test_numbers_are_kept_as_asked(folder: Path, tmp_path: Path) -> None:
         found[dtype] = gathered(tmp_path / dtype)[1]
     whole = found["float32"]
     np.testing.assert_array_equal(found["float16"], whole.astype(np.float16))
-    low, high = np.array(json.loads((tmp_path / "int8/ranges.json").read_text()))
+    low, high = np.array(json.loads((tmp_path / "int8/ranges.json").read_text())["ranges"])
     back = low + (found["int8"].astype(np.float32) + 128.5) * (high - low) / 255
     assert found["int8"].dtype == np.int8 and np.abs(back - whole).max() < (high - low).max() / 255
     signs = np.unpackbits((found["binary"].astype(np.int16) + 128).astype(np.uint8), axis=1).astype(bool)
@@ -125,6 +125,20 @@ def test_a_beir_folder_is_read_by_role_with_its_titles(folder: Path, tmp_path: P
     assert plan(made, 1)["rows"] == 12
 
 
+def test_ranges_of_another_run_are_not_taken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/ranges.json").write_text(json.dumps({"key": "another", "ranges": [[0] * 32, [1e-9] * 32]}))
+    make(recipe(folder, tmp_path / "out", "output.dtype=int8"))
+    assert len(np.unique(gathered(tmp_path / "out")[1])) > 100
+
+
+def test_a_title_goes_before_the_text_alone(folder: Path, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "titled.jsonl", [{"title": "T", "text": "x", "body": "y"}])
+    for field, expected in (("text", "T x"), ("title", "T"), ("body", "y")):
+        made = recipe(folder, tmp_path / "out", f"texts=[{tmp_path}/titled.jsonl]", f"field={field}")
+        assert list(read_texts(made)) == [("0", expected)]
+
+
 def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe(folder, tmp_path / "out")
     config_file = str(tmp_path / "encode.yaml")
@@ -132,5 +146,14 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.endswith("texts.jsonl:1: body: must be a text, got NoneType (name it in field)\n")
     assert main(["--config", config_file, "encode.devices=[cuda:9]"]) == 2
     assert "error: devices: cuda:9" in capsys.readouterr().err
+    (tmp_path / "half.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    for wrong, told in (
+        ([f"texts=[{tmp_path}/half.jsonl]"], "half.jsonl:2: row: holds half a character"),
+        ([f"texts=[{tmp_path}/empty.jsonl]", "output.dtype=int8"], "no row"),
+        ([f"output.dir={config_file}/below"], "output.dir: "),
+    ):
+        assert main(["--config", config_file, *wrong]) == 2
+        assert told in capsys.readouterr().err
     assert main(["--config", config_file, "--plan"]) == 0
     assert "7" in capsys.readouterr().out and not (tmp_path / "out" / MANIFEST).exists()

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from chassis import config
+from chassis.errors import DataError
 from chassis.runtime import Runtime
 from chassis.testing import run_world
 from contrastive.collate import check_row
 from contrastive.embedder import Embedder
-from contrastive.mine import MineRecipe, main, mine
+from contrastive.encode import Encode
+from contrastive.mine import Mine, MineRecipe, _lay_out, choose, main, mine
 from tests import tiny
 
 pytest.importorskip("faiss", reason="faiss is not installed (the extra mine)")
@@ -157,6 +159,24 @@ def test_a_cross_encoder_gives_its_own_scores(folder: Path, tmp_path: Path) -> N
     np.testing.assert_allclose([*rows[0]["pos_scores"], *rows[0]["neg_scores"]], expected, atol=1e-5)
 
 
+def test_a_margin_never_lets_through_what_scores_above_the_positive() -> None:
+    section = Mine(first_rank=0, relative_margin=0.95, pick="top")
+    scores, rows = np.array([-0.05, -0.097, -0.2], dtype=np.float32), np.arange(3)
+    assert choose(scores, rows, set(), -0.1, section, np.zeros(3)).tolist() == [2]
+    assert choose(scores + 0.3, rows, set(), 0.2, section, np.zeros(3)).tolist() == [2]
+
+
+def test_what_decides_is_in_the_name_of_the_work_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in "ab":
+        (tmp_path / f"d/{name}.jsonl").write_text((folder / "train.jsonl").read_text())
+    both = recipe(folder, tmp_path / "out.jsonl", f"data=[{tmp_path}/d]")
+    one = recipe(folder, tmp_path / "out.jsonl", f"data=[{tmp_path}/d/a.jsonl]", f"corpus=[{tmp_path}/d/b.jsonl]")
+    assert _lay_out(both)[0] != _lay_out(both.model_copy(update={"encode": Encode(precision="bf16")}))[0]
+    with pytest.raises(DataError, match="text: must be a text"):
+        _lay_out(one)
+
+
 def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe(folder, tmp_path / "out.jsonl")
     config_file = str(tmp_path / "mine.yaml")
@@ -165,4 +185,6 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert "last_rank must lie above first_rank, got 20 and 30" in capsys.readouterr().err
     assert main(["--config", config_file, "data=[nowhere.jsonl]"]) == 2
     assert "error: data: nowhere.jsonl: no such file" in capsys.readouterr().err
+    assert main(["--config", config_file, f"cross_encoder={tmp_path}"]) == 2
+    assert "error: cross_encoder: " in capsys.readouterr().err
     assert main(["--config", config_file, "--plan"]) == 0
