@@ -16,6 +16,7 @@ from typing import Any, Literal
 from chassis.cli import door
 from chassis.config import Section
 from chassis.errors import DataError, LaunchError
+from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count
 from chassis.sources import Source, count_rows, find_sources, read_rows
@@ -132,7 +133,8 @@ def as_text(value: object) -> str:
 
 
 def plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
-    rows = count_rows(find_corpus(recipe.corpus))
+    missing = Missing([])
+    rows = missing.instead(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
     check(recipe.store, recipe.model)
     record = read_record(record_path(recipe.store))
     return {
@@ -143,6 +145,7 @@ def plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dic
         "chunks": None if rows is None else -(-rows // recipe.encode.shard_rows),
         "store": f"{recipe.store.kind}, {recipe.store.path}, {recipe.store.table}",
         "state": "there: rows of the same id are replaced" if record else "new",
+        "missing": missing.lines,
     }
 
 

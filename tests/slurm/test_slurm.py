@@ -175,7 +175,7 @@ def log(cluster: Cluster, job: str) -> str:
     return "".join(path.read_text(errors="replace") for path in cluster.folder.glob(f"*-{job}.out"))
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("pretrain", 400), ("finetune", 400)])
+@pytest.mark.parametrize(("stage", "steps"), [("pretrain", 250), ("finetune", 250)])
 def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     stage: str, steps: int, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
