@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chassis.collectives import from_main, gather_rows
 from chassis.data import cut, padded
-from chassis.retrieval import evaluate_embeddings, read_beir
+from chassis.retrieval import evaluate_run, read_beir, search_together
 from chassis.runtime import Runtime
 from chassis.schema import Evaluate
 
@@ -49,8 +49,8 @@ class Probe:
     def measure(self, embed: Embed) -> dict[str, float]:
         """The metrics, the same on every rank; every rank must call."""
         query_QD, document_ND = (self._embed(embed, self._ids[role]) for role in ("query", "document"))
-        found = evaluate_embeddings(self._beir, query_QD, document_ND) if self._runtime.is_main else None
-        return from_main(found)
+        run = search_together(query_QD, document_ND, 100, self._runtime.device)
+        return from_main(evaluate_run(self._beir, *run) if self._runtime.is_main else None)
 
     @torch.no_grad()
     def _embed(self, embed: Embed, ids: Sequence[Sequence[int]]) -> Tensor:

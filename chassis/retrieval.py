@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chassis.collectives import gather_rows, rank, world_size
 from chassis.errors import DataError
 from chassis.sources import read_json, read_lines
 
@@ -182,7 +183,7 @@ def _text(where: str, row: Mapping[str, Any], field: str) -> str:
 def search(query_QD: Tensor, document_ND: Tensor, k: int, *, block: int = 8192) -> tuple[Tensor, Tensor]:
     """The k documents of largest dot product for each query, exactly; of equal ones the first come first.
 
-    query_QD, document_ND   any float dtype, on one device; the product is taken in fp32
+    query_QD, document_ND   any float dtype; the product is taken in fp32, on the queries' device
     block                   documents scored at once, so that memory is 1,024 x block however many there are
     returns                 (Q, K) fp32 scores, falling, and (Q, K) int64 rows of document_ND; K = min(k, N)
     """
@@ -193,11 +194,19 @@ def search(query_QD: Tensor, document_ND: Tensor, k: int, *, block: int = 8192) 
     for part_qD in query_QD.float().split(1024):
         keys_qK = torch.empty(len(part_qD), 0, dtype=torch.int64, device=part_qD.device)
         for start in range(0, len(document_ND), block):
-            scores = part_qD @ document_ND[start : start + block].float().T
+            scores = part_qD @ document_ND[start : start + block].to(part_qD.device).float().T
             keys = torch.cat([keys_qK, _keys(scores, start)], dim=1)
             keys_qK = keys.topk(min(k, keys.shape[1]), dim=1).values
         best.append(keys_qK)
     return _scores_and_rows(torch.cat(best))
+
+
+def search_together(query_QD: Tensor, document_ND: Tensor, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`search` by all ranks, each for its share of the queries on its device; every rank gets all, on the CPU."""
+    shares = query_QD.tensor_split(world_size())
+    found = search(shares[rank()].to(device), document_ND, k)
+    scores_QK, index_QK = (gather_rows(x_qK, [len(share) for share in shares]).cpu() for x_qK in found)
+    return scores_QK, index_QK
 
 
 def top_k(scores_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -289,13 +298,6 @@ def metrics_per_query(
         }
         results |= {f"{name}_at_{c}": value_Q for name, value_Q in per_query.items()}
     return results
-
-
-def evaluate_embeddings(
-    beir: Beir, query_QD: Tensor, document_ND: Tensor, at: Sequence[int] = (10, 100)
-) -> dict[str, float]:
-    """The metrics of exact search by dot product; rows as `beir.queries` and `beir.documents`."""
-    return evaluate_run(beir, *search(query_QD, document_ND, max(at)), at=at)
 
 
 def evaluate_run(beir: Beir, scores_QK: Tensor, index_QK: Tensor, at: Sequence[int] = (10, 100)) -> dict[str, float]:

@@ -201,16 +201,22 @@ def fingerprint(model: str) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: str | Path, device: torch.device | str) -> SentenceTransformer:
-    """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing."""
-    from safetensors import SafetensorError
-    from sentence_transformers import SentenceTransformer
-
+def check_folder(path: str | Path) -> Path:
+    """ModelError for a folder that is not there or not in sentence-transformers' format."""
     folder = Path(path)
     if not (folder / "modules.json").is_file() and (folder.exists() or str(path).startswith((".", "/", "~"))):
         # sentence-transformers would put mean pooling on a bare encoder and go on
         what = "no modules.json there" if folder.exists() else "no such folder"
         raise ModelError(f"{path}: {what} (name a sentence-transformers folder, as model/ of a run)")
+    return folder
+
+
+def load_model(path: str | Path, device: torch.device | str) -> SentenceTransformer:
+    """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing."""
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
+
+    folder = check_folder(path)
     try:
         with _quiet_transformers():
             model = SentenceTransformer(str(path), device=str(device)).eval()

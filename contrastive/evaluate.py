@@ -5,6 +5,7 @@ Shape suffixes: N texts, D embedding width, I items of a test set.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,10 +17,13 @@ from pydantic import Field, model_validator
 from chassis.cli import door
 from chassis.config import Section
 from chassis.errors import DataError
+from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Evaluate
 from chassis.sources import make_folder
 from contrastive.bootstrap import Bootstrap
+from contrastive.embedder import check_folder
+from contrastive.kept import file_for, kept
 from contrastive.results import Result, Row, about, counts, show_all, show_differences, write_json
 from contrastive.tasks import AnyTask, Retrieval, Run, Task, measure_run, retrieval
 
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
     from contrastive.embedder import Role
     from contrastive.evaluation_report import View
 
-TIMEOUT_MINUTES = 30.0
-"""How long a rank waits for the others."""
+TIMEOUT_MINUTES = 600.0
+"""How long a rank waits for the others, as while rank 0 has BM25 to compute; one that is gone is noticed at once."""
 
 
 class EvaluateRecipe(Section):
@@ -50,7 +54,7 @@ class EvaluateRecipe(Section):
     bootstrap: Bootstrap = Bootstrap()
     """Each row's difference to the first model."""
     output_dir: str | None = None
-    """Where evaluation.json goes; none: nowhere."""
+    """Where evaluation.json and reports go; embeddings stay there until the end, for a run that is interrupted."""
     precision: Literal["bf16", "fp16", "fp32"] = "fp32"
     batch_tokens: Count | None = None
     """Tokens at once on a device, padding counted; none: 4,096 on a CPU, 65,536 on a GPU."""
@@ -93,10 +97,12 @@ def embed(
     batch_tokens: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
+    folder: Path | None = None,
 ) -> Tensor:
     """(N, D) fp32 on the CPU, in the order of `texts`, with the model's own prompt for the role; "text": without.
 
     Ranks take the texts in turn, each embeds its own, and every rank gets them all.
+    folder   where this model's embeddings are kept; none: nowhere
     """
     import torch
 
@@ -107,9 +113,9 @@ def embed(
     if len(texts) < size:
         raise DataError(f"{len(texts)} texts of a kind for {size} processes (start fewer)")
     with agreed():
-        found_ND, _ = encode_texts(
-            model, texts[rank() :: size], role, batch_tokens=batch_tokens, precision=precision, progress=progress
-        )
+        own, how = texts[rank() :: size], {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
+        file = file_for(folder, role, precision, texts=own) if folder else None
+        found_ND = kept(file, len(own), lambda: encode_texts(model, own, role, **how).vectors_ND)
     turns = [list(range(turn, len(texts), size)) for turn in range(size)]
     gathered_ND = gather_rows(found_ND, [len(turn) for turn in turns])
     return gathered_ND[torch.tensor([i for turn in turns for i in turn]).argsort()]
@@ -128,7 +134,7 @@ def evaluate_model(
     from contrastive.embedder import load_model
 
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
-    found = retrieval(beir).measure(partial(embed, load_model(path, device), **how))
+    found = retrieval(beir).measure(partial(embed, load_model(path, device), **how), device)
     assert found.run is not None
     return found.metrics, found.run
 
@@ -143,25 +149,30 @@ def measure(
     precision: str = "fp32",
     progress: bool = False,
     views: dict[str, list[View]] | None = None,
+    work: Path | None = None,
 ) -> dict[str, Result]:
     """For each task a row of each labelled model; for retrieval also BM25, and the last model mixed with it.
 
     views   is given what a report shows of each retrieval's models
+    work    where embeddings are kept, for a run that is interrupted; none: nowhere
+    Rows with BM25 are rank 0's alone.
     """
+    from chassis.collectives import rank
     from contrastive.bm25 import POOL, fuse, rank_bm25
-    from contrastive.embedder import load_model
+    from contrastive.embedder import fingerprint, load_model
     from contrastive.evaluation_report import view
 
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
     results = {name: Result(task.facts) for name, task in tasks.items()}
-    beirs = {name: task.beir for name, task in tasks.items() if bm25 and task.beir}
+    beirs = {name: task.beir for name, task in tasks.items() if bm25 and task.beir and rank() == 0}
     bm25_runs = {name: rank_bm25(beir, POOL) for name, beir in beirs.items()}
     for name, beir in beirs.items():
         results[name].add("BM25", measure_run(beir, bm25_runs[name]))
     for last, (label, path) in enumerate(models.items(), 1 - len(models)):
-        embed_by_model = partial(embed, load_model(path, device), **how)
+        folder = work / fingerprint(str(path)).replace("/", "--") if work else None
+        embed_by_model = partial(embed, load_model(path, device), **how, folder=folder)
         for name, task in tasks.items():
-            found = task.measure(embed_by_model)
+            found = task.measure(embed_by_model, device)
             results[name].add(label, found)
             if views is not None and task.beir and found.vectors and found.run:
                 views.setdefault(name, []).append(view(label, task.beir, *found.vectors, *found.run))
@@ -185,7 +196,10 @@ def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Pa
 
 
 def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
-    found = {"world_size": world_size, "models": ", ".join(recipe.labelled)}
+    missing = Missing([])
+    for path in recipe.labelled.values():
+        missing.instead(None, partial(check_folder, path), "it cannot be measured")
+    found: dict[str, Any] = {"world_size": world_size, "models": ", ".join(recipe.labelled)}
     tasks = read_tasks(recipe)
     for name, task in tasks.items():
         if name in recipe.tasks:
@@ -193,11 +207,14 @@ def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> 
         else:
             found |= about(name, task.facts)
     found["texts_per_rank"] = -(-sum(len(task.texts) for task in tasks.values()) // world_size)
-    return found | {"characters": sum(len(text) for task in tasks.values() for text in task.texts)}
+    characters = sum(len(text) for task in tasks.values() for text in task.texts)
+    return found | {"characters": characters, "missing": missing.lines}
 
 
 def run(recipe: EvaluateRecipe, placement: Placement) -> int:
     tasks = read_tasks(recipe)
+    for path in recipe.labelled.values():
+        check_folder(path)  # now, not after hours with the first
     import torch
 
     from chassis.session import together
@@ -205,6 +222,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
 
     if recipe.output_dir and placement.rank == 0:
         make_folder(recipe.output_dir, "output_dir")
+    work = Path(recipe.output_dir) / "embeddings.work" if recipe.output_dir else None
     views: dict[str, list[View]] = {}
     with together(placement, TIMEOUT_MINUTES) as runtime:
         results = measure(
@@ -216,13 +234,14 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
             views=views if runtime.is_main and recipe.output_dir else None,
+            work=work,
         )
     if placement.rank == 0:
         first = next(iter(recipe.labelled))
         differences = {name: result.differences(first, recipe.bootstrap) for name, result in results.items()}
         show_all(results)
         show_differences(differences, recipe.bootstrap)
-        if recipe.output_dir:
+        if recipe.output_dir and work:
             content: dict[str, Any] = {"tasks": {}}
             for name, result in results.items():
                 found = {"rows": result.rows, "differences": differences[name]}
@@ -238,6 +257,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
                     f"evaluation-{name}.html" if name in recipe.tasks else "evaluation.html"
                 )
                 print(f"written: {write_report(file, beir, result.facts['split'], result.rows, seen)}")
+            shutil.rmtree(work, ignore_errors=True)
     return 0
 
 

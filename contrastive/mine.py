@@ -25,7 +25,7 @@ from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Natural, Positive
 from chassis.sources import count_rows, find_sources, make_folder, read_json, read_rows
-from contrastive.embedder import Role, fingerprint
+from contrastive.embedder import Role, check_folder, fingerprint
 from contrastive.encode import (
     TIMEOUT_MINUTES,
     Encode,
@@ -237,8 +237,11 @@ def choose(
 
 def mine(recipe: MineRecipe, runtime: Runtime) -> None:
     """Embed, search block by block (rank r of W takes the blocks r, r + W, ...), join the parts."""
+    import numpy as np
+
     from chassis.collectives import agreed, barrier, on_main
 
+    check_folder(recipe.model)  # now, not after the corpus was read
     name, candidates = on_main(lambda: _lay_out(recipe))
     folder = Path(name)
     roles: dict[str, Role] = {"corpus": "document", "queries": "query"}
@@ -253,12 +256,13 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
     size, blocks = recipe.mine.block_rows, 0
     with agreed():
         parts.mkdir(exist_ok=True)
+        rows_of = _Rows(np.load(folder / "hashes.npy"))
         for number, block in enumerate(_blocks(read_training(recipe), size)):
             part, blocks = _part(parts, number), number + 1
             if number % runtime.world_size == runtime.rank and not part.is_file():
                 draft = part.with_suffix(".draft")
                 with draft.open("w", encoding="utf-8") as file:
-                    for row in _mined(recipe, runtime, folder, candidates, number * size, block, teacher):
+                    for row in _mined(recipe, runtime, folder, rows_of, candidates, number * size, block, teacher):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 draft.replace(part)
     barrier()
@@ -278,6 +282,7 @@ def _mined(
     recipe: MineRecipe,
     runtime: Runtime,
     folder: Path,
+    rows_of: _Rows,
     candidates: int,
     first: int,
     block: list[Mapping[str, Any]],
@@ -291,7 +296,6 @@ def _mined(
     from chassis import chance
     from contrastive.collate import content_hash
 
-    rows_of = _Rows(np.load(folder / "hashes.npy"))
     asked, answers = {content_hash(row["query"]) for row in block}, defaultdict[int, set[int]](set)
     for row in read_training(recipe):  # the same question may stand in several rows
         if (question := content_hash(row["query"])) in asked:
@@ -299,39 +303,43 @@ def _mined(
     known = [
         answers[content_hash(row["query"])] | {at for at in rows_of[[row["query"]]] if at is not None} for row in block
     ]
-    pairs = [(i, at) for i, row in enumerate(block) for at in rows_of[row["pos"]]]
-    k = recipe.mine.last_rank + max(map(len, known))
-    shards = tqdm(
-        (vectors_ND for _, vectors_ND in read_embeddings(folder / "corpus")),
-        desc=f"searching for {len(block):,} queries",
-        unit="shard",
-        leave=False,
-        disable=not (runtime.is_main and sys.stderr.isatty()),
-    )
-    scores_QK, rows_QK, pair_scores_P = search_shards(
-        _vectors(folder / "queries", first, len(block)),
-        shards,
-        candidates=candidates,
-        k=k,
-        pairs_2P=np.array(pairs, dtype=np.int64).T,
-        device=str(runtime.device),
-    )
+    query_QD = _vectors(folder / "queries", first, len(block))
     positive_scores: dict[int, list[float]] = defaultdict(list)
-    for (i, _), score in zip(pairs, pair_scores_P.tolist(), strict=True):
-        positive_scores[i].append(score)
-    places = []
-    for i in range(len(block)):
-        keys_K = chance.hashed(torch.tensor(chance.key(recipe.mine.seed, "mine", first + i)), torch.arange(k)).numpy()
-        places.append(
-            choose(scores_QK[i], rows_QK[i], known[i], min(positive_scores[i]), recipe.mine, keys_K[: len(rows_QK[i])])
+    negatives: dict[int, tuple[list[int], list[float]]] = {}
+    # A query with many answers needs a deep search, the others do not: each depth is a search of its own.
+    room_Q = np.array([max(64, 1 << (len(rows) - 1).bit_length()) for rows in known])
+    for room in np.unique(room_Q).tolist():
+        these = np.flatnonzero(room_Q == room).tolist()
+        pairs = [(at, row) for at, i in enumerate(these) for row in rows_of[block[i]["pos"]]]
+        shards = tqdm(
+            (vectors_ND for _, vectors_ND in read_embeddings(folder / "corpus")),
+            desc=f"searching for {len(these):,} queries",
+            unit="shard",
+            leave=False,
+            disable=not (runtime.is_main and sys.stderr.isatty()),
         )
-    texts = _texts(folder / "corpus.jsonl", {row for i, at in enumerate(places) for row in rows_QK[i, at].tolist()})
+        scores_QK, rows_QK, pair_scores_P = search_shards(
+            query_QD[these],
+            shards,
+            candidates=candidates,
+            k=recipe.mine.last_rank + room,
+            pairs_2P=np.array(pairs, dtype=np.int64).T,
+            device=str(runtime.device),
+        )
+        for (at, _), score in zip(pairs, pair_scores_P.tolist(), strict=True):
+            positive_scores[these[at]].append(score)
+        for i, scores_K, rows_K in zip(these, scores_QK, rows_QK, strict=True):
+            draw = torch.tensor(chance.key(recipe.mine.seed, "mine", first + i))
+            keys_K = chance.hashed(draw, torch.arange(len(rows_K))).numpy()
+            places = choose(scores_K, rows_K, known[i], min(positive_scores[i]), recipe.mine, keys_K)
+            negatives[i] = rows_K[places].tolist(), scores_K[places].tolist()
+    texts = _texts(folder / "corpus.jsonl", {row for rows, _ in negatives.values() for row in rows})
     found = [
         {
             **{name: row[name] for name in ("query", "pos")},
-            "neg": [texts[at] for at in rows_QK[i, places[i]].tolist()],
+            "neg": [texts[at] for at in negatives[i][0]],
             "pos_scores": positive_scores[i],
-            "neg_scores": scores_QK[i, places[i]].tolist(),
+            "neg_scores": negatives[i][1],
             **({"prompt": row["prompt"]} if row["prompt"] is not None else {}),
             **({"type": row["type"]} if row["type"] != "normal" else {}),
         }

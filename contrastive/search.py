@@ -6,27 +6,26 @@ Shape suffixes: N documents, D embedding width.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chassis.cli import Parser
 from chassis.errors import ConfigError, DataError, LodestarError
+from chassis.plan import in_words
 from contrastive.embedder import fingerprint
+from contrastive.kept import file_for, kept
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from torch import Tensor
 
     from chassis.retrieval import Document
-    from contrastive.embedder import Embedder
-    from contrastive.stores import Store
+    from contrastive.embedder import Embedder, Precision
+    from contrastive.stores import Record, Store, StoreSection
 
 SNIPPET_CHARACTERS = 240
 
@@ -54,12 +53,12 @@ class Searcher:
         from contrastive.evaluate import embed
 
         self.model, self.documents = model, list(documents)
-        stored = _read(cache, len(self.documents))
-        if stored is None:
-            texts = [document.full for document in self.documents]
-            stored = embed(model, texts, "document", batch_tokens=batch_tokens, progress=progress)
-            _write(cache, stored)
-        self.document_ND = stored
+        texts = [document.full for document in self.documents]
+        self.document_ND = kept(
+            cache,
+            len(texts),
+            lambda: embed(model, texts, "document", batch_tokens=batch_tokens, progress=progress),
+        )
 
     def ask(self, query: str, k: int = 5) -> list[Hit]:
         """The k nearest documents, best first."""
@@ -99,9 +98,20 @@ def open_searcher(
     model   where the model is now, if it was moved
     Raises ConfigError, also where the model is not the one that embedded the documents.
     """
-    from contrastive.stores import check, locate, open_store, read_record, record_path
+    from chassis.runtime import choose_device
+    from contrastive.embedder import Embedder
+    from contrastive.stores import open_store
 
-    precision = "fp32"
+    section, record, model, precision = _locate(name, model)
+    embedder = Embedder(model, [str(choose_device(0))], precision=precision, width=record.dimension)
+    return StoreSearcher(embedder, open_store(section, model, record.dimension), where)
+
+
+def _locate(name: str | Path, model: str | None) -> tuple[StoreSection, Record, str, Precision]:
+    """The table, what is known of it, the model that may be asked, and how it computes."""
+    from contrastive.stores import check, locate, read_record, record_path
+
+    precision: Precision = "fp32"
     if str(name).endswith((".yaml", ".yml")):
         from chassis.config import load
         from contrastive.index import IndexRecipe
@@ -115,47 +125,13 @@ def open_searcher(
         section, record = locate(name)
         model = model or record.model
     check(section, model)
-
-    from chassis.runtime import choose_device
-    from contrastive.embedder import Embedder
-
-    embedder = Embedder(model, [str(choose_device(0))], precision=precision, width=record.dimension)
-    return StoreSearcher(embedder, open_store(section, model, record.dimension), where)
+    return section, record, model, precision
 
 
 def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
     """`search_cache/KEY.safetensors` beside the model; the key changes with the model's files and the documents."""
-    digest = hashlib.blake2b(fingerprint(str(model_folder)).encode(), digest_size=12)
-    for document in documents:
-        digest.update(json.dumps([document.id, document.full]).encode())
-    return model_folder.resolve().parent / "search_cache" / f"{digest.hexdigest()}.safetensors"
-
-
-def _read(cache: Path | None, documents: int) -> Tensor | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if cache is None or not cache.is_file():
-        return None
-    try:
-        stored = load_file(cache)["documents"]
-    except (SafetensorError, KeyError):
-        return None  # damaged: embed again, and write it anew
-    return stored if len(stored) == documents else None
-
-
-def _write(cache: Path | None, document_ND: Tensor) -> None:
-    from safetensors.torch import save_file
-
-    if cache is None:
-        return
-    draft = cache.with_name(f".{cache.name}.{os.getpid()}.draft")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"documents": document_ND.contiguous()}, draft)
-        draft.replace(cache)
-    except OSError as error:
-        print(f"warning: {cache}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
+    folder, texts = model_folder.resolve().parent / "search_cache", ([each.id, each.full] for each in documents)
+    return file_for(folder, fingerprint(str(model_folder)), texts=texts)
 
 
 # --- the door --------------------------------------------------------------------------------
@@ -195,6 +171,10 @@ def show(query: str, hits: Sequence[Hit]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parse(argv)
+        if options.plan:
+            found = _plan(options)
+            print(json.dumps(found) if options.json else in_words(found))
+            return 0
         with _open(options) as searcher:
             for query in options.query or _typed():
                 show(query, searcher.ask(query, options.top))
@@ -218,6 +198,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="with --store: only such documents; repeatable",
     )
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many documents to show (5)")
+    parser.add_argument("--plan", action="store_true", help="say what would be searched and by what model, and exit")
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     options = parser.parse_intermixed_args(argv)
     if options.top < 1:
         raise ConfigError(f"command line: --top: must be 1 or more, got {options.top}")
@@ -247,20 +229,39 @@ def _open(options: argparse.Namespace) -> AbstractContextManager[Searcher | Stor
 
 
 def _open_corpus(options: argparse.Namespace) -> Searcher:
-    folder = Path(options.model)
-    if not folder.is_dir():
-        raise ConfigError(f"command line: --model: {folder}: no such folder (name model/ of a run)")
-    corpus = options.corpus or default_corpus(folder)
-
-    from chassis.retrieval import read_corpus
     from chassis.runtime import choose_device
     from contrastive.embedder import load_model
 
+    folder, _, documents = _read_corpus(options)
+    model = load_model(folder, choose_device(0))
+    return Searcher(model, documents, cache=cache_file(folder, documents), progress=sys.stderr.isatty())
+
+
+def _read_corpus(options: argparse.Namespace) -> tuple[Path, str, list[Document]]:
+    """The model's folder, where its corpus is, and that."""
+    from chassis.retrieval import read_corpus
+    from contrastive.embedder import check_folder
+
+    folder = Path(options.model)
+    if not folder.is_dir():
+        raise ConfigError(f"command line: --model: {folder}: no such folder (name model/ of a run)")
+    check_folder(folder)
+    corpus = options.corpus or default_corpus(folder)
     documents = list(read_corpus(corpus))
     if not documents:
         raise DataError(f"{corpus}: holds no document (one object on each line, with _id and text)")
-    model = load_model(folder, choose_device(0))
-    return Searcher(model, documents, cache=cache_file(folder, documents), progress=sys.stderr.isatty())
+    return folder, corpus, documents
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    if options.store:
+        section, record, model, precision = _locate(options.store, options.model)
+        facts = {"store": section.path, "kind": section.kind, "table": section.table, "dimension": record.dimension}
+        return {"model": model, **facts, "precision": precision}
+    folder, corpus, documents = _read_corpus(options)
+    cache = cache_file(folder, documents)
+    facts = {"model": str(folder), "corpus": corpus, "documents": len(documents)}
+    return {**facts, "embeddings": f"{'kept' if cache.is_file() else 'to be made, then kept'} in {cache}"}
 
 
 def _typed() -> Iterable[str]:

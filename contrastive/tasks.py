@@ -23,6 +23,7 @@ from chassis.sources import find_sources, read_rows
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -64,8 +65,8 @@ class Task:
     """`kind`, and how much there is of what."""
     texts: Sequence[str]
     """All that is embedded."""
-    measure: Callable[[Embed], Measured] = field(repr=False)
-    """A model's metrics."""
+    measure: Callable[[Embed, torch.device], Measured] = field(repr=False)
+    """(a model's Embed, the device that searches) -> its metrics; every rank must call."""
     beir: Beir | None = field(default=None, repr=False)
 
 
@@ -92,12 +93,12 @@ class Retrieval(Section):
 
 def retrieval(beir: Beir, split: str = "test") -> Task:
     """Exact search; the metrics of `chassis.retrieval.metrics`, per query nDCG@10."""
-    from chassis.retrieval import search
+    from chassis.retrieval import search_together
     from contrastive.bm25 import POOL
 
-    def measure(embed: Embed) -> Measured:
+    def measure(embed: Embed, device: torch.device) -> Measured:
         query_QD, document_ND = embed(beir.queries, "query"), embed(beir.documents, "document")
-        found = measure_run(beir, search(query_QD, document_ND, POOL))
+        found = measure_run(beir, search_together(query_QD, document_ND, POOL, device))
         return found._replace(vectors=(query_QD, document_ND))
 
     counts = {"queries": len(beir.queries), "documents": len(beir.documents)}
@@ -160,7 +161,7 @@ class Classification(_Labelled):
         train_EM, labels_I = place.reshape(chosen_EM.shape), np.array(test_labels)
         train_labels = np.array(labels)[needed]
 
-        def measure(embed: Embed) -> Measured:
+        def measure(embed: Embed, _: torch.device) -> Measured:
             x_ND = embed(every, "text").numpy()
             train_ND, test_ID = x_ND[: len(needed)], x_ND[len(needed) :]
             return classify(train_ND, train_labels, train_EM, test_ID, labels_I, seed=self.seed)
@@ -229,7 +230,7 @@ class Clustering(_Labelled):
         return Task(
             {"kind": self.kind, **counts},
             texts,
-            lambda embed: cluster(embed(texts, "text").numpy(), labels, seed=self.seed),
+            lambda embed, _: cluster(embed(texts, "text").numpy(), labels, seed=self.seed),
         )
 
 
@@ -264,7 +265,7 @@ class _Pairs(Section):
         if not rows or not np.ptp(value_I) > 0:
             raise DataError(f"{self.data}: {field}: all are equal, or not all are numbers (nothing to tell apart)")
 
-        def measure(embed: Embed) -> Measured:
+        def measure(embed: Embed, _: torch.device) -> Measured:
             from sklearn.metrics.pairwise import paired_cosine_distances
 
             x_ND = embed(first + second, "text").numpy()

@@ -69,29 +69,32 @@ def texts(count: int, seed: int = 0, longest: int = 24) -> list[str]:
     ]
 
 
-@cache  # training breaks ties at random: two of a family would not be the same
+@cache
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """WordPiece for bert, SentencePiece-like unigrams for xlm-roberta, byte-level BPE for modernbert."""
+    """WordPiece for bert, SentencePiece-like unigrams for xlm-roberta, byte-level BPE for modernbert.
+
+    The pieces of the first two are written here: their trainers break ties at random.
+    """
     names = (
         ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
         if family == "xlm-roberta"
         else ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
     )
     cls, pad, sep, unk, mask = names
-    trainer: Any
+    letters, whole = list(string.ascii_lowercase), WORDS[::2]
+    halves = [part for word in WORDS[1::2] for part in (word[:4], f"##{word[4:]}") if part != "##"]
     if family == "bert":
-        made = Tokenizer(models.WordPiece(unk_token=unk))
+        pieces = dict.fromkeys([*names, *letters, *(f"##{c}" for c in letters), *whole, *halves, "##s", "##ing"])
+        made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token=unk))
         made.decoder = decoders.WordPiece()  # type: ignore[assignment]
         made.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=120, special_tokens=names, initial_alphabet=list(string.ascii_lowercase), show_progress=False
-        )
     elif family == "xlm-roberta":
-        made = Tokenizer(models.Unigram())
+        scores = dict.fromkeys(["▁", *letters], -6.0) | {"s": -3.0, "ing": -3.0}
+        scores |= {part.removeprefix("##"): -4.0 for part in halves} | {f"▁{word}": -5.0 for word in whole}
+        made = Tokenizer(models.Unigram([*((name, 0.0) for name in names), *scores.items()], unk_id=names.index(unk)))
         made.decoder = decoders.Metaspace()  # type: ignore[assignment]
         made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
-        trainer = trainers.UnigramTrainer(vocab_size=100, special_tokens=names, unk_token=unk, show_progress=False)
     else:
         made = Tokenizer(models.BPE())
         made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
@@ -100,7 +103,8 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
         trainer = trainers.BpeTrainer(
             vocab_size=330, special_tokens=names, initial_alphabet=alphabet, show_progress=False
         )
-    made.train_from_iterator(texts(300, seed=7), trainer)
+        made.train_from_iterator(texts(300, seed=7), trainer)
+    made.add_special_tokens(names)
     ends = [(cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))]
     made.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=ends

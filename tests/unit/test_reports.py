@@ -18,7 +18,7 @@ import torch
 
 from chassis.page import page
 from chassis.report import thinned, write_report
-from chassis.retrieval import Beir, evaluate_embeddings, read_beir, search
+from chassis.retrieval import Beir, evaluate_run, read_beir, search
 from contrastive import evaluation_report
 from contrastive.evaluate import Row, main
 from contrastive.evaluation_report import View, view
@@ -126,7 +126,7 @@ def small_view() -> tuple[Beir, View, dict[str, float]]:
     beir, query_QD, document_ND = small()
     scores_QK, index_QK = search(query_QD, document_ND, 4)
     seen = view("tiny & <co>", beir, query_QD, document_ND, scores_QK, index_QK)
-    return beir, seen, evaluate_embeddings(beir, query_QD, document_ND)
+    return beir, seen, evaluate_run(beir, scores_QK, index_QK)
 
 
 def test_queries_stand_from_worst_to_best_with_what_was_found_instead() -> None:

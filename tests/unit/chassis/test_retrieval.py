@@ -16,15 +16,16 @@ import torch
 from chassis.errors import DataError
 from chassis.retrieval import (
     as_run,
-    evaluate_embeddings,
     evaluate_run,
     metrics,
     read_beir,
     read_corpus,
     search,
+    search_together,
     top_k,
     trec_order,
 )
+from chassis.testing import run_world
 
 DOCUMENTS = [
     {"_id": "d1", "title": "Cats", "text": "purr"},
@@ -250,7 +251,23 @@ def test_embeddings_are_measured_as_their_run_is(tmp_path):
         q: dict(zip(beir.document_ids, row.tolist(), strict=True))
         for q, row in zip(beir.query_ids, scores, strict=True)
     }
-    assert evaluate_embeddings(beir, query_QD, document_ND) == metrics(trec_order(run), beir.relevant)
+    assert evaluate_run(beir, *search(query_QD, document_ND, 100)) == metrics(trec_order(run), beir.relevant)
+
+
+def test_ranks_share_a_search_and_find_what_one_does():
+    generator = torch.Generator().manual_seed(0)
+    query_QD = torch.randint(-3, 4, (5, 4), generator=generator).float()  # whole numbers: ties, and exact sums
+    document_ND = torch.randint(-3, 4, (40, 4), generator=generator).float()
+    expected = search(query_QD, document_ND, 7)
+    for world_size in (2, 3, 7):  # of 7 ranks, two have no query
+        for found in run_world(_search_together, world_size, query_QD, document_ND):
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _search_together(
+    rank: int, world_size: int, query_QD: torch.Tensor, document_ND: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return search_together(query_QD, document_ND, 7, torch.device("cpu"))
 
 
 def test_minus_infinity_stands_for_no_document(tmp_path):

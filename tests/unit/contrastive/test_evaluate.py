@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from chassis.errors import ModelError
-from chassis.retrieval import evaluate_embeddings, evaluate_run, read_beir
+from chassis.retrieval import evaluate_run, read_beir, search
+from contrastive import embedder
 from contrastive.bm25 import rank_bm25
 from contrastive.embedder import load_model
 from contrastive.evaluate import compare, embed, evaluate_model, main
@@ -56,7 +57,9 @@ def test_a_model_is_measured_as_its_embeddings_are(model_folder, beir_folder):
     beir = read_beir(beir_folder, "test")
     found, (scores, rows) = evaluate_model(model_folder, beir, device=CPU)
     model = load_model(model_folder, CPU)
-    expected = evaluate_embeddings(beir, embed(model, beir.queries, "query"), embed(model, beir.documents, "document"))
+    expected = evaluate_run(
+        beir, *search(embed(model, beir.queries, "query"), embed(model, beir.documents, "document"), 100)
+    )
     assert found == expected
     assert scores.shape == rows.shape == (12, 12)
 
@@ -79,6 +82,31 @@ def test_the_door_prints_a_table_and_writes_one_json(model_folder, beir_folder, 
     assert (written["evaluation"], written["split"], written["queries"]) == ("words", "test", 12)
     assert [row["model"] for row in written["rows"]] == ["BM25", "mine", "mine + BM25"]
     assert 0 < written["rows"][0]["map_at_100"] <= 1
+
+
+def test_an_interrupted_run_goes_on_with_the_embeddings_it_has(
+    model_folder, beir_folder, tmp_path, monkeypatch, capsys
+):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model_folder, damaged)
+    (damaged / "config.json").write_text((damaged / "config.json").read_text() + " ")  # else it is the same model
+    weights = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[:99])
+    models = {"first": str(model_folder), "second": str(damaged)}
+    config = recipe(tmp_path, models=models, evaluate={"data": str(beir_folder)}, device="cpu")
+    options = ["--config", config, f"output_dir={tmp_path / 'out'}"]
+    assert main(options) == 2
+    assert len(list(tmp_path.glob("out/embeddings.work/*/*.safetensors"))) == 2  # queries and documents of the first
+
+    (damaged / "model.safetensors").write_bytes(weights)
+    embedded, really = [], embedder.encode_texts
+    monkeypatch.setattr(embedder, "encode_texts", lambda *args, **how: embedded.append(args) or really(*args, **how))
+    assert main(options) == 0
+    assert len(embedded) == 2  # of the second
+    rows = json.loads((tmp_path / "out/evaluation.json").read_text())["rows"]
+    assert {**rows[1], "model": ""} == {**rows[2], "model": ""}
+    assert not (tmp_path / "out/embeddings.work").exists()
+    assert "damaged: cannot be opened" in capsys.readouterr().err
 
 
 def test_a_plan_counts_texts_and_opens_no_model(beir_folder, tmp_path, capsys):

@@ -93,6 +93,16 @@ def test_negatives_are_those_of_plain_loops(overrides: tuple[str, ...], folder: 
     assert any(expected) and [row["pos"] for row in rows][3] == [TEXTS[33], TEXTS[34], TEXTS[3]]
 
 
+def test_a_question_with_many_answers_is_searched_as_deep_as_it_needs(folder: Path, tmp_path: Path) -> None:
+    """70 answers, all of them nearer than the negatives, are more than the usual room beside the window."""
+    (tmp_path / "model").symlink_to(folder / "model")
+    rows = [{"query": TEXTS[0], "pos": TEXTS[:70], "neg": []}, {"query": TEXTS[1], "pos": [TEXTS[80]], "neg": TEXTS[70:]}]
+    tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    made = recipe(tmp_path, tmp_path / "out.jsonl", "mine.pick=top")
+    assert [row["neg"] for row in mined(made)] == plain(tmp_path, made)
+    assert all(len(row["neg"]) == 4 for row in mined(made))
+
+
 def test_scores_are_the_models_and_rows_are_ready_for_stage_2(folder: Path, tmp_path: Path) -> None:
     rows, embedder = mined(recipe(folder, tmp_path / "out.jsonl")), Embedder(folder / "model")
     for number, row in enumerate(rows):

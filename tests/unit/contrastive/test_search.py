@@ -98,6 +98,22 @@ def test_the_corpus_the_run_wrote_down_is_the_default_and_queries_come_from_the_
     assert printed.count("torch.randperm") == printed.count("other") == 2
 
 
+def test_a_plan_counts_the_documents_and_says_where_embeddings_are_kept(model_folder, tmp_path, capsys):
+    corpus = write_corpus(tmp_path)
+    options = ["--model", str(model_folder), "--corpus", str(corpus)]
+    found = []
+    for extra in (["--plan", "--json"], ["a query"], ["--plan", "--json"]):
+        assert main([*options, *extra]) == 0
+        found.append(capsys.readouterr().out)
+    before, after = json.loads(found[0]), json.loads(found[2])
+    assert before["documents"] == after["documents"] == 2
+    assert before["embeddings"].startswith("to be made, then kept in")
+    (kept,) = (model_folder.parent / "search_cache").iterdir()
+    assert after["embeddings"] == f"kept in {kept}"
+    assert main([*options, "--plan"]) == 0
+    assert "documents              2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
