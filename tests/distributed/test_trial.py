@@ -20,7 +20,7 @@ from retromae import cli as pretrain
 from retromae import prepare as of_pretrain
 from tests.distributed import steps
 
-ROWS = 1500
+ROWS = 4000
 OVERRIDES = (f"batch.global_size={ROWS}", "batch.micro_size=auto", "model.max_length=32")
 KINDS = {
     "pretrain": Kind(of_pretrain.prepare, of_pretrain.generate, pretrain.plan),

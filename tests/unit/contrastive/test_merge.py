@@ -133,8 +133,8 @@ def other_word(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (put(WORD, lambda held: held[:-1].clone()), rf"b: {WORD}: is F32 \[119, 32\], but F32 \[120, 32\] in "),
-        (put(WORD, lambda held: held.to(torch.int8)), rf"b: {WORD}: is I8 \[120, 32\], but F32 "),
+        (put(WORD, lambda held: held[:-1].clone()), rf"b: {WORD}: is F32 \[97, 32\], but F32 \[98, 32\] in "),
+        (put(WORD, lambda held: held.to(torch.int8)), rf"b: {WORD}: is I8 \[98, 32\], but F32 "),
         (drop(WORD), rf"b: {WORD}: is missing, but in .*/a "),
         (lambda folder: drop(WORD)(folder.parent / "a"), rf"a: {WORD}: is missing, but in .*/b "),
         (other_word, "b: vocabulary: 'z': is None, but "),

@@ -96,7 +96,8 @@ def test_negatives_are_those_of_plain_loops(overrides: tuple[str, ...], folder: 
 def test_a_question_with_many_answers_is_searched_as_deep_as_it_needs(folder: Path, tmp_path: Path) -> None:
     """70 answers, all of them nearer than the negatives, are more than the usual room beside the window."""
     (tmp_path / "model").symlink_to(folder / "model")
-    rows = [{"query": TEXTS[0], "pos": TEXTS[:70], "neg": []}, {"query": TEXTS[1], "pos": [TEXTS[80]], "neg": TEXTS[70:]}]
+    rows = [{"query": TEXTS[0], "pos": TEXTS[:70], "neg": []}]
+    rows.append({"query": TEXTS[1], "pos": [TEXTS[80]], "neg": TEXTS[70:]})
     tiny.write_jsonl(tmp_path / "train.jsonl", rows)
     made = recipe(tmp_path, tmp_path / "out.jsonl", "mine.pick=top")
     assert [row["neg"] for row in mined(made)] == plain(tmp_path, made)
