@@ -1,11 +1,11 @@
-"""Whether mining again raises the metric: a small encoder from random weights, on any BEIR folder with three splits.
+"""Whether mining again raises the metric: a small encoder, on any BEIR folder with three splits, on two processes.
 
-    PYTHONPATH=. python benchmarks/rounds.py --data BEIR_FOLDER [--work runs/rounds] [--rounds 2] [--seed 42]
+    PYTHONPATH=. python benchmarks/rounds.py --data BEIR_FOLDER --texts raw.jsonl.gz [--work runs/rounds] [--rounds 2]
 
-Trains on the split `train` by examples/rounds.py: round 0 on pairs, each further round on negatives that the one before
-found. `random` is the control: the same number of negatives, but any passages. All take the same number of steps from
-the same weights; `test`, which nothing was chosen by, is measured at the end with a paired bootstrap.
-The tokenizer sees the training texts alone.
+From random weights the encoder first learns to find a text by one of its sentences (the inverse cloze task, Lee et al.
+2019); then examples/rounds.py trains it on the split `train`: round 0 on pairs, each further round from the same
+weights on negatives that the one before found. `random` is the control: as many negatives, but any passages.
+All take the same number of steps. `test`, which nothing was chosen by, is measured at the end, with a paired bootstrap.
 """
 
 from __future__ import annotations
@@ -13,67 +13,102 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from chassis.retrieval import read_beir
+from chassis.sources import read_json
 from examples.docstrings import make_encoder, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-STEPS, LENGTH, NEGATIVES = 400, 128, 8
+LENGTH = 128
+BASE_STEPS, STEPS = 600, 150
+MINED, NEGATIVES = 8, 3
+"""Negatives of a row that are found, and of those in one step."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a BEIR folder with qrels of train, dev and test")
+    parser.add_argument("--texts", required=True, help="JSONL with `text`, gz or not")
     parser.add_argument("--work", default="runs/rounds")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     work = Path(options.work).resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    prepare(work, options.data, Path(options.texts), random.Random(options.seed))
 
-    train = work / "train.jsonl"
-    if not (work / "encoder/model.safetensors").is_file():
-        work.mkdir(parents=True, exist_ok=True)
-        beir = read_beir(options.data, "train")
-        document = dict(zip(beir.document_ids, beir.documents, strict=True))
-        with train.open("w", encoding="utf-8") as file:
-            for query, grades in zip(beir.queries, beir.relevant.values(), strict=True):
-                answers = [document[found] for found, grade in grades.items() if grade > 0]
-                file.write(json.dumps({"query": query, "pos": answers}) + "\n")
-        rows = [json.loads(line) for line in train.open(encoding="utf-8")]
-        passages, chance = sorted({text for row in rows for text in row["pos"]}), random.Random(options.seed)
-        with (work / "random.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows:
-                others = [text for text in chance.sample(passages, NEGATIVES + 4) if text not in row["pos"]]
-                file.write(json.dumps({**row, "neg": others[:NEGATIVES]}) + "\n")
-        texts = sorted({text for row in rows for text in (row["query"], *row["pos"])})
-        train_tokenizer(texts, work / "encoder", vocabulary=8000, max_length=LENGTH)
-        make_encoder(work / "encoder", seed=options.seed, max_length=LENGTH)
+    base = recipe(work, "base", options, f"{work}/encoder", f"{work}/cloze.jsonl", steps=BASE_STEPS)
+    torchrun("finetune", base)
+    tuned = recipe(work, "run", options, f"{work}/base/model", f"{work}/train.jsonl", steps=STEPS)
+    mine = {
+        "model": "",
+        "data": [""],
+        "output": "",
+        "mine": {"negatives": MINED, "first_rank": 0, "last_rank": 50, "relative_margin": 0.95},
+        "encode": {"precision": "fp32"},
+    }
+    mining = ["--mine", write(work / "mine.yaml", mine), "--rounds", str(options.rounds)]
+    python("examples/rounds.py", "--finetune", tuned, *mining, "--ranks", "2", "--negatives", str(NEGATIVES))
+    control = recipe(work, "random", options, f"{work}/base/model", f"{work}/random.jsonl", steps=STEPS)
+    torchrun("finetune", control, f"data.negatives_per_query={NEGATIVES}")
 
-    finetune, window = recipes(work, options.data, train, options.seed)
-    names = ["examples/rounds.py", "--finetune", finetune, "--mine", window, "--ranks", "2"]
-    call(*names, "--rounds", str(options.rounds))
-    control = work / "run-random"
-    changes = [f"data.train=[{work}/random.jsonl]", "data.negatives_per_query=1", f"run.output_dir={control}"]
-    torchrun("finetune", finetune, *changes)
-
-    rounds = {f"round {number}": str(work / f"run-round-{number}/model") for number in range(options.rounds + 1)}
-    models = {"round 0": rounds.pop("round 0"), "random negatives": f"{control}/model", **rounds}
-    measured = {"models": models, "evaluate": {"data": options.data, "split": "test"}, "output_dir": str(work / "test")}
-    call("launch/evaluate.py", "--config", write(work / "evaluate.yaml", measured))
+    names = ["run-round-0", "base", "random", *(f"run-round-{number}" for number in range(1, options.rounds + 1))]
+    models = {name.removeprefix("run-").replace("-", " "): f"{work}/{name}/model" for name in names}
+    measured = {"models": models, "evaluate": {"data": options.data, "split": "test"}, "output_dir": f"{work}/test"}
+    python("launch/evaluate.py", "--config", write(work / "evaluate.yaml", measured))
 
 
-def recipes(work: Path, data: str, train: Path, seed: int) -> tuple[str, str]:
-    """Of fine-tuning and of mining."""
-    finetune = {
-        "run": {"name": "rounds", "output_dir": f"{work}/run", "seed": seed},
-        "model": {"encoder": f"{work}/encoder", "max_length": LENGTH, "dropout": 0.0},
+def prepare(work: Path, data: str, raw: Path, chance: random.Random) -> None:
+    """Training files, a tokenizer of their words, and an encoder of chance."""
+    if (work / "encoder/model.safetensors").is_file():
+        return
+    beir = read_beir(data, "train")
+    document = dict(zip(beir.document_ids, beir.documents, strict=True))
+    rows = [
+        {"query": query, "pos": [document[found] for found, grade in grades.items() if grade > 0]}
+        for query, grades in zip(beir.queries, beir.relevant.values(), strict=True)
+    ]
+    passages = sorted({text for row in rows for text in row["pos"]})
+    drawn = ([text for text in chance.sample(passages, MINED + 20) if text not in row["pos"]] for row in rows)
+    cloze = list(without_a_sentence((row["text"] for _, row in read_json(raw)), chance))
+    files = {
+        "train": rows,
+        "random": [{**row, "neg": others[:MINED]} for row, others in zip(rows, drawn, strict=True)],
+        "cloze": cloze,
+    }
+    for name, those in files.items():
+        with (work / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in those)
+    texts = [text for row in [*rows, *cloze] for text in (row["query"], *row["pos"])]
+    train_tokenizer(texts, work / "encoder", vocabulary=8000, max_length=LENGTH)
+    make_encoder(work / "encoder", max_length=LENGTH)
+
+
+def without_a_sentence(texts: Iterable[str], chance: random.Random) -> Iterator[dict[str, Any]]:
+    """A sentence as query, the text around it as passage; one time in ten the whole text."""
+    for text in texts:
+        sentences = re.split(r"(?<=[.!?])\s+", text)
+        long = [i for i, sentence in enumerate(sentences) if len(sentence) > 25]
+        if len(sentences) >= 3 and long:
+            taken = chance.choice(long)
+            rest = " ".join(sentences[:taken] + sentences[taken + 1 :])
+            yield {"query": sentences[taken], "pos": [rest if chance.random() < 0.9 else text]}
+
+
+def recipe(work: Path, name: str, options: argparse.Namespace, encoder: str, train: str, *, steps: int) -> str:
+    """Of fine-tuning; the same numbers for every model, tuned on `dev`."""
+    content = {
+        "run": {"name": name, "output_dir": f"{work}/{name}", "seed": options.seed},
+        "model": {"encoder": encoder, "max_length": LENGTH, "dropout": 0.0},
         "data": {
-            "train": [str(train)],
+            "train": [train],
             "negatives_per_query": 0,
             "query_max_length": 32,
             "passage_max_length": LENGTH,
@@ -83,24 +118,17 @@ def recipes(work: Path, data: str, train: Path, seed: int) -> tuple[str, str]:
         "loss": {"temperature": 0.035},
         "batch": {"global_size": 64, "micro_size": 32},
         "optim": {"name": "muon", "lr": 3e-3, "muon_lr": 3e-3, "weight_decay": 0.01, "clip_norm": 0},
-        "schedule": {"steps": STEPS, "warmup_ratio": 0.06},
+        "schedule": {"steps": steps, "warmup_ratio": 0.06},
         "precision": "fp32",
         "engine": {"kind": "ddp"},
-        "evaluate": {"data": data, "split": "dev", "every_steps": 200},
+        "evaluate": {"data": options.data, "split": "dev", "every_steps": steps // 2},
         "track": {"to": []},
     }
-    mine = {
-        "model": "",
-        "data": [str(train)],
-        "output": "",
-        "mine": {"negatives": NEGATIVES, "first_rank": 0, "last_rank": 50, "relative_margin": 0.95, "seed": seed},
-        "encode": {"precision": "fp32"},
-    }
-    return write(work / "finetune.yaml", finetune), write(work / "mine.yaml", mine)
+    return write(work / f"{name}.yaml", content)
 
 
-def write(path: Path, recipe: dict[str, Any]) -> str:
-    path.write_text(json.dumps(recipe, indent=2), encoding="utf-8")  # JSON is YAML
+def write(path: Path, content: dict[str, Any]) -> str:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")  # JSON is YAML
     return str(path)
 
 
@@ -110,7 +138,7 @@ def torchrun(door: str, recipe: str, *overrides: str) -> None:
     subprocess.run([launcher, *ranks, f"launch/{door}.py", "--config", recipe, *overrides], cwd=ROOT, check=True)
 
 
-def call(*command: str) -> None:
+def python(*command: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
