@@ -17,7 +17,7 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@touch $@
 
 test: install ## run all tests
-	$(RUN)/pytest --numprocesses 2 --dist loadfile
+	$(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: install slurm ## run the batch scripts on a real SLURM of two simulated nodes
 	$(RUN)/pytest -rs -m 'slow or not slow' tests/slurm

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from chassis.errors import ConfigError, DataError
@@ -108,6 +109,8 @@ def make_folder(path: str | Path, field: str) -> Path:
     """With its parents; ConfigError where that cannot be done."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass  # it can be written to
     except OSError as error:
         raise ConfigError(f"{field}: {path}: {error.strerror} (name another folder)") from None
     return Path(path)

@@ -45,8 +45,12 @@ def rank_bm25(beir: Beir, k: int, *, k1: float = 1.2, b: float = 0.75) -> tuple[
 
     A document that shares no term with the query is not found: its score is -inf.
     """
+    terms = words(beir.documents)
+    if not any(terms):
+        shape = len(beir.queries), min(k, len(terms))
+        return torch.full(shape, -torch.inf), torch.arange(shape[1]).expand(shape).contiguous()
     index = bm25s.BM25(k1=k1, b=b, method="lucene")
-    index.index(words(beir.documents), show_progress=False)
+    index.index(terms, show_progress=False)
     rows = max(1, (1 << 25) // len(beir.documents))  # queries at once: 128 MB of scores
     queries = words(beir.queries)
     scores, found = [], []

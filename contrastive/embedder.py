@@ -6,6 +6,7 @@ Shape suffixes: N texts, D embedding width.
 from __future__ import annotations
 
 import hashlib
+import json
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Role = Literal["query", "document", "text"]
 """text: of a task that neither asks nor answers, as classification; embedded without any prompt."""
+Prompts = dict[Literal["query", "document"], str]
+"""In place of a folder's own. BGE's folders on the hub have none: give the instruction of their model card."""
 Precision = Literal["bf16", "fp16", "fp32"]
 
 
@@ -51,11 +54,13 @@ class Embedder:
         precision: Precision = "fp32",
         batch_tokens: int | None = None,
         width: int | None = None,
+        prompts: Prompts | None = None,
     ) -> None:
         """path          a sentence-transformers folder, or a hub name
         devices       as ["cuda:1", "cuda:3"], or ["cpu", "cpu"] for two processes; none: all visible GPUs, or the CPU
         batch_tokens  tokens at once on a device, padding counted; none: 4,096 on a CPU, 65,536 on a GPU
         width         the first so many dimensions, normalised again (Matryoshka); none: all
+        prompts       in place of the folder's own, as {"query": "Represent this sentence for searching ...: "}
         Raises ModelError, or ConfigError for a device that is not there.
         """
         self._devices = list(devices) if devices else visible_devices()
@@ -63,13 +68,15 @@ class Embedder:
         self._how = {"batch_tokens": batch_tokens, "precision": precision, "width": width}
         self._open = ExitStack()
         if len(self._devices) == 1:
-            model = load_model(path, self._devices[0])
+            model = load_model(path, self._devices[0], prompts)
             known = model.get_embedding_dimension()
             self._encode: Callable[[Sequence[str], Role], Encoded] = lambda texts, role: encode_texts(
                 model, texts, role, **self._how
             )
         else:
-            self._encode, known = self._open.enter_context(_processes(str(path), self._devices, self._how))
+            self._encode, known = self._open.enter_context(
+                _processes(str(path), self._devices, prompts or {}, self._how)
+            )
         self.width: int = min(width or 2**31, known or 2**31)
         """Of the embeddings."""
 
@@ -156,17 +163,22 @@ def encode_texts(
     lengths, truncated = _token_counts(model, texts, role)
     order = sorted(range(len(texts)), key=lengths.__getitem__, reverse=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    parts = []
+    result_ND, computed = torch.empty(len(texts), model.get_embedding_dimension() or 0), None
     bar = tqdm(total=len(texts), unit="text", disable=not progress, leave=False)
     with bar, torch.inference_mode(), torch.autocast(model.device.type, dtype) if dtype else nullcontext():
         for run in _runs(order, lengths, budget):
             batch = [texts[i] for i in run]
-            parts.append(encode(batch, batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False))
+            found_RD = encode(batch, batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False)
+            if found_RD.shape[1] != result_ND.shape[1]:
+                result_ND = torch.empty(len(texts), found_RD.shape[1])
+            if computed:  # one batch later: the GPU has this one to do meanwhile
+                result_ND[computed[0]] = computed[1].float().cpu()
+            computed = run, found_RD
             bar.update(len(batch))
-    sorted_ND = torch.cat(parts).float().cpu() if parts else torch.empty(0, model.get_embedding_dimension() or 0)
-    if not sorted_ND.isfinite().all():
+        if computed:
+            result_ND[computed[0]] = computed[1].float().cpu()
+    if not result_ND.isfinite().all():
         raise ModelError(f"embeddings: not all are finite in {precision} (take fp32, or check the model)")
-    result_ND = torch.empty_like(sorted_ND).index_copy_(0, torch.tensor(order, dtype=torch.int64), sorted_ND)
     if width is not None and width < result_ND.shape[1]:
         result_ND = torch.nn.functional.normalize(result_ND[:, :width], dim=1)
     return Encoded(result_ND, truncated)
@@ -189,12 +201,16 @@ def _runs(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator
         start += rows
 
 
-def fingerprint(model: str) -> str:
-    """Changes with the weights, the configuration, the tokenizer and the prompts of a folder; a hub name is its own."""
-    folder = Path(model)
+def fingerprint(model: str, prompts: Prompts | None = None) -> str:
+    """Changes with the weights, the configuration, the tokenizer and the prompts of a folder; a hub name is its own.
+
+    prompts   those that are used in place of the folder's own
+    """
+    folder, digest = Path(model), hashlib.blake2b(digest_size=12)
+    if prompts:
+        digest.update(json.dumps(prompts, sort_keys=True).encode())
     if not folder.is_dir():
-        return model
-    digest = hashlib.blake2b(digest_size=12)
+        return f"{model} {digest.hexdigest()}" if prompts else model
     kinds = ("*.safetensors", "*.bin", "*.json", "*.model", "vocab.txt", "merges.txt")
     for path in sorted(path for kind in kinds for path in folder.rglob(kind)):
         digest.update(f"{path.relative_to(folder)} {Source('file', str(path)).fingerprint}\n".encode())
@@ -204,15 +220,19 @@ def fingerprint(model: str) -> str:
 def check_folder(path: str | Path) -> Path:
     """ModelError for a folder that is not there or not in sentence-transformers' format."""
     folder = Path(path)
-    if not (folder / "modules.json").is_file() and (folder.exists() or str(path).startswith((".", "/", "~"))):
+    local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1  # no hub name has two
+    if local and not (folder / "modules.json").is_file():
         # sentence-transformers would put mean pooling on a bare encoder and go on
         what = "no modules.json there" if folder.exists() else "no such folder"
         raise ModelError(f"{path}: {what} (name a sentence-transformers folder, as model/ of a run)")
     return folder
 
 
-def load_model(path: str | Path, device: torch.device | str) -> SentenceTransformer:
-    """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing."""
+def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | None = None) -> SentenceTransformer:
+    """A sentence-transformers folder or hub name; ModelError for anything else, and where tensors are missing.
+
+    prompts   by role, in place of the folder's own
+    """
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
@@ -223,6 +243,7 @@ def load_model(path: str | Path, device: torch.device | str) -> SentenceTransfor
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
+    model.prompts |= prompts or {}
     if missing := _missing(model, folder):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{path}: {missing[0]}{more} not in its files (use the folder that the model was saved to)")
@@ -265,7 +286,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _processes(
-    path: str, devices: Sequence[str], how: dict[str, Any]
+    path: str, devices: Sequence[str], prompts: Prompts, how: dict[str, Any]
 ) -> Iterator[tuple[Callable[..., Encoded], int | None]]:
     """A process with the model on each device; yields what hands texts to one that is idle, and the model's width."""
     import torch
@@ -278,7 +299,7 @@ def _processes(
     try:
         for device in devices:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, path, device, threads, how), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, path, device, threads, prompts, how), daemon=True)
             process.start()
             theirs.close()
             started.append((process, ours))
@@ -313,14 +334,14 @@ def _answer(connection: Connection) -> Any:
     return found
 
 
-def _serve(connection: Connection, path: str, device: str, threads: int, how: dict[str, Any]) -> None:
+def _serve(connection: Connection, path: str, device: str, threads: int, prompts: Prompts, how: dict[str, Any]) -> None:
     """Answers texts with their embeddings until the connection is closed."""
     import torch
 
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
-        model = load_model(path, device)
+        model = load_model(path, device, prompts)
         connection.send(model.get_embedding_dimension())
         while True:
             texts, role = connection.recv()

@@ -24,7 +24,7 @@ from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count
 from chassis.sources import count_rows, find_sources, make_folder, read_rows
-from contrastive.embedder import Embedder, Precision, Role, fingerprint
+from contrastive.embedder import Embedder, Precision, Prompts, Role, fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +73,7 @@ class EncodeRecipe(Section):
     """Whose prompt is put before each text; of a BEIR folder also which file is read."""
     encode: Encode = Encode()
     output: Output
+    prompts: Prompts = {}
 
 
 class Shard(NamedTuple):
@@ -137,15 +138,20 @@ def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: d
 
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
         table = pa.table({"id": list(ids), "embedding": column})
-        parquet.write_table(table.replace_schema_metadata(facts), draft)
+        try:
+            parquet.write_table(table.replace_schema_metadata(facts), draft)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be written: {error} (make room, or name another folder)") from None
     else:
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         try:
             save_file({"embeddings": vectors_ND}, draft, {**facts, "ids": json.dumps(list(ids))})
-        except SafetensorError as error:  # its header ends at 100 MB
-            reason = f"{len(ids):,} ids do not go into a file's header: {error}"
+        except SafetensorError as error:
+            if "header" not in str(error).lower():
+                raise ConfigError(f"{path}: cannot be written: {error} (make room, or name another folder)") from None
+            reason = f"{len(ids):,} ids do not go into a file's header, which ends at 100 MB"
             raise ConfigError(f"encode.shard_rows: {reason} (fewer rows, or output.format: parquet)") from None
     draft.replace(path)
 
@@ -166,11 +172,16 @@ def read_shard(path: Path) -> tuple[list[str], np.ndarray]:
 
 def read_embeddings(folder: str | Path) -> Iterator[tuple[list[str], np.ndarray]]:
     """(ids, (N, D) as stored) of each shard of a folder that `launch/encode.py` has finished, in input order."""
+    for name in read_manifest(folder)["files"]:
+        yield read_shard(Path(folder) / name)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `encoding.json` says: rows, width, truncated, files; DataError for a folder that is not finished."""
     manifest = Path(folder) / MANIFEST
     if not manifest.is_file():
         raise DataError(f"{folder}: no {MANIFEST}: not finished (run launch/encode.py again: it goes on)")
-    for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]:
-        yield read_shard(Path(folder) / name)
+    return json.loads(manifest.read_text(encoding="utf-8"))
 
 
 def _facts(path: Path) -> dict[str, str]:
@@ -256,8 +267,8 @@ def run(recipe: EncodeRecipe, placement: Placement) -> int:
     return 0
 
 
-def encode(recipe: EncodeRecipe, runtime: Runtime) -> None:
-    """Rank r of W makes the shards r, r + W, ... that are not there yet; then rank 0 writes the manifest."""
+def encode(recipe: EncodeRecipe, runtime: Runtime, *, tells: bool = True) -> None:
+    """Rank r of W makes the shards r, r + W, ... that are not there yet; then rank 0 writes the manifest, and tells."""
     from chassis.collectives import agreed, gather_objects, on_main
 
     output = recipe.output
@@ -266,7 +277,8 @@ def encode(recipe: EncodeRecipe, runtime: Runtime) -> None:
     key = on_main(lambda: _key(recipe))
     with agreed():
         how = recipe.encode.model_dump(include={"precision", "batch_tokens"})
-        embedder = Embedder(recipe.model, recipe.encode.devices or runtime.own_devices(), width=output.width, **how)
+        devices = recipe.encode.devices or runtime.own_devices()
+        embedder = Embedder(recipe.model, devices, width=output.width, prompts=recipe.prompts, **how)
     with embedder:
         ranges_2D = None
         if output.dtype == "int8":
@@ -288,10 +300,9 @@ def encode(recipe: EncodeRecipe, runtime: Runtime) -> None:
         if absent := [name for name in names if not (Path(output.dir) / name).is_file()]:
             raise ConfigError(f"output.dir: {output.dir}: {absent[0]} is not there (name a folder that all nodes see)")
         _write(Path(output.dir) / MANIFEST, {**facts, **kept, "files": names})
-        print(
-            f"{output.dir}: {rows:,} embeddings of width {embedder.width} in {count:,} files, {truncated:,} texts cut",
-            flush=True,
-        )
+        if tells:
+            done = f"{rows:,} embeddings of width {embedder.width} in {count:,} files, {truncated:,} texts cut"
+            print(f"{output.dir}: {done}", flush=True)
 
     on_main(conclude)
 
@@ -302,7 +313,8 @@ def _key(recipe: EncodeRecipe) -> str:
     said = recipe.model_dump(include={"field", "id_field", "role", "output"}) | {"output": recipe.output.model_dump()}
     said["output"].pop("dir")
     said |= {"precision": recipe.encode.precision, "shard_rows": recipe.encode.shard_rows}
-    key = hashlib.blake2b(json.dumps([fingerprint(recipe.model), sources, said]).encode(), digest_size=12).hexdigest()
+    every = json.dumps([fingerprint(recipe.model, recipe.prompts), sources, said])
+    key = hashlib.blake2b(every.encode(), digest_size=12).hexdigest()
     for path in sorted(Path(recipe.output.dir).glob("shard-*")):
         if _facts(path).get("key", key) != key:
             raise ConfigError(

@@ -16,13 +16,12 @@ from pydantic import Field, model_validator
 
 from chassis.cli import door
 from chassis.config import Section
-from chassis.errors import DataError
 from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Evaluate
 from chassis.sources import make_folder
 from contrastive.bootstrap import Bootstrap
-from contrastive.embedder import check_folder
+from contrastive.embedder import Prompts, check_folder
 from contrastive.kept import file_for, kept
 from contrastive.results import Result, Row, about, counts, show_all, show_differences, write_json
 from contrastive.tasks import AnyTask, Retrieval, Run, Task, measure_run, retrieval
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_MINUTES = 600.0
 """How long a rank waits for the others, as while rank 0 has BM25 to compute; one that is gone is noticed at once."""
+KEPT_ROWS = 100_000
+"""Of a file of kept embeddings; what an interrupted run has to do again on each rank."""
 
 
 class EvaluateRecipe(Section):
@@ -45,6 +46,8 @@ class EvaluateRecipe(Section):
 
     models: Annotated[list[str] | dict[str, str], Field(min_length=1)]
     """Folders (or hub names) in sentence-transformers' format; or the same, each under a label."""
+    prompts: dict[str, Prompts] = {}
+    """By a model's label (or name), in place of its folder's own."""
     evaluate: Evaluate = Evaluate()
     """Retrieval on one BEIR folder."""
     tasks: dict[str, AnyTask] = {}
@@ -71,6 +74,8 @@ class EvaluateRecipe(Section):
             raise ValueError(
                 f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
             )
+        if unknown := sorted(self.prompts.keys() - self.labelled.keys()):
+            raise ValueError(f"prompts.{unknown[0]}: no model of that label (there: {', '.join(self.labelled)})")
         return self
 
     @property
@@ -107,18 +112,31 @@ def embed(
     import torch
 
     from chassis.collectives import agreed, gather_rows, rank, world_size
-    from contrastive.embedder import encode_texts
 
     size = world_size()
-    if len(texts) < size:
-        raise DataError(f"{len(texts)} texts of a kind for {size} processes (start fewer)")
     with agreed():
         own, how = texts[rank() :: size], {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
-        file = file_for(folder, role, precision, texts=own) if folder else None
-        found_ND = kept(file, len(own), lambda: encode_texts(model, own, role, **how).vectors_ND)
+        parts = [own[start : start + KEPT_ROWS] for start in range(0, len(own), KEPT_ROWS)] or [own]
+        found = [
+            kept(
+                file_for(folder, role, precision, texts=part) if folder else None,
+                len(part),
+                partial(_embedded, model, part, role, how),
+            )
+            for part in parts
+        ]
+        found_ND = found[0] if len(found) == 1 else torch.cat(found)
+    if size == 1:
+        return found_ND
     turns = [list(range(turn, len(texts), size)) for turn in range(size)]
     gathered_ND = gather_rows(found_ND, [len(turn) for turn in turns])
     return gathered_ND[torch.tensor([i for turn in turns for i in turn]).argsort()]
+
+
+def _embedded(model: SentenceTransformer, texts: Sequence[str], role: Role, how: dict[str, Any]) -> Tensor:
+    from contrastive.embedder import encode_texts
+
+    return encode_texts(model, texts, role, **how).vectors_ND
 
 
 def evaluate_model(
@@ -150,14 +168,16 @@ def measure(
     progress: bool = False,
     views: dict[str, list[View]] | None = None,
     work: Path | None = None,
+    prompts: Mapping[str, Prompts] | None = None,
 ) -> dict[str, Result]:
     """For each task a row of each labelled model; for retrieval also BM25, and the last model mixed with it.
 
     views   is given what a report shows of each retrieval's models
+    prompts by label, in place of the model's own
     work    where embeddings are kept, for a run that is interrupted; none: nowhere
     Rows with BM25 are rank 0's alone.
     """
-    from chassis.collectives import rank
+    from chassis.collectives import agreed, rank
     from contrastive.bm25 import POOL, fuse, rank_bm25
     from contrastive.embedder import fingerprint, load_model
     from contrastive.evaluation_report import view
@@ -169,8 +189,11 @@ def measure(
     for name, beir in beirs.items():
         results[name].add("BM25", measure_run(beir, bm25_runs[name]))
     for last, (label, path) in enumerate(models.items(), 1 - len(models)):
-        folder = work / fingerprint(str(path)).replace("/", "--") if work else None
-        embed_by_model = partial(embed, load_model(path, device), **how, folder=folder)
+        own = (prompts or {}).get(label)
+        with agreed():
+            model = load_model(path, device, own)
+            folder = work / fingerprint(str(path), own).replace("/", "--") if work else None
+        embed_by_model = partial(embed, model, **how, folder=folder)
         for name, task in tasks.items():
             found = task.measure(embed_by_model, device)
             results[name].add(label, found)
@@ -200,7 +223,11 @@ def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> 
     for path in recipe.labelled.values():
         missing.instead(None, partial(check_folder, path), "it cannot be measured")
     found: dict[str, Any] = {"world_size": world_size, "models": ", ".join(recipe.labelled)}
-    tasks = read_tasks(recipe)
+    read = {
+        name: missing.instead(None, partial(section.read, name), "not counted")
+        for name, section in recipe.all_tasks.items()
+    }
+    tasks = {name: task for name, task in read.items() if task}
     for name, task in tasks.items():
         if name in recipe.tasks:
             found[f"task {name}"] = f"{task.facts['kind']}: {counts(task.facts)}"
@@ -217,14 +244,16 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
         check_folder(path)  # now, not after hours with the first
     import torch
 
+    from chassis.collectives import agreed
     from chassis.session import together
     from contrastive.evaluation_report import write_report
 
-    if recipe.output_dir and placement.rank == 0:
-        make_folder(recipe.output_dir, "output_dir")
     work = Path(recipe.output_dir) / "embeddings.work" if recipe.output_dir else None
     views: dict[str, list[View]] = {}
     with together(placement, TIMEOUT_MINUTES) as runtime:
+        if recipe.output_dir:
+            with agreed():
+                make_folder(recipe.output_dir, "output_dir")
         results = measure(
             recipe.labelled,
             tasks,
@@ -235,6 +264,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
             progress=runtime.is_main and sys.stderr.isatty(),
             views=views if runtime.is_main and recipe.output_dir else None,
             work=work,
+            prompts=recipe.prompts,
         )
     if placement.rank == 0:
         first = next(iter(recipe.labelled))

@@ -1,17 +1,17 @@
-"""A corpus into a vector database: embedded chunk by chunk, so that memory does not grow with the corpus."""
+"""A corpus into a vector database: embedded shard by shard, so that memory does not grow with the corpus."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from chassis.cli import door
 from chassis.config import Section
@@ -19,8 +19,9 @@ from chassis.errors import DataError, LaunchError
 from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count
-from chassis.sources import Source, count_rows, find_sources, read_rows
-from contrastive.encode import Encode
+from chassis.sources import Source, count_rows, find_sources, make_folder, read_rows
+from contrastive.embedder import Prompts
+from contrastive.encode import Encode, EncodeRecipe, Output, encode, read_embeddings, read_manifest
 from contrastive.stores import Row, StoreSection, check, open_store, read_record, record_path
 
 FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -29,8 +30,6 @@ FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 class IndexEncode(Encode):
     width: Count | None = None
     """The first so many dimensions, normalised again (Matryoshka); none: all."""
-    shard_rows: Count = 4096
-    """Rows that are read, embedded and put at once: bounds memory."""
 
 
 class IndexRecipe(Section):
@@ -42,12 +41,13 @@ class IndexRecipe(Section):
     """A BEIR folder, or files of rows with _id or id, text, and maybe title and metadata."""
     store: StoreSection
     encode: IndexEncode = IndexEncode()
+    prompts: Prompts = {}
 
 
 @dataclass(frozen=True)
 class Indexed:
     rows: int
-    """That were embedded; of rows with the same id the last one stays."""
+    """Of the corpus; of those with the same id the last one stays."""
     truncated: int
     """Texts that were longer than the model reads."""
     documents: int
@@ -57,38 +57,35 @@ class Indexed:
 def index(recipe: IndexRecipe, *, progress: bool = False) -> Indexed:
     """Put the corpus into the store. To do so again changes nothing; documents that left the corpus stay.
 
-    Raises ConfigError, DataError or ModelError; what was put before stays, and the same call goes over it again.
+    Embeddings lie in TABLE.work beside the table until all is put: the same call after an interruption makes the rest.
+    Raises ConfigError, DataError or ModelError.
     """
-    sources = find_corpus(recipe.corpus)
-    check(recipe.store, recipe.model)  # before a model is loaded
+    sources, section = find_corpus(recipe.corpus), recipe.store
+    check(section, recipe.model, prompts=recipe.prompts)  # before a model is loaded
+    rows = sum(len(chunk) for chunk in _chunks(sources, recipe.encode.shard_rows))  # and each row
 
     from tqdm import tqdm
 
-    from chassis.retrieval import Document
-    from contrastive.embedder import Embedder
+    from chassis.runtime import Runtime, choose_device
 
-    encode, waiting = recipe.encode, deque[list[Row]]()
-
-    def jobs() -> Iterator[tuple[list[str], Literal["document"]]]:
-        for chunk in _chunks(sources, encode.shard_rows):
-            waiting.append(chunk)
-            yield [Document(row["id"], row["title"], row["text"]).full for row in chunk], "document"
-
-    rows = truncated = 0
-    with Embedder(
-        recipe.model, encode.devices, precision=encode.precision, batch_tokens=encode.batch_tokens, width=encode.width
-    ) as embedder:
-        dimension = embedder.encode_documents(["a text"]).shape[1]
-        with (
-            closing(open_store(recipe.store, recipe.model, dimension)) as store,
-            tqdm(total=count_rows(sources), unit="row", disable=not progress) as bar,
-        ):
-            for encoded in embedder.stream(jobs()):
-                chunk = waiting.popleft()
-                store.upsert(encoded.vectors_ND.numpy(), chunk)
-                rows, truncated = rows + len(chunk), truncated + encoded.truncated
-                bar.update(len(chunk))
-            return Indexed(rows, truncated, store.count())
+    work = make_folder(section.path, "store.path") / f"{section.table}.work"
+    output = Output(dir=str(work), width=recipe.encode.width)
+    how = Encode(**recipe.encode.model_dump(exclude={"width"}))
+    made = EncodeRecipe(model=recipe.model, texts=[recipe.corpus], encode=how, output=output, prompts=recipe.prompts)
+    encode(made, Runtime(0, 1, 0, choose_device(0)), tells=False)
+    facts = read_manifest(work)
+    with (
+        closing(open_store(section, recipe.model, facts["width"], recipe.prompts)) as store,
+        tqdm(total=rows, unit="row", disable=not progress) as bar,
+    ):
+        chunks = _chunks(sources, recipe.encode.shard_rows)
+        for chunk, (_, vectors_ND) in zip(chunks, read_embeddings(work), strict=True):
+            last = {row["id"]: i for i, row in enumerate(chunk)}  # of rows with the same id
+            store.upsert(vectors_ND[list(last.values())], [chunk[i] for i in last.values()])
+            bar.update(len(chunk))
+        documents = store.count()
+    shutil.rmtree(work)
+    return Indexed(rows, facts["truncated"], documents)
 
 
 # --- the corpus ------------------------------------------------------------------------------
@@ -101,10 +98,10 @@ def find_corpus(corpus: str) -> list[Source]:
 
 
 def _chunks(sources: Sequence[Source], size: int) -> Iterator[list[Row]]:
-    """Runs of `size` rows; within each the ids differ."""
+    """Runs of `size` rows."""
     found = (as_row(where, row) for source in sources for where, row in read_rows(source))
     while chunk := list(islice(found, size)):
-        yield list({row["id"]: row for row in chunk}.values())
+        yield chunk
 
 
 def as_row(where: str, row: Mapping[str, Any]) -> Row:
@@ -135,7 +132,7 @@ def as_text(value: object) -> str:
 def plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     missing = Missing([])
     rows = missing.instead(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
-    check(recipe.store, recipe.model)
+    check(recipe.store, recipe.model, prompts=recipe.prompts)
     record = read_record(record_path(recipe.store))
     return {
         "world_size": world_size,

@@ -37,7 +37,7 @@ def kept(file: Path | None, rows: int, make: Callable[[], Tensor]) -> Tensor:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({"embeddings": made_ND.contiguous()}, draft)
         draft.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what save_file makes of the former
         print(f"warning: {file}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
     return made_ND
 

@@ -25,7 +25,7 @@ from chassis.plan import Missing
 from chassis.runtime import Placement
 from chassis.schema import Count, Natural, Positive
 from chassis.sources import count_rows, find_sources, make_folder, read_json, read_rows
-from contrastive.embedder import Role, check_folder, fingerprint
+from contrastive.embedder import Prompts, Role, check_folder, fingerprint
 from contrastive.encode import (
     TIMEOUT_MINUTES,
     Encode,
@@ -80,8 +80,10 @@ class MineRecipe(Section):
     """The JSONL file; embeddings and finished parts stay in a folder of its name with .work until you delete it."""
     mine: Mine = Mine()
     encode: Encode = Encode()
+    prompts: Prompts = {}
     cross_encoder: str | None = None
-    """A sentence-transformers CrossEncoder whose scores go into the file, not the model's: a teacher for stage 2."""
+    """A sentence-transformers CrossEncoder whose logits go into the file, not the model's scores: the teacher of
+    loss.distillation."""
 
     @property
     def work(self) -> Path:
@@ -119,10 +121,10 @@ def _candidates(recipe: MineRecipe) -> Iterator[str]:
         yield from row["neg"]
 
 
-def _lay_out(recipe: MineRecipe) -> tuple[str, int]:
+def _lay_out(recipe: MineRecipe) -> tuple[str, dict[str, int]]:
     """Write queries.jsonl, corpus.jsonl (each text once: candidates, then other positives) and their hashes.
 
-    returns   (the folder, named by all that decides its content; how many texts are candidates)
+    returns   (the folder, named by all that decides its content; how many `candidates` and `queries` there are)
     """
     import numpy as np
 
@@ -132,7 +134,7 @@ def _lay_out(recipe: MineRecipe) -> tuple[str, int]:
     files = [find_sources(recipe.data, "data"), find_sources(corpus.texts if corpus else [], "corpus")]
     sources = [[source.fingerprint for source in each] for each in files]
     how = recipe.encode.model_dump(include={"precision", "shard_rows"})
-    said = json.dumps([sources, fingerprint(recipe.model), how])
+    said = json.dumps([sources, fingerprint(recipe.model, recipe.prompts), how])
     key = hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
     folder = recipe.work / key
     facts = folder / "texts.json"
@@ -153,10 +155,10 @@ def _lay_out(recipe: MineRecipe) -> tuple[str, int]:
             candidates = len(hashes)
             add(text for row in read_training(recipe) for text in row["pos"])
         with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": row["query"]}) + "\n" for row in read_training(recipe))
+            queries = sum(1 for row in read_training(recipe) if file.write(json.dumps({"text": row["query"]}) + "\n"))
         np.save(folder / "hashes.npy", np.array(hashes, dtype=np.int64))
-        facts.write_text(json.dumps({"candidates": candidates}), encoding="utf-8")
-    return str(folder), json.loads(facts.read_text(encoding="utf-8"))["candidates"]
+        facts.write_text(json.dumps({"candidates": candidates, "queries": queries}), encoding="utf-8")
+    return str(folder), json.loads(facts.read_text(encoding="utf-8"))
 
 
 # --- search ----------------------------------------------------------------------------------
@@ -242,18 +244,18 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
     from chassis.collectives import agreed, barrier, on_main
 
     check_folder(recipe.model)  # now, not after the corpus was read
-    name, candidates = on_main(lambda: _lay_out(recipe))
+    name, counts = on_main(lambda: _lay_out(recipe))
     folder = Path(name)
     roles: dict[str, Role] = {"corpus": "document", "queries": "query"}
     for texts, role in roles.items():
         output = Output(dir=str(folder / texts))
         source = [str(folder / f"{texts}.jsonl")]
-        encode(EncodeRecipe(model=recipe.model, texts=source, role=role, encode=recipe.encode, output=output), runtime)
+        how = {"role": role, "encode": recipe.encode, "prompts": recipe.prompts}
+        encode(EncodeRecipe(model=recipe.model, texts=source, output=output, **how), runtime)
     with agreed():
         teacher = _cross_encoder(recipe.cross_encoder, runtime) if recipe.cross_encoder else None
-    said = json.dumps([recipe.mine.model_dump(), fingerprint(recipe.cross_encoder or "")])
-    parts = folder / f"mined-{hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}"
-    size, blocks = recipe.mine.block_rows, 0
+    size, blocks = min(recipe.mine.block_rows, max(1, -(-counts["queries"] // runtime.world_size))), 0
+    parts = folder / on_main(lambda: _parts_name(recipe, size))
     with agreed():
         parts.mkdir(exist_ok=True)
         rows_of = _Rows(np.load(folder / "hashes.npy"))
@@ -262,11 +264,18 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
             if number % runtime.world_size == runtime.rank and not part.is_file():
                 draft = part.with_suffix(".draft")
                 with draft.open("w", encoding="utf-8") as file:
-                    for row in _mined(recipe, runtime, folder, rows_of, candidates, number * size, block, teacher):
+                    candidates, first = counts["candidates"], number * size
+                    for row in _mined(recipe, runtime, folder, rows_of, candidates, first, block, teacher):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 draft.replace(part)
     barrier()
     on_main(lambda: _join(recipe, [_part(parts, number) for number in range(blocks)]))
+
+
+def _parts_name(recipe: MineRecipe, size: int) -> str:
+    teacher = fingerprint(recipe.cross_encoder) if recipe.cross_encoder else None
+    said = json.dumps([recipe.mine.model_dump(), teacher, size])
+    return f"mined-{hashlib.blake2b(said.encode(), digest_size=8).hexdigest()}"
 
 
 def _part(parts: Path, number: int) -> Path:
@@ -374,8 +383,11 @@ def _vectors(folder: Path, first: int, count: int) -> np.ndarray:
 
     found, at = [], 0
     for _, vectors_ND in read_embeddings(folder):
-        found.append(vectors_ND[max(0, first - at) : max(0, first + count - at)])
-        at += len(vectors_ND)
+        part_ND = vectors_ND[max(0, first - at) : max(0, first + count - at)]
+        if len(part_ND):
+            found.append(part_ND.copy())  # a view would keep its whole shard
+        if (at := at + len(vectors_ND)) >= first + count:
+            break
     return np.ascontiguousarray(np.concatenate(found))
 
 
@@ -398,9 +410,12 @@ def _cross_encoder(name: str, runtime: Runtime) -> CrossEncoder:
 
 
 def _rescored(model: CrossEncoder, rows: list[dict[str, Any]], tells: bool) -> Iterator[dict[str, Any]]:
-    """The rows with a cross-encoder's scores."""
+    """The rows with a cross-encoder's logits: behind its usual sigmoid, a softmax could hardly tell them apart."""
+    import torch
+
     pairs = [(row["query"], text) for row in rows for text in (*row["pos"], *row["neg"])]
-    scores, at = model.predict(pairs, show_progress_bar=tells and sys.stderr.isatty()), 0
+    shown = tells and sys.stderr.isatty()
+    scores, at = model.predict(pairs, activation_fn=torch.nn.Identity(), show_progress_bar=shown), 0
     for row in rows:
         own = [float(score) for score in scores[at : at + len(row["pos"]) + len(row["neg"])]]
         at += len(own)

@@ -103,8 +103,10 @@ def open_searcher(
     from contrastive.stores import open_store
 
     section, record, model, precision = _locate(name, model)
-    embedder = Embedder(model, [str(choose_device(0))], precision=precision, width=record.dimension)
-    return StoreSearcher(embedder, open_store(section, model, record.dimension), where)
+    embedder = Embedder(
+        model, [str(choose_device(0))], precision=precision, width=record.dimension, prompts=record.prompts
+    )
+    return StoreSearcher(embedder, open_store(section, model, record.dimension, record.prompts), where)
 
 
 def _locate(name: str | Path, model: str | None) -> tuple[StoreSection, Record, str, Precision]:
@@ -124,7 +126,7 @@ def _locate(name: str | Path, model: str | None) -> tuple[StoreSection, Record, 
     else:
         section, record = locate(name)
         model = model or record.model
-    check(section, model)
+    check(section, model, prompts=record.prompts)
     return section, record, model, precision
 
 

@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from chassis.config import Section
 from chassis.errors import ConfigError
 from chassis.sources import make_folder
-from contrastive.embedder import fingerprint
+from contrastive.embedder import Prompts, fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,7 @@ class Record(Section):
     model: str
     fingerprint: str
     dimension: int
+    prompts: Prompts = {}
 
 
 class Found(NamedTuple):
@@ -86,7 +87,7 @@ def read_record(path: Path) -> Record | None:
         raise ConfigError(f"{path}: cannot be read (delete the table, and index again)") from None
 
 
-def check(section: StoreSection, model: str, dimension: int | None = None) -> None:
+def check(section: StoreSection, model: str, dimension: int | None = None, prompts: Prompts | None = None) -> None:
     """ConfigError where the table holds another model's embeddings, or vectors of another dimension."""
     path, way_out = record_path(section), "take another store.table, or delete this one"
     record = read_record(path)
@@ -98,7 +99,7 @@ def check(section: StoreSection, model: str, dimension: int | None = None) -> No
         raise ConfigError(
             f"{path}: dimension: the table has {record.dimension}, the model gives {dimension} ({way_out})"
         )
-    if record.fingerprint != fingerprint(model):
+    if record.fingerprint != fingerprint(model, prompts):
         raise ConfigError(f"{path}: model: embedded by {record.model}, which is not {model} as it is now ({way_out})")
 
 
@@ -113,9 +114,9 @@ def locate(folder: str | Path) -> tuple[StoreSection, Record]:
     return StoreSection(kind=record.kind, path=str(folder), table=record.table), record
 
 
-def open_store(section: StoreSection, model: str, dimension: int) -> Store:
+def open_store(section: StoreSection, model: str, dimension: int, prompts: Prompts | None = None) -> Store:
     """The table, made where there is none; ConfigError where it holds another model's embeddings, or unknown ones."""
-    check(section, model, dimension)
+    check(section, model, dimension, prompts)
     make_folder(section.path, "store.path")
     classes = {"lancedb": LanceStore, "qdrant": QdrantStore, "faiss": FaissStore}
     store = classes[section.kind](section.path, section.table, dimension)
@@ -127,7 +128,12 @@ def open_store(section: StoreSection, model: str, dimension: int) -> Store:
             )
         name = str(Path(model).resolve()) if Path(model).is_dir() else model
         record = Record(
-            kind=section.kind, table=section.table, model=name, fingerprint=fingerprint(model), dimension=dimension
+            kind=section.kind,
+            table=section.table,
+            model=name,
+            fingerprint=fingerprint(model, prompts),
+            dimension=dimension,
+            prompts=prompts or {},
         )
         record_path(section).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return store

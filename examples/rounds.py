@@ -36,6 +36,8 @@ def main() -> None:
         raise SystemExit(f"error: {error}") from None
     if not recipe.evaluate.data:
         raise SystemExit(f"error: {options.finetune}: evaluate.data: not set (rounds are compared by it)")
+    if len(recipe.data.sets) > 1:
+        raise SystemExit(f"error: {options.finetune}: data.train: {len(recipe.data.sets)} sets (rounds take one)")
     train = json.dumps([each.path for each in recipe.data.sets])
     folders = [Path(f"{recipe.run.output_dir}-round-{number}") for number in range(options.rounds + 1)]
     for number, folder in enumerate(folders):

@@ -11,6 +11,7 @@ import torch
 
 from chassis.errors import ModelError
 from chassis.retrieval import evaluate_run, read_beir, search
+from chassis.testing import run_world
 from contrastive import embedder
 from contrastive.bm25 import rank_bm25
 from contrastive.embedder import load_model
@@ -116,12 +117,33 @@ def test_a_plan_counts_texts_and_opens_no_model(beir_folder, tmp_path, capsys):
     assert (plan["world_size"], plan["queries"], plan["documents"], plan["texts_per_rank"]) == (4, 12, 12, 6)
 
 
+def test_more_ranks_than_texts_measure_what_one_does(model_folder, tmp_path):
+    folder = tiny.beir_folder(tmp_path / "one", count=2)
+    (alone,) = run_world(_measured, 1, model_folder, folder)
+    assert all(found == pytest.approx(alone) for found in run_world(_measured, 3, model_folder, folder))
+
+
+def _measured(_rank, _world_size, model_folder, folder):
+    return evaluate_model(model_folder, read_beir(folder), device=CPU)[0]
+
+
+def test_prompts_stand_in_for_a_models_own_by_its_label(model_folder, beir_folder, tmp_path, capsys):
+    models = {"own": str(model_folder), "other": str(model_folder)}
+    values = {"models": models, "evaluate": {"data": str(beir_folder)}, "device": "cpu", "output_dir": str(tmp_path)}
+    assert main(["--config", recipe(tmp_path, **values, prompts={"other": {"query": "the vector of "}})]) == 0
+    _, own, other, _ = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert {**own, "model": ""} != {**other, "model": ""}
+    assert main(["--config", recipe(tmp_path, **values, prompts={"another": {"query": ""}})]) == 2
+    assert "prompts.another: no model of that label (there: own, other)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
         ({"models": []}, "evaluate.yaml:1: models: must"),
         ({"evaluate": {}}, "needs evaluate.data (name a BEIR folder)"),
         ({"models": ["./absent"]}, "./absent: no such folder (name a sentence-transformers folder"),
+        ({"models": ["runs/absent/model"]}, "runs/absent/model: no such folder"),
         ({"evaluate": {"data": "absent"}}, "absent: no such folder (name one with corpus.jsonl"),
     ],
 )

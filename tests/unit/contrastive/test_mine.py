@@ -16,8 +16,8 @@ from chassis.runtime import Runtime
 from chassis.testing import run_world
 from contrastive.collate import check_row
 from contrastive.embedder import Embedder
-from contrastive.encode import Encode
-from contrastive.mine import Mine, MineRecipe, _lay_out, choose, main, mine
+from contrastive.encode import Encode, read_embeddings
+from contrastive.mine import Mine, MineRecipe, _lay_out, _vectors, choose, main, mine
 from tests import tiny
 
 pytest.importorskip("faiss", reason="faiss is not installed (the extra mine)")
@@ -166,8 +166,47 @@ def test_a_cross_encoder_gives_its_own_scores(folder: Path, tmp_path: Path) -> N
     AutoTokenizer.from_pretrained(folder / "plain").save_pretrained(tmp_path / "cross")
     rows = mined(recipe(folder, tmp_path / "out.jsonl", f"cross_encoder={tmp_path}/cross"))
     model = CrossEncoder(str(tmp_path / "cross"), device="cpu")
-    expected = model.predict([(rows[0]["query"], text) for text in (*rows[0]["pos"], *rows[0]["neg"])])
+    after_sigmoid = model.predict([(rows[0]["query"], text) for text in (*rows[0]["pos"], *rows[0]["neg"])])
+    expected = np.log(after_sigmoid / (1 - after_sigmoid))
     np.testing.assert_allclose([*rows[0]["pos_scores"], *rows[0]["neg_scores"]], expected, atol=1e-5)
+
+
+def test_where_a_run_is_started_decides_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(folder, tmp_path / "out.jsonl")
+    for number in range(2):
+        here = tmp_path / f"here-{number}"
+        here.mkdir()
+        (here / "a.json").write_text(str(number))
+        monkeypatch.chdir(here)
+        mined(made)
+    assert len(list(made.work.glob("*/mined-*"))) == 1
+
+
+def test_ranks_share_a_file_that_is_smaller_than_a_block(folder: Path, tmp_path: Path) -> None:
+    made = recipe(folder, tmp_path / "out.jsonl")
+    assert made.mine.block_rows > 31
+    run_world(_rank, 2, made)
+    assert len(list(made.work.glob("*/mined-*/part-*"))) == 2
+    assert [json.loads(line) for line in Path(made.output).read_text().splitlines()] == mined(
+        recipe(folder, tmp_path / "alone.jsonl")
+    )
+
+
+def test_vectors_of_a_block_hold_no_shard(folder: Path, tmp_path: Path) -> None:
+    made = recipe(folder, tmp_path / "out.jsonl")
+    mined(made)
+    (queries,) = made.work.glob("*/queries")
+    whole = np.concatenate([vectors_ND for _, vectors_ND in read_embeddings(queries)])
+    found = _vectors(queries, 14, 4)  # of two shards of 16
+    np.testing.assert_array_equal(found, whole[14:18])
+    assert found.base is None
+
+
+def test_prompts_of_a_recipe_stand_in_for_the_folders_own(folder: Path, tmp_path: Path) -> None:
+    rows = mined(recipe(folder, tmp_path / "out.jsonl", "prompts.query=the vector of "))
+    embedder = Embedder(folder / "model", prompts={"query": "the vector of "})
+    expected = embedder.encode_documents(rows[0]["neg"]) @ embedder.encode_queries(rows[0]["query"])
+    np.testing.assert_allclose(rows[0]["neg_scores"], expected, atol=1e-5)
 
 
 def test_a_margin_never_lets_through_what_scores_above_the_positive() -> None:

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from chassis.config import dump, load
 from chassis.errors import ConfigError, DataError
-from contrastive import search
+from contrastive import embedder, search
 from contrastive.embedder import Embedder
 from contrastive.index import IndexEncode, IndexRecipe, as_row, index, main
 from contrastive.search import open_searcher
@@ -197,16 +198,52 @@ def test_a_row_that_cannot_be_kept_is_named(row: dict[str, object], complaint: s
         as_row("f:3", row)
 
 
-def test_a_run_that_broke_off_is_simply_repeated(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_that_broke_off_embeds_what_is_missing(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, work = load(IndexRecipe, recipe, ["encode.shard_rows=2"]), tmp_path / "db/documents.work"
+    embedded, really = [], embedder.encode_texts
+
+    def until(count: int) -> None:
+        def encode_texts(*args: Any, **how: Any) -> embedder.Encoded:
+            if len(embedded) == count:
+                raise KeyboardInterrupt
+            embedded.append(args)
+            return really(*args, **how)
+
+        monkeypatch.setattr(embedder, "encode_texts", encode_texts)
+
+    until(4)
+    with pytest.raises(KeyboardInterrupt):
+        index(made)
+    there = len(list(work.glob("shard-*")))
+    assert 2 <= there <= 4
+    embedded.clear()
+    until(100)
+    assert index(made).documents == 12
+    assert len(embedded) == 6 - there and not work.exists()
+
+
+def test_a_row_that_cannot_be_put_is_told_before_any_is_embedded(recipe: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
-    whole = corpus.read_text()
-    corpus.write_text(whole.replace('"_id": 10', '"ID": 10'))
+    corpus.write_text(corpus.read_text().replace('"_id": 10', '"ID": 10'))
     with pytest.raises(DataError, match=r"corpus.jsonl:11: id: must be"):
         index(load(IndexRecipe, recipe, ["encode.shard_rows=2"]))
+    assert not (tmp_path / "db").exists()
+
+
+def test_prompts_of_a_recipe_stand_in_for_the_folders_own_and_are_kept_with_the_table(
+    recipe: Path, tmp_path: Path, model: Path
+) -> None:
+    made = load(IndexRecipe, recipe, ["prompts.query=the vector of "])
+    index(made)
+    expected = Embedder(model, prompts={"query": "the vector of "}).encode_queries("a mask")
     with open_searcher(tmp_path / "db") as searcher:
-        assert 2 <= searcher.store.count() <= 10  # the corpus is not read as a whole first
-    corpus.write_text(whole)
-    assert index(load(IndexRecipe, recipe)).documents == 12
+        found = searcher.embedder.encode_queries("a mask")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not np.allclose(found, Embedder(model).encode_queries("a mask"), atol=1e-3)
+    with pytest.raises(ConfigError, match="embedded by"):
+        index(load(IndexRecipe, recipe))
 
 
 def test_a_beir_folder_is_its_corpus_alone_and_of_equal_ids_the_last_row_stays(model: Path, tmp_path: Path) -> None:
@@ -218,7 +255,7 @@ def test_a_beir_folder_is_its_corpus_alone_and_of_equal_ids_the_last_row_stays(m
         file.write(plain + json.dumps({"_id": "d29", "text": "last"}) + "\n")
     store = StoreSection(kind="faiss", path=str(tmp_path / "db"))
     found = index(IndexRecipe(model=str(model), corpus=str(folder), store=store))
-    assert (found.rows, found.documents) == (30, 30)
+    assert (found.rows, found.documents) == (31, 30)
     with open_searcher(store.path, where={"id": "d29"}) as searcher:
         assert [hit.document.text for hit in searcher.ask("x")] == ["last"]
 
