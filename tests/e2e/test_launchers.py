@@ -197,6 +197,24 @@ def test_evaluation_is_the_same_by_two_ranks_as_by_one(folder: Path, finetuned: 
     assert read_beir(folder / "beir").name == "beir"
 
 
+def test_rounds_train_on_what_the_round_before_found(folder: Path, pretrained: Path) -> None:
+    mining = folder / "mine.yaml"
+    window = {"negatives": 2, "first_rank": 0, "last_rank": 9}
+    mining.write_text(json.dumps({"model": "", "data": [""], "output": "", "mine": window}))
+    tuning = folder / "rounds.yaml"
+    tuning.write_text(recipe(folder, "finetune").read_text().replace("runs/finetune", "runs/mined"))
+    command = [sys.executable, "examples/rounds.py", "--finetune", str(tuning), "--mine", str(mining), "--rounds", "1"]
+    for _ in range(2):  # the second time all is there
+        found = run(command)
+        assert found.returncode == 0, found.stderr
+        assert "round 0: nDCG@10" in found.stdout and "round 1: nDCG@10" in found.stdout
+    first, second = (folder / f"runs/mined-round-{number}" for number in range(2))
+    rows = [json.loads(line) for line in (second / "mined.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and all(len(row["neg"]) == 2 for row in rows)
+    weights = [load_file(each / "model/model.safetensors") for each in (first, second)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(folder: Path) -> None:
     """SIGTERM to a process and its loader's workers in the midst of training, then the same command again."""
     command = [sys.executable, "launch/pretrain.py", "--config", str(recipe(folder, "pretrain"))]

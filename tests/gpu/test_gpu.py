@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from chassis.engine import build
+from chassis.retrieval import search_together
 from chassis.runtime import Placement, Runtime, joined
+from contrastive.embedder import Embedder
 from contrastive.loss import contrastive_share
+from contrastive.mine import nearest
 from retromae.masks import decoder_visibility
 from tests import tiny
 from tests.distributed import steps
@@ -60,3 +64,18 @@ def test_the_loss_holds_no_more_than_a_tile_of_scores() -> None:
     contrastive_share(q, d, d[:queries], identity, temperature=0.01, weight=1 / queries).value.backward()
     grown = torch.cuda.max_memory_allocated() - before
     assert grown < 8 * (64 << 20)  # the whole matrix would take 512 MiB, and its gradient as much
+
+
+def test_embeddings_and_searches_on_a_gpu_are_those_of_a_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="an optional library: lodestar-embeddings[mine]")
+    folder, texts = tiny.trained(tmp_path / "model", tmp_path / "plain"), tiny.texts(200, seed=4)
+    on_cpu = Embedder(folder, ["cpu"]).encode_documents(texts)
+    np.testing.assert_allclose(Embedder(folder, ["cuda:0"]).encode_documents(texts), on_cpu, atol=1e-4)
+    in_bf16 = Embedder(folder, ["cuda:0"], precision="bf16").encode_documents(texts)
+    assert (in_bf16 * on_cpu).sum(1).min() > 0.99
+    (cpu_scores, _), (gpu_scores, rows) = (nearest(on_cpu[:9], on_cpu, 5, device) for device in ("cpu", "cuda:0"))
+    np.testing.assert_allclose(gpu_scores, cpu_scores, atol=1e-4)
+    assert rows[:, 0].tolist() == list(range(9))
+    x_ND = torch.from_numpy(on_cpu)
+    together = search_together(x_ND[:9], x_ND, 5, torch.device("cuda"))
+    assert together[0].device.type == "cpu" and together[1][:, 0].tolist() == list(range(9))

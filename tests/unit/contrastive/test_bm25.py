@@ -97,3 +97,10 @@ def test_bm25_on_scifact_is_the_published_one():
     # published values lie between 0.665 and 0.69, by tokenisation
     assert found["ndcg_at_10"] == pytest.approx(0.6862, abs=0.02)
     assert found["recall_at_100"] == pytest.approx(0.9209, abs=0.02)
+
+
+def test_a_corpus_without_a_term_is_searched_in_vain():
+    beir = Beir("stop words", ["d1", "d2"], ["the of", ""], ["q"], ["the tensor"], {"q": {"d1": 1}})
+    scores, rows = rank_bm25(beir, 10)
+    assert scores.tolist() == [[float("-inf")] * 2] and rows.tolist() == [[0, 1]]
+    assert evaluate_run(beir, scores, rows)["ndcg_at_10"] == 0
