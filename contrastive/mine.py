@@ -58,7 +58,7 @@ class Mine(Section):
     """Pass over what scores more than this share of the positive; NV-Retriever takes 0.95."""
     seed: int = 42
     block_rows: Count = 50_000
-    """Queries that are searched at once; what an interrupted run has to do again on each rank."""
+    """Most queries that are searched at once; what an interrupted run has to do again on each rank."""
 
     @model_validator(mode="after")
     def _window(self) -> Mine:
@@ -254,7 +254,7 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
         encode(EncodeRecipe(model=recipe.model, texts=source, output=output, **how), runtime)
     with agreed():
         teacher = _cross_encoder(recipe.cross_encoder, runtime) if recipe.cross_encoder else None
-    size, blocks = min(recipe.mine.block_rows, max(1, -(-counts["queries"] // runtime.world_size))), 0
+    size, blocks = _block_rows(recipe, counts["queries"], runtime.world_size), 0
     parts = folder / on_main(lambda: _parts_name(recipe, size))
     with agreed():
         parts.mkdir(exist_ok=True)
@@ -270,6 +270,11 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
                 draft.replace(part)
     barrier()
     on_main(lambda: _join(recipe, [_part(parts, number) for number in range(blocks)]))
+
+
+def _block_rows(recipe: MineRecipe, queries: int, world_size: int) -> int:
+    """So that each rank has a block."""
+    return min(recipe.mine.block_rows, max(1, -(-queries // world_size)))
 
 
 def _parts_name(recipe: MineRecipe, size: int) -> str:
@@ -460,7 +465,7 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
         "corpus_rows": count(corpus.texts, "corpus") if corpus else "all passages of data",
         "negatives_per_query": recipe.mine.negatives,
         "ranks": f"{recipe.mine.first_rank} to {recipe.mine.last_rank}, {recipe.mine.pick}",
-        "blocks": None if queries is None else -(-queries // recipe.mine.block_rows),
+        "blocks": None if queries is None else -(-queries // _block_rows(recipe, queries, world_size)),
         "missing": missing.lines,
     }
 
