@@ -5,7 +5,9 @@ Shape suffixes: N rows on this rank, M rows on all ranks, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chassis.errors import LodestarError
+from chassis.errors import ConfigError, LodestarError
 
 Result = TypeVar("Result")
 
@@ -114,6 +116,21 @@ def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     for other in gather_objects(mistake, group):
         if other is not None:
             raise other
+
+
+def require_same(values: Mapping[str, Any], what: str) -> None:
+    """ConfigError on every rank, naming ranks and keys, unless all ranks bring equal values, which can become JSON."""
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+    if len(set(gather_objects(digest))) == 1:
+        return
+    first, *others = gather_objects(dict(values))
+    lines = []
+    for number, other in enumerate(others, 1):
+        keys = [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            differing = ", ".join(f"{key} {other.get(key)!r}, not {first.get(key)!r}" for key in keys)
+            lines.append(f"rank {number} has {differing}")
+    raise ConfigError(f"{what}: not the same as on rank 0: {'; '.join(lines)} (start all ranks with the same)")
 
 
 def on_main(build: Callable[[], Result]) -> Result:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -52,6 +52,35 @@ def dump(recipe: BaseModel) -> str:
     """The recipe as YAML that `load` reads back to an equal value."""
     values = json.loads(recipe.model_dump_json())
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flat(recipe: object, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a recipe, or of what `read_values` returns, by dotted keys.
+
+    without   keys and sections to leave out
+    """
+    values = json.loads(recipe.model_dump_json()) if isinstance(recipe, BaseModel) else recipe
+    found: dict[str, Any] = {}
+    _flatten(cast(dict[str, Any], values), "", found)
+    return {key: value for key, value in found.items() if not covers(without, key)}
+
+
+def _flatten(values: dict[str, Any], before: str, found: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _flatten(cast(dict[str, Any], value), f"{before}{key}.", found)
+        else:
+            found[before + key] = value
+
+
+def covers(names: Sequence[str], key: str) -> bool:
+    """Whether a dotted key, or a section that it is in, is among `names`."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a YAML file says, unchecked but for its own grammar."""
+    return _read(path).values
 
 
 # --- reading ---------------------------------------------------------------------------------

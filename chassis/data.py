@@ -6,14 +6,18 @@ number of loader workers or ranks sees the same batches.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -26,12 +30,17 @@ from torch.utils.data import Dataset as TorchDataset
 
 from chassis import chance
 from chassis.errors import DataError
+from chassis.files import damage, sync, write_manifest
 from chassis.sources import Row, Source, read_rows
 
 StepBatch = TypeVar("StepBatch")
 
 ABANDONED_SECONDS = 7 * 24 * 3600
 """Age at which the draft of a run that was killed is deleted."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What launchers, terminals and batch systems send to stop a run."""
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent ends
 
 # --- the tokenised cache ---------------------------------------------------------------------
 
@@ -62,19 +71,27 @@ def tokenised(
     settings: Mapping[str, Any],
     tokenise: Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]],
     check: Callable[[str, Row], Row | None],
+    row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
+    first_on_node: bool = True,
 ) -> Corpus:
     """The sources' rows, checked and tokenised; from the cache if the same content met the same settings before.
 
-    settings   everything besides the content that decides the result
-    check      (where, row) -> the columns to keep, none to drop the row; raises DataError
-    tokenise   a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    settings       everything besides the content that decides the result
+    check          (where, row) -> the columns to keep, none to drop the row; raises DataError
+    row_features   types of those columns: never guessed from the first rows of a file
+    tokenise       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    first_on_node  this process checks every byte of the cache, and builds it anew where one is wrong
     """
-    address = json.dumps([[s.fingerprint for s in sources], dict(settings)], sort_keys=True)
+    contents = [source.fingerprint for source in sources]
+    address = json.dumps([contents, dict(settings)], sort_keys=True)
     folder = cache_dir.expanduser() / hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
-    if not (folder / "facts.json").exists():
-        _build(folder, sources, tokenise, check, features, processes)
+    if first_on_node and folder.exists() and (wrong := damage(folder, ("facts.json", "rows/state.json"))):
+        print(f"warning: data.cache_dir: {folder}: {wrong}; built anew", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+    if not folder.exists():
+        _build(folder, sources, contents, tokenise, check, row_features, features, processes)
     facts = Facts(**json.loads((folder / "facts.json").read_text()))
     return Corpus(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), facts)
 
@@ -82,8 +99,10 @@ def tokenised(
 def _build(
     folder: Path,
     sources: Sequence[Source],
+    contents: Sequence[str],
     tokenise: Callable[..., Any],
     check: Callable[[str, Row], Row | None],
+    row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
 ) -> None:
@@ -92,15 +111,19 @@ def _build(
 
     def rows() -> Iterator[Row]:
         nonlocal given
-        for source in sources:
+        for source, content in zip(sources, contents, strict=True):
             for where, row in read_rows(source):
                 given += 1
                 kept = check(where, row)
                 if kept is not None:
                     yield kept
+            if source.fingerprint != content:
+                raise DataError(
+                    f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"
+                )
 
     try:
-        shards = list(_in_shards(rows(), draft / "raw"))
+        shards = list(_in_shards(rows(), row_features, draft / "raw"))
         if not shards:
             raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
         raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
@@ -117,17 +140,19 @@ def _build(
         tokens = sum(int(batch["tokens"].sum()) for batch in counted.iter(100_000))
         truncated = sum(int(batch["truncated"].sum()) for batch in counted.iter(100_000))
         table.save_to_disk(str(draft / "rows"))
+        for path in (draft / "raw", *draft.glob("mapped*.arrow")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        facts = Facts(folder.name, len(table), tokens, truncated, given - len(raw))
+        (draft / "facts.json").write_text(json.dumps(asdict(facts)))
+        write_manifest(draft)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    for path in (draft / "raw", *draft.glob("mapped*.arrow")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    facts = Facts(folder.name, len(table), tokens, truncated, given - len(raw))
-    (draft / "facts.json").write_text(json.dumps(asdict(facts)))
     try:
         draft.rename(folder)  # whole or absent
     except OSError:  # another run on this cache was quicker
         shutil.rmtree(draft)
+    sync(folder.parent)
 
 
 def _own_draft(folder: Path) -> Path:
@@ -140,7 +165,9 @@ def _own_draft(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".draft", dir=folder.parent))
 
 
-def _in_shards(rows: Iterator[Row], folder: Path, shard_rows: int = 200_000) -> Iterator[Path]:
+def _in_shards(
+    rows: Iterator[Row], features: datasets.Features, folder: Path, shard_rows: int = 200_000
+) -> Iterator[Path]:
     """Write the rows as Arrow files of `shard_rows` rows, so that memory does not grow with the corpus."""
     from datasets.arrow_writer import ArrowWriter
 
@@ -148,7 +175,7 @@ def _in_shards(rows: Iterator[Row], folder: Path, shard_rows: int = 200_000) -> 
     row = next(rows, None)
     while row is not None:
         path = folder / f"{len(list(folder.iterdir())):05d}.arrow"
-        writer = ArrowWriter(path=str(path))
+        writer = ArrowWriter(path=str(path), features=features)
         for _ in range(shard_rows):
             writer.write(dict(row))
             row = next(rows, None)
@@ -156,20 +183,6 @@ def _in_shards(rows: Iterator[Row], folder: Path, shard_rows: int = 200_000) -> 
                 break
         writer.finalize()
         yield path
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A draft beside `folder` that takes its place once it is whole."""
-    draft, old = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- order -----------------------------------------------------------------------------------
@@ -236,12 +249,27 @@ def step_batches(
         pin_memory=pin,
         worker_init_fn=_begin_worker,
     )
-    yield from loader  # closing this generator ends the workers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a worker inherits this until it ignores them
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from batches  # closing this generator ends the workers
 
 
 def _begin_worker(worker: int) -> None:
+    """Launchers and terminals signal whole process trees; the rank alone decides when to stop, and its workers end
+    with it, however it ends."""
     torch.set_num_threads(1)
-    os.setpgrp()  # launchers and terminals signal whole groups; the rank decides when to stop, its workers follow
+    os.setsid()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # elsewhere torch looks for the parent now and then
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(0)  # the rank was gone before the line above
 
 
 def cut(rows: Sequence[Any], parts: int) -> list[Sequence[Any]]:

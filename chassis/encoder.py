@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,10 @@ class Loaded:
     from_file: int
     total: int
     source: str
+    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.from_file} of {self.total} tensors from {self.source}"
+        return "\n".join([f"{self.from_file} of {self.total} tensors from {self.source}", *self.warnings])
 
 
 def find_folder(name: str) -> Path:
@@ -57,15 +58,76 @@ def find_folder(name: str) -> Path:
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer; it must be a fast one, because whole words are found by its word ids."""
+    """The recipe's tokenizer, checked against its encoder.
+
+    It must be a fast one, because whole words are found by its word ids.
+    Raises ModelError where it does not fit the encoder, or puts no [CLS] before a text.
+    """
     folder = find_folder(model.tokenizer or model.encoder)
+    if not any(path.name in TOKENIZER_FILES or path.suffix == ".model" for path in folder.iterdir()):
+        # transformers would make up a tokenizer that knows five tokens
+        raise ModelError(f"model.tokenizer: {folder}: has no tokenizer files (name a folder that has, or add them)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.tokenizer: {folder}: cannot be opened: {_first_line(error)}") from None
+    except Exception as error:  # tokenizers raises plain Exceptions
+        raise ModelError(
+            f"model.tokenizer: {folder}: cannot be opened: {_first_line(error)} (save it again with a tokenizer.json)"
+        ) from None
     if not tokenizer.is_fast:
         raise ModelError(f"model.tokenizer: {folder}: not a fast tokenizer (save it with a tokenizer.json)")
+    tokenizer.padding_side = tokenizer.truncation_side = "right"  # [CLS] comes first, in the exported folder too
+    _check_ids(tokenizer, folder)
+    _check_fit(tokenizer, folder, model)
     return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tiktoken", "tekken.json")
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """It knows more than special tokens, and puts one of those before a text."""
+    special = set(tokenizer.all_special_ids)
+    if not set(tokenizer.get_vocab().values()) - special:
+        raise ModelError(f"model.tokenizer: {folder}: knows no token but special ones (take the encoder's own)")
+    first: list[int] = tokenizer("a")["input_ids"][:1]  # type: ignore[assignment]
+    if not first or first[0] not in special:
+        raise ModelError(
+            f"model.tokenizer: {folder}: puts no [CLS] before a text, and the embedding is read there "
+            "(take the encoder's own, or give its tokenizer.json a post-processor that adds one)"
+        )
+
+
+def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Model) -> None:
+    """Its ids mean what they meant to the encoder, as far as the encoder's folder tells."""
+    config, encoder = _config(model), find_folder(model.encoder)
+    ids, known = max(tokenizer.get_vocab().values()) + 1, getattr(config, "vocab_size", None)
+    remedy = f"take the tokenizer of {encoder}"
+    if known is not None and ids > known:
+        raise ModelError(
+            f"model.tokenizer: {folder}: has {ids:,} tokens, but {encoder} embeds {known:,} of them ({remedy}, or "
+            "enlarge its embeddings)"
+        )
+    if known is not None and not model.random_weights and ids < SPARSE_VOCABULARY * known:
+        raise ModelError(
+            f"model.tokenizer: {folder}: has {ids:,} tokens, but {encoder} embeds {known:,}: another vocabulary "
+            f"({remedy})"
+        )
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and tokenizer.pad_token_id is not None and pad != tokenizer.pad_token_id:
+        raise ModelError(
+            f"model.tokenizer: {folder}: pads with token {tokenizer.pad_token_id}, but {encoder} with {pad}: of "
+            f"another family ({remedy})"
+        )
+    if folder != encoder and any((encoder / name).is_file() for name in TOKENIZER_FILES):
+        own = AutoTokenizer.from_pretrained(encoder).get_vocab()
+        if not own.items() <= tokenizer.get_vocab().items():
+            raise ModelError(
+                f"model.tokenizer: {folder}: gives tokens other numbers than the encoder's own does ({remedy})"
+            )
+
+
+SPARSE_VOCABULARY = 0.9
+"""Embeddings are often padded to a multiple; a tokenizer that fills less of them than this is not theirs."""
 
 
 def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool = False) -> Loaded:
@@ -74,11 +136,7 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
     random_head   the tensors outside the base model may be missing from the file and start from chance
     Raises ModelError where a tensor is missing, has another shape, or is not what the file holds.
     """
-    folder = find_folder(model.encoder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model.encoder: {folder}: cannot be opened: {_first_line(error)}") from None
+    folder, config = find_folder(model.encoder), _config(model)
     if model.dropout is not None:
         for name in _dropout_rates(config):
             setattr(config, name, model.dropout)
@@ -90,9 +148,21 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
     else:
         loaded = _from_file(folder, config, auto_class, extra, random_head)
     _check_length(model, loaded.model)
+    _check_direction(loaded.model, folder)
     if model.activation_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return loaded
+    return replace(loaded, warnings=_pooling_warning(folder))
+
+
+def _config(model: Model) -> Any:
+    """The encoder's configuration; ModelError where it cannot be read."""
+    folder = find_folder(model.encoder)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.encoder: {folder}: cannot be opened: {_first_line(error)} (name a folder in transformers' format)"
+        ) from None
 
 
 def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any], random_head: bool) -> Loaded:
@@ -178,6 +248,11 @@ def _in_file(name: str, prefix: str, held: Mapping[str, Callable[[], Tensor]]) -
 
 def _without_pooler(auto_class: Any, config: Any) -> dict[str, Any]:
     """[CLS] itself is the embedding; a pooler would only be a tensor without a gradient."""
+    if type(config) not in auto_class._model_mapping.keys():  # noqa: SIM118 (not a dict)
+        raise ModelError(
+            f"model.encoder: a {config.model_type} model cannot be opened by {auto_class.__name__} (name an encoder "
+            "like BERT)"
+        )
     model_class = auto_class._model_mapping[type(config)]
     known = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if known else {}
@@ -195,6 +270,47 @@ def _check_length(model: Model, encoder: PreTrainedModel) -> None:
         raise ModelError(
             f"model.max_length: {model.max_length} tokens but {model.encoder} knows {rows - first} positions (lower it)"
         )
+
+
+def _check_direction(encoder: PreTrainedModel, folder: Path) -> None:
+    """The first token sees those behind it: in a causal decoder texts that begin alike would have equal vectors."""
+    first, *others = [i for i in range(min(64, encoder.config.vocab_size)) if i != encoder.config.pad_token_id]
+    training = encoder.training
+    with torch.no_grad():
+        ids_BL = torch.tensor([[first, others[0], others[1]], [first, others[2], others[3]]])
+        base = encoder.eval().base_model
+        try:
+            seen_BD = base(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).last_hidden_state[:, 0]
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise ModelError(
+                f"model.encoder: {folder}: {type(encoder).__name__} is no text encoder: {_first_line(error)} "
+                "(name one like BERT)"
+            ) from None
+    encoder.train(training)
+    if seen_BD[0].equal(seen_BD[1]):
+        raise ModelError(
+            f"model.encoder: {folder}: {type(encoder).__name__} is a causal decoder: its first token, whose vector is "
+            "the embedding, sees no other (name an encoder like BERT)"
+        )
+
+
+def _pooling_warning(folder: Path) -> tuple[str, ...]:
+    """A line where the folder's own embedding is not the [CLS] vector."""
+    file = folder / "1_Pooling" / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError):
+        raise ModelError(f"model.encoder: {file}: not valid JSON (fetch the folder again)") from None
+    modes = values.get("pooling_mode") or []
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    before = "pooling_mode_"  # of older versions: a switch for each
+    modes += [name.removeprefix(before) for name in values if name.startswith(before) and values[name]]
+    if not modes or modes in (["cls"], ["cls_token"]):
+        return ()
+    return (
+        f"warning: model.encoder: {folder}: its embedding is by {' and '.join(modes)} pooling; it is trained and saved "
+        "with [CLS] pooling",
+    )
 
 
 def _dropout_rates(config: Any) -> list[str]:

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from chassis import optim as optims
-from chassis.collectives import sum_over_ranks
+from chassis.collectives import gather_objects, sum_over_ranks
 from chassis.errors import CheckpointError, ConfigError
 from chassis.runtime import Runtime, prepare_deepspeed
 from chassis.schema import Engine as EngineSection
@@ -86,9 +87,11 @@ def build(module: nn.Module, runtime: Runtime, section: EngineSection, optim: Op
     if precision == "fp16" and runtime.device.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU (use fp32 or bf16 here)")
     module.to(runtime.device)
+    # All ranks or none: an update that differs by bf16's rounding would let their weights drift apart.
+    muon_fp32 = optim.name == "muon" and not all(gather_objects(runtime.multiplies_bf16()))
     if section.kind == "ddp":
-        return DdpEngine(module, runtime, optim, precision)
-    return ZeroEngine(module, runtime, section, optim, precision)
+        return DdpEngine(module, runtime, optim, precision, muon_fp32)
+    return ZeroEngine(module, runtime, section, optim, precision, muon_fp32)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -111,8 +114,10 @@ class _Autocast(nn.Module):
 class DdpEngine:
     """torch's DistributedDataParallel; weights, gradients and states whole on every rank."""
 
-    def __init__(self, module: nn.Module, runtime: Runtime, optim: Optim, precision: Precision) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, runtime: Runtime, optim: Optim, precision: Precision, muon_fp32: bool
+    ) -> None:
+        self.module, self._muon_fp32 = module, muon_fp32
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._world_size = runtime.world_size
         self._wrapped: nn.Module = _Autocast(module, runtime.device, precision)
@@ -176,7 +181,8 @@ class DdpEngine:
         self._adamw.step()
         for optimizer, _ in self._optimizers[1:]:
             if bool(finite):
-                optimizer.step()
+                with optims.muon_in_fp32(self._muon_fp32):
+                    optimizer.step()
 
     def _adjust_scale(self, skipped: bool) -> None:
         if self._fixed_scale:
@@ -219,12 +225,18 @@ class ZeroEngine:
     """DeepSpeed: optimizer states (1), gradients (2), parameters (3) sharded over ranks; 0 shards nothing."""
 
     def __init__(
-        self, module: nn.Module, runtime: Runtime, section: EngineSection, optim: Optim, precision: Precision
+        self,
+        module: nn.Module,
+        runtime: Runtime,
+        section: EngineSection,
+        optim: Optim,
+        precision: Precision,
+        muon_fp32: bool,
     ) -> None:
         prepare_deepspeed()
         import deepspeed
 
-        self.module = module
+        self.module, self._muon_fp32 = module, muon_fp32
         if optim.name == "muon" and section.zero_stage == 3:
             raise ConfigError(
                 "engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)"
@@ -255,13 +267,16 @@ class ZeroEngine:
             config=config,
             dist_init_required=False,
         )[0]
+        if self._muon and section.zero_stage > 0:
+            self._muon_norm = _MuonNorm(self._engine.optimizer)
 
     def run(self, *inputs: Any, last: bool) -> Any:
         return self._engine(*inputs)
 
     def backward(self, share: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(share * self._world_size, scale_wrt_gas=False)
+        with optims.muon_in_fp32(self._muon_fp32):  # ZeRO-1 and 2 orthogonalise here
+            self._engine.backward(share * self._world_size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> StepReport:
         for group in self._engine.optimizer.param_groups:
@@ -272,9 +287,12 @@ class ZeroEngine:
             if not bool(torch.isfinite(norm)):
                 self._engine.optimizer.zero_grad()
                 return StepReport(norm, torch.ones((), device=self._device))
+        elif self._muon:
+            norm = self._muon_norm.read()
         skipped_before = self._engine.skipped_steps
-        self._engine.step()
-        if self._stage > 0:
+        with optims.muon_in_fp32(self._muon_fp32):  # ZeRO-0 here
+            self._engine.step()
+        if self._stage > 0 and not self._muon:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._device, dtype=torch.float32)
         skipped = self._engine.skipped_steps - skipped_before
         return StepReport(norm, torch.tensor(float(skipped), device=self._device))
@@ -393,6 +411,45 @@ def _deepspeed_muon(parameter_groups: list[optims.Group], optim: Optim) -> torch
             parameter.use_muon = group["use_muon"]
     rates = {"lr": optim.lr, "fused": True, **of_adam}
     return MuonWithAuxAdam(parameter_groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=rates)
+
+
+class _MuonNorm:
+    """The norm of the gradient under ZeRO-1 and 2 with Muon.
+
+    DeepSpeed's own is taken when the matrices' gradients have been replaced by their orthogonal updates, whose norms
+    depend on nothing but their shapes.
+    """
+
+    def __init__(self, zero: Any) -> None:
+        self._zero, self._orthogonalise = zero, zero.get_flat_partition
+        self._muon_square: Tensor | float = 0.0
+        zero.get_flat_partition = self._measured
+
+    def _measured(self, parameters: list[Any], *args: Any, param_group_idx: int, **more: Any) -> Any:
+        zero, group = self._zero, param_group_idx
+        if parameters and zero._is_muon_group(parameters):
+            partition = dist.get_rank(zero.real_dp_process_group[group])
+            starts, places = (
+                table[group][partition] for table in (zero.grad_start_offset, zero.grad_partition_insertion_offset)
+            )
+            for parameter, gradient in zip(parameters, zero.all_grad_tensors[group], strict=True):
+                start, place = (int(table[zero.get_param_id(parameter)]) for table in (starts, places))
+                end = start + min(parameter.numel() - start, int(zero.partition_size[group]) - place)
+                self._muon_square = self._muon_square + gradient.flatten()[start:end].float().square().sum()
+        return self._orthogonalise(parameters, *args, param_group_idx=param_group_idx, **more)
+
+    def read(self) -> Tensor:
+        """() fp32, over all ranks; once for each step, before it."""
+        zero = self._zero
+        others = [
+            piece.float().square().sum()
+            for group, pieces in zero.averaged_gradients.items()
+            if pieces and not (zero.params_in_partition[group] and zero._is_muon_group(zero.params_in_partition[group]))
+            for piece in pieces
+        ]
+        local = torch.zeros((), device=zero.device) + self._muon_square + sum(others)
+        self._muon_square = 0.0
+        return sum_over_ranks(local).sqrt() / zero.loss_scale
 
 
 def _full_shape(parameter: Any) -> torch.Size:

@@ -5,14 +5,20 @@ Muon: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networ
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from chassis.schema import Optim
 
 Group = dict[str, Any]
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of Muon's iteration, the same in torch and DeepSpeed."""
 
 
 def by_muon(model: nn.Module) -> set[str]:
@@ -63,3 +69,40 @@ def muon(parameter_groups: list[Group], optim: Optim) -> torch.optim.Optimizer:
         momentum=optim.muon_momentum,
         nesterov=True,
     )
+
+
+def newton_schulz(gradient: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """(N, M) -> (N, M) with singular values near 1, in the gradient's own precision.
+
+    The iteration that torch and DeepSpeed take in bf16 whatever the gradient is.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = gradient.shape[0] > gradient.shape[1]
+    x = gradient.T if tall else gradient
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+@contextmanager
+def muon_in_fp32(wanted: bool) -> Iterator[None]:
+    """Inside, torch's and DeepSpeed's Muon iterate in fp32 if `wanted`: for CPUs without bf16 units, which take many
+    times as long over a product in bf16. Neither library has a switch for it, so their functions are put aside."""
+    replaced: list[tuple[ModuleType, str, Any]] = []
+    for module, name, function in _IN_FP32:
+        if wanted and module in sys.modules:
+            replaced.append((sys.modules[module], name, getattr(sys.modules[module], name)))
+            setattr(sys.modules[module], name, function)
+    try:
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
+
+
+_IN_FP32 = (
+    ("torch.optim._muon", "_zeropower_via_newtonschulz", lambda grad, abc, steps, eps: newton_schulz(grad, steps, eps)),
+    ("deepspeed.runtime.zero.muon.original_muon", "ns_compute_dtype", lambda method="gram": torch.float32),
+)

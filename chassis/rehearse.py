@@ -29,7 +29,7 @@ from chassis.trial import generated, with_largest_micro_size
 
 def rehearse(recipe: Any, placement: Placement, kind: Kind, steps: int) -> int:
     """Take `steps` steps on all ranks, print what they cost, and leave nothing behind."""
-    with together(placement, recipe.engine.timeout_minutes) as runtime:
+    with together(placement, recipe.engine.timeout_minutes, recipe) as runtime:
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
         with generated(recipe, runtime, kind, micro_size=recipe.batch.micro_size, steps=steps) as (made, prepared):

@@ -71,6 +71,15 @@ class Runtime:
         step = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if self.world_size == 1 else torch.cuda.device_count()))
         return [f"cuda:{i}" for i in range(self.local_rank, torch.cuda.device_count(), step)]
 
+    def multiplies_bf16(self) -> bool:
+        """Whether this device has units for bf16 matrix products; a CPU without them emulates each, far slower."""
+        import torch
+
+        if self.device.type != "cpu":
+            return True
+        has_units = any(on and "bf16" in name for name, on in torch.cpu.get_capabilities().items())
+        return has_units and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
     def memory_bytes(self) -> int:
         """Of this rank's device; without a GPU, this rank's share of the machine's."""
         import torch

@@ -10,6 +10,12 @@ from pydantic import Field, model_validator
 from chassis.config import Section
 
 AUTO = "auto"
+NEUTRAL = (
+    "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers",
+    "model.activation_checkpointing", "batch.micro_size", "batch.keep_graph", "engine", "checkpoint", "evaluate",
+    "track",
+)  # fmt: skip
+"""Keys and sections that do not change what training computes; of data.train the content and the weights do."""
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -120,6 +126,8 @@ class Checkpoint(Section):
     """How many of the newest checkpoints stay."""
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint of output_dir; none: start afresh; or a checkpoint folder."""
+    allow_change: list[str] = []
+    """Keys, or sections, that may differ from those of the checkpoint that the run goes on from, as [optim.lr]."""
 
 
 class Evaluate(Section):

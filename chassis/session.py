@@ -8,19 +8,22 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from pydantic import BaseModel
 from transformers.utils import logging as transformers_logging
 
 from chassis import checkpoint, config, data
-from chassis.collectives import agreed, barrier, from_main, on_main
+from chassis.collectives import agreed, barrier, from_main, on_main, require_same
 from chassis.engine import Engine, Resumed, build
-from chassis.errors import CheckpointError, DataError
+from chassis.errors import CheckpointError, ConfigError, DataError
+from chassis.files import locked, replacing
 from chassis.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from chassis.loop import Hook, Progress, fit
 from chassis.meter import Console, Meter
@@ -30,29 +33,42 @@ from chassis.prepared import Kind, Prepared, Recipe
 from chassis.report import write_report
 from chassis.runtime import Placement, Runtime, joined, local_environment
 from chassis.schedule import lr_factor
-from chassis.schema import AUTO
+from chassis.schema import AUTO, NEUTRAL
 from chassis.sources import make_folder
 from chassis.track import Tracker
 from chassis.trial import with_largest_micro_size
 
+_KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train"}
+"""The recipe's names for what a checkpoint says of its run."""
 STOPPED = 3
 """Exit code of a run that was asked to stop; the same command goes on from where it was."""
 
 
 def train(recipe: Any, placement: Placement, kind: Kind) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
-    with StopHook(placement.world_size) as stop, together(placement, recipe.engine.timeout_minutes) as runtime:
+    minutes = recipe.engine.timeout_minutes
+    with StopHook(placement.world_size) as stop, together(placement, minutes, recipe) as runtime, ExitStack() as held:
+        folder = Path(recipe.run.output_dir)
+        on_main(lambda: _claim(folder, held))
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, kind)
         plan = on_main(lambda: in_words(kind.plan(recipe, runtime.world_size, None)))
         return _Session(recipe, runtime, plan).run(kind.prepare, stop)
 
 
+def _claim(folder: Path, held: ExitStack) -> None:
+    """The run folder, for this run alone."""
+    make_folder(folder, "run.output_dir")
+    held.enter_context(locked(folder, "run.output_dir"))
+
+
 @contextmanager
-def together(placement: Placement, timeout_minutes: float) -> Iterator[Runtime]:
-    """The group of all ranks, which notices who is lost; libraries speak on the first alone."""
+def together(placement: Placement, timeout_minutes: float, recipe: BaseModel) -> Iterator[Runtime]:
+    """The group of all ranks, which brings the same recipe on each and notices who is lost; libraries speak on the
+    first alone."""
     quiet(placement.rank == 0)
     with joined(placement, timeout_minutes=timeout_minutes) as runtime, roll_call(runtime, timeout_minutes):
+        require_same(config.flat(recipe, without=["data.cache_dir"]), "recipe")
         yield runtime
 
 
@@ -71,10 +87,13 @@ class _Session:
         self.folder = Path(recipe.run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
         self.clock = Clock()
+        self.changes: list[dict[str, Any]] = []
+        """Of the recipe, by those who went on with this run."""
 
     def run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
         recipe, runtime = self.recipe, self.runtime
         on_main(lambda: make_folder(self.folder, "run.output_dir"))
+        on_main(self._check_allowed)
         with agreed():
             prepared = prepare(recipe, runtime)
         progress = Progress(prepared.total_steps)
@@ -111,7 +130,7 @@ class _Session:
         hooks: list[Hook] = [self._log_hook(prepared, tracker, console)]
         if prepared.evaluate is not None:
             hooks.append(self._evaluate_hook(prepared, engine, tracker, console))
-        identity = dict(prepared.identity)
+        identity = {**prepared.identity, "recipe": config.flat(recipe), "changes": self.changes}
         hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
         hooks.insert(-1, stop)
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
@@ -160,7 +179,8 @@ class _Session:
             best.unlink()
         self._write("config.yaml", config.dump(self.recipe))  # type: ignore[arg-type]
         data = prepared.identity.get("data")
-        self._write("environment.json", {**environment(self.runtime, self.recipe.run.output_dir), "data": data})
+        facts = environment(self.runtime, self.recipe.run.output_dir)
+        self._write("environment.json", {**facts, "data": data, "changes": self.changes})
 
     def _find_checkpoint(self, prepared: Prepared, progress: Progress) -> Resumed | None:
         """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
@@ -170,13 +190,13 @@ class _Session:
         if found is None:
             return None
         tensors, values = checkpoint.read(found)
-        for key, now in prepared.identity.items():
-            if key in values and values[key] != now:
-                raise CheckpointError(
-                    f"{found}: {key}: the checkpoint has {values[key]!r}, this run {now!r} "
-                    "(restore it, choose another run.output_dir, or set checkpoint.resume=none)"
-                )
+        self._check_changes(found, values, prepared.identity)
         progress.step, progress.skipped = values["step"], values["skipped"]
+        if progress.step > progress.total_steps:
+            raise CheckpointError(
+                f"schedule: {progress.total_steps} steps, but {found} has taken {progress.step} (raise them, or choose "
+                "another run.output_dir)"
+            )
         weights = tensors["weights"]
         with torch.no_grad():
             for name, parameter in prepared.module.named_parameters():
@@ -185,6 +205,41 @@ class _Session:
                 parameter.copy_(weights[name])
         updates = progress.step - int(progress.skipped)
         return Resumed(weights, tensors["optimizer"], updates, values.get("engine", {}))
+
+    def _check_allowed(self) -> None:
+        """ConfigError where checkpoint.allow_change names no key of the recipe."""
+        known = [*config.flat(self.recipe), "data.train"]
+        sections = {key.rpartition(".")[0] for key in known}
+        for name in self.recipe.checkpoint.allow_change:
+            if name not in known and name not in sections:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else "name a key, as optim.lr"
+                raise ConfigError(f"checkpoint.allow_change: {name}: no key of this recipe ({hint})")
+
+    def _check_changes(self, found: Path, values: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """CheckpointError where the checkpoint is of a recipe that computes something else, unless that is allowed."""
+        wrote = values.get("recipe")  # earlier versions left it in the run folder alone
+        if wrote is None and (earlier := found.parent.parent / "config.yaml").is_file():
+            wrote = config.flat(config.read_values(earlier))
+        compared: list[tuple[str, Any, Any]] = [
+            (_KEY_OF.get(name, name), values[name], now) for name, now in identity.items() if name in values
+        ]
+        recipe = config.flat(self.recipe, without=[*NEUTRAL, *_KEY_OF.values()])
+        compared += [(key, wrote[key], now) for key, now in recipe.items() if wrote and key in wrote]
+        changed = [(key, before, now) for key, before, now in compared if before != now]
+        allowed = self.recipe.checkpoint.allow_change
+        refused = [(key, before, now) for key, before, now in changed if not config.covers(allowed, key)]
+        if refused:
+            told = "; ".join(f"{key}: the checkpoint has {before!r}, this run {now!r}" for key, before, now in refused)
+            names = ", ".join(key for key, _, _ in refused)
+            raise CheckpointError(
+                f"{found}: {told} (restore it, allow it by checkpoint.allow_change='[{names}]', choose another "
+                "run.output_dir, or set checkpoint.resume=none)"
+            )
+        self.changes = list(values.get("changes", []))
+        for key, before, now in changed:
+            self._say(f"{key}: {now!r} from step {values['step']} on, {before!r} before")
+            self.changes.append({"step": values["step"], "key": key, "before": before, "now": now})
 
     def _is_finished(self, progress: Progress) -> bool:
         return bool(from_main(self._earlier_summary().get("finished") and (self.folder / "model").is_dir()))
@@ -248,7 +303,7 @@ class _Session:
     def _export(self, prepared: Prepared, engine: Engine, facts: Mapping[str, Any]) -> None:
         weights = engine.weights()
         if self.runtime.is_main:
-            with data.replacing(self.folder / "model") as draft:
+            with replacing(self.folder / "model") as draft:
                 prepared.export(weights, draft, {**prepared.facts, **facts})
         barrier()
 

@@ -39,6 +39,11 @@ class Source:
                 digest.update(block)
         return digest.hexdigest()
 
+    @property
+    def size_bytes(self) -> int | None:
+        """Of a file."""
+        return None if self.kind in ("saved", "hub") else Path(self.path).stat().st_size
+
 
 def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Source]:
     """Files, globs, folders and hub names as sources, in a stable order; DataError for what does not exist."""
@@ -76,9 +81,25 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
     elif source.kind == "txt":
         for number, line in read_lines(source.path):
             yield f"{source.path}:{number}", {"text": line.strip()}
+    elif source.kind == "parquet":
+        yield from _read_parquet(source)
     else:
         for number, row in enumerate(_open(source)):
             yield f"{source.path}:{number}", row  # type: ignore[misc]
+
+
+def _read_parquet(source: Source) -> Iterator[tuple[str, Row]]:
+    from pyarrow import ArrowException, parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(source.path) as file:
+            for batch in file.iter_batches(1000):
+                for row in batch.to_pylist():
+                    yield f"{source.path}:{number}", row
+                    number += 1
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{source.path}:{number}: row: cannot be read: {_first_line(error)} (fetch it again)") from None
 
 
 def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
@@ -131,36 +152,33 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}:{number + 1}: row: cannot be read: {error} (fetch the file again)") from None
 
 
-def _open(source: Source) -> Any:
+def _open(source: Source, *, streaming: bool = False) -> Any:
     import datasets
 
     try:
         if source.kind == "saved":
             opened = datasets.load_from_disk(source.path)
-        elif source.kind == "parquet":
-            opened = datasets.Dataset.from_parquet(source.path)
         else:
-            opened = datasets.load_dataset(source.path, split="train")
+            opened = datasets.load_dataset(source.path, split="train", streaming=streaming)
     except Exception as error:  # the library has no common class for what can go wrong with a name or a file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{source.field}: {source.path}: cannot be opened: {reason}") from None
+        raise DataError(
+            f"{source.field}: {source.path}: cannot be opened: {_first_line(error)} (check the name)"
+        ) from None
     return opened["train"] if isinstance(opened, datasets.DatasetDict) else opened
 
 
-def stream_rows(sources: Sequence[Source]) -> Any:
-    """The sources one after the other as a stream that is never on the disk as a whole."""
-    import datasets
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
-    parts = []
+
+def stream_rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:
+    """As `read_rows`, of one source after the other, none of which is ever on the disk as a whole."""
     for source in sources:
         if source.kind == "hub":
-            parts.append(datasets.load_dataset(source.path, split="train", streaming=True))
-        elif source.kind == "saved":
-            parts.append(_open(source).to_iterable_dataset())
+            for number, row in enumerate(_open(source, streaming=True)):
+                yield f"{source.path}:{number}", row
         else:
-            builder = {"jsonl": "json", "txt": "text"}.get(source.kind, source.kind)
-            parts.append(datasets.load_dataset(builder, data_files=[source.path], split="train", streaming=True))
-    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+            yield from read_rows(source)
 
 
 def count_rows(sources: Sequence[Source]) -> int | None:

@@ -23,6 +23,18 @@ from chassis.errors import DataError
 from chassis.schema import BatchPlan
 from contrastive.config import Data
 
+_STRINGS, _SCORES = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("float32"))
+ROWS = datasets.Features(
+    {
+        "query": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "type": datasets.Value("string"),
+        "pos": _STRINGS,
+        "pos_scores": _SCORES,
+        "neg": _STRINGS,
+        "neg_scores": _SCORES,
+    }
+)
 _TEXT = datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
     {
@@ -32,8 +44,8 @@ FEATURES = datasets.Features(
         "pos_hash": datasets.List(datasets.Value("int64")),
         "neg_ids": datasets.List(_TEXT),
         "neg_hash": datasets.List(datasets.Value("int64")),
-        "pos_scores": datasets.List(datasets.Value("float32")),
-        "neg_scores": datasets.List(datasets.Value("float32")),
+        "pos_scores": _SCORES,
+        "neg_scores": _SCORES,
         "most_negatives": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
@@ -50,7 +62,7 @@ LENGTH_GROUPS = 4
 
 def check_row(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """A row of BGE's JSONL or of sentence-transformers' columns in one form; none for an empty query."""
-    if "anchor" in row:
+    if row.get("query") is None and row.get("anchor") is not None:  # tables hold all columns in every row
         row = _from_columns(row)
     query = row.get("query")
     if not isinstance(query, str):

@@ -262,7 +262,7 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
 def run(recipe: EncodeRecipe, placement: Placement) -> int:
     from chassis.session import together
 
-    with together(placement, TIMEOUT_MINUTES) as runtime:
+    with together(placement, TIMEOUT_MINUTES, recipe) as runtime:
         encode(recipe, runtime)
     return 0
 

@@ -250,7 +250,7 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
 
     work = Path(recipe.output_dir) / "embeddings.work" if recipe.output_dir else None
     views: dict[str, list[View]] = {}
-    with together(placement, TIMEOUT_MINUTES) as runtime:
+    with together(placement, TIMEOUT_MINUTES, recipe) as runtime:
         if recipe.output_dir:
             with agreed():
                 make_folder(recipe.output_dir, "output_dir")

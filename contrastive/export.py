@@ -59,7 +59,7 @@ def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> d
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from tokenizers import Tokenizer
 
-    from chassis.data import replacing
+    from chassis.files import replacing
     from contrastive.embedder import encode_texts, load_model
 
     model = load_model(path, "cpu").float()

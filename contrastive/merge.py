@@ -166,7 +166,7 @@ def merge(
 
     from safetensors.torch import save_file
 
-    from chassis.data import replacing
+    from chassis.files import replacing
     from contrastive.embedder import load_model
 
     shares = _shares(weights)

@@ -477,7 +477,7 @@ def run(recipe: MineRecipe, placement: Placement) -> int:
         import faiss  # noqa: F401
     except ImportError:
         raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
-    with together(placement, TIMEOUT_MINUTES) as runtime:
+    with together(placement, TIMEOUT_MINUTES, recipe) as runtime:
         mine(recipe, runtime)
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from chassis.collectives import once_per_node
+from chassis.collectives import once_per_node, require_same
 from chassis.data import Corpus, Mixture, Order, tokenised
 from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
@@ -20,7 +20,7 @@ from chassis.probe import Probe
 from chassis.runtime import Runtime
 from chassis.sources import find_sources
 from chassis.trial import generated_text
-from contrastive.collate import FEATURES, Collate, DataSet, Tokenise, check_row, settings
+from contrastive.collate import FEATURES, ROWS, Collate, DataSet, Tokenise, check_row, settings
 from contrastive.config import FinetuneRecipe
 from contrastive.model import Tower
 from contrastive.stage import FinetuneStage
@@ -33,7 +33,12 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
         raise ConfigError("model.tokenizer: has no padding token (add one)")
     query_length, passage_length = (data.length(role, model.max_length) for role in ("query", "passage"))
     tokenise = Tokenise(tokenizer, data.query_instruction, data.passage_instruction, query_length, passage_length)
-    corpora = once_per_node(lambda: [_corpus(recipe, each.path, tokenise) for each in data.sets], runtime.local_rank)
+    first = runtime.local_rank == 0
+    corpora = once_per_node(
+        lambda: [_corpus(recipe, each.path, tokenise, first) for each in data.sets], runtime.local_rank
+    )
+    fingerprints = [corpus.facts.fingerprint for corpus in corpora]
+    require_same({"data.train": fingerprints}, "data")
     rows = sum(len(corpus.rows) for corpus in corpora)
     total = recipe.schedule.total_steps(rows, size)
     sets = [
@@ -50,7 +55,6 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
         if narrower >= width:
             raise ConfigError(f"loss.matryoshka: {narrower}: not narrower than the embedding (it has {width})")
     module = Tower(loaded.model, recipe.loss.temperature, learned=recipe.loss.learn_temperature)
-    fingerprints = [corpus.facts.fingerprint for corpus in corpora]
     return Prepared(
         module=module,
         stage=FinetuneStage(
@@ -74,7 +78,14 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
             tokenizer.pad_token_id,  # type: ignore[arg-type]
         ),
         workers=data.workers,
-        identity={"stage": "finetune", "seed": seed, "global_size": size, "data": fingerprints},
+        identity={
+            "stage": "finetune",
+            "seed": seed,
+            "global_size": size,
+            "data": fingerprints,
+            "data.train.weight": [each.weight for each in data.sets],
+            "data.train.in_batch_negatives": [each.in_batch_negatives for each in data.sets],
+        },
         export=_export(recipe, module, tokenizer),
         evaluate=_evaluation(recipe, module, tokenizer, runtime) if recipe.evaluate.data else None,
         facts={
@@ -94,15 +105,17 @@ def generate(recipe: FinetuneRecipe, share: float, number: int) -> dict[str, Any
     return {**row, "pos_scores": [1.0], "neg_scores": [0.0] * len(texts[1:])} if recipe.loss.distillation else row
 
 
-def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise) -> Corpus:
+def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise, first_on_node: bool) -> Corpus:
     return tokenised(
         find_sources([path]),
         cache_dir=Path(recipe.data.cache_dir),
         settings=settings(recipe.data, tokenise),
         tokenise=tokenise,
         check=check_row,
+        row_features=ROWS,
         features=FEATURES,
         processes=recipe.data.processes,
+        first_on_node=first_on_node,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from chassis.collectives import once_per_node
+from chassis.collectives import once_per_node, require_same
 from chassis.data import Order, tokenised
 from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
@@ -21,7 +21,7 @@ from chassis.probe import Probe
 from chassis.runtime import Runtime
 from chassis.sources import find_sources, stream_rows
 from chassis.trial import generated_text
-from retromae.collate import FEATURES, Collate, FromCorpus, StepBatch, Tokenise, check, settings
+from retromae.collate import FEATURES, ROWS, Collate, FromCorpus, StepBatch, Tokenise, check, settings
 from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
 from retromae.stage import PretrainStage
@@ -43,14 +43,14 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
     if data.streaming:
         if recipe.schedule.steps is None:
             raise ConfigError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
-        rows, total, facts, identity = None, recipe.schedule.steps, {}, {}
+        rows, total, facts = None, recipe.schedule.steps, {}
+        identity = {"data": [each.size_bytes for each in sources]}  # to read it all for a hash would take too long
         collate = None
 
         def stream(start: int) -> Generator[StepBatch]:
-            texts = FromStream(stream_rows(sources), check(data.field), tokenise, recipe.batch.global_size, seed)
-            return texts.batches(
-                collate_over(texts, InOrder(recipe.batch.global_size)), start, recipe.schedule.steps or 0
-            )
+            size = recipe.batch.global_size
+            texts = FromStream(lambda: stream_rows(sources), check(data.field), tokenise, size, seed)
+            return texts.batches(collate_over(texts, InOrder(size)), start, recipe.schedule.steps or 0)
     else:
         stream = None  # type: ignore[assignment]
         corpus = once_per_node(
@@ -60,8 +60,10 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
                 settings=settings(data, tokenizer, model.max_length),
                 tokenise=tokenise,
                 check=check(data.field),
+                row_features=ROWS,
                 features=FEATURES,
                 processes=data.processes,
+                first_on_node=runtime.local_rank == 0,
             ),
             runtime.local_rank,
         )
@@ -76,6 +78,7 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
         identity = {"data": corpus.facts.fingerprint}
         collate = collate_over(FromCorpus(corpus.rows), Order(rows, recipe.batch.global_size, seed))
 
+    require_same({"data.train": identity["data"]}, "data")
     loaded = load_encoder(model, AutoModelForMaskedLM, seed=seed, random_head=model.random_head)
     if runtime.is_main:
         print(loaded, file=sys.stderr)

@@ -25,7 +25,7 @@ class FromStream:
 
     def __init__(
         self,
-        source: Any,
+        source: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]],
         check: Callable[[str, Mapping[str, Any]], Any],
         tokenise: Tokenise,
         global_size: int,
@@ -51,16 +51,15 @@ class FromStream:
 
     def _endless(self) -> Iterator[Mapping[str, Any]]:
         while True:
-            found = False
-            for batch in self._source.iter(batch_size=1000):
-                rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-                kept = [self._check("stream", row) for row in rows]
+            found, source = False, self._source()
+            while batch := list(islice(source, 1000)):
+                kept = [self._check(where, row) for where, row in batch]
                 columns = self._tokenise({"text": [row["text"] for row in kept if row is not None]})
                 for ids, words in zip(columns["input_ids"], columns["words"], strict=True):
                     found = True
                     yield {"input_ids": ids, "words": words}
             if not found:
-                raise DataError("data.train: the stream holds no text")
+                raise DataError("data.train: the stream holds no text (name files with texts)")
 
 
 class InOrder:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pytest
 import torch
 
-from chassis.data import Corpus, Mixture, Order, cut, padded, replacing, step_batches, tokenised
+from chassis.data import Corpus, Mixture, Order, cut, padded, step_batches, tokenised
 from chassis.errors import DataError
+from chassis.files import replacing
 from chassis.sources import count_rows, find_sources, read_rows, stream_rows
 from tests import tiny
 
 FEATURES = datasets.Features(
     {"length": datasets.Value("int32"), "tokens": datasets.Value("int32"), "truncated": datasets.Value("bool")}
 )
+ROOT = Path(__file__).parents[3]
+ROWS = datasets.Features({"text": datasets.Value("string")})
 calls = 0
 
 
@@ -39,7 +48,8 @@ def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def build(tmp_path: Path, *names: str, **settings: Any) -> Corpus:
     return tokenised(
         find_sources([str(tmp_path / name) for name in names]),
-        cache_dir=tmp_path / "cache", settings=settings, tokenise=tokenise, check=check, features=FEATURES, processes=1,
+        cache_dir=tmp_path / "cache", settings=settings, tokenise=tokenise, check=check,
+        row_features=ROWS, features=FEATURES, processes=1,
     )  # fmt: skip
 
 
@@ -85,7 +95,7 @@ def test_sources_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
         sources = find_sources([str(tmp_path / name)])
         assert [row for source in sources for _, row in read_rows(source)] == rows, name
         if name != "b.jsonl.gz":
-            assert list(stream_rows(sources)) == rows, name
+            assert [row for _, row in stream_rows(sources)] == rows, name
     assert [Path(s.path).name for s in find_sources([str(tmp_path / "*.jsonl*")])] == ["a.jsonl", "b.jsonl.gz"]
     assert count_rows(find_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")])) == 14
     assert count_rows(find_sources([str(tmp_path / "d.parquet")])) is None
@@ -149,3 +159,108 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         (draft / "file").write_text("torn")
         raise ZeroDivisionError
     assert (folder / "file").read_text() == "new"
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_path: Path) -> None:
+    path = tiny.pretrain_file(tmp_path / "a.jsonl", 40)
+
+    def growing(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if where.endswith(":40"):
+            with path.open("a") as file:
+                file.write('{"text": "one more"}\n')
+        return check(where, row)
+
+    sources = find_sources([str(path)])
+    options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenise": tokenise, "features": FEATURES}
+    options |= {"row_features": ROWS, "processes": 1}
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        tokenised(sources, check=growing, **options)
+    assert list((tmp_path / "cache").iterdir()) == []
+    tiny.pretrain_file(path, 40)
+    assert tokenised(sources, check=check, **options).facts.rows == 40
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "missing", "no manifest", "emptied"])
+def test_a_damaged_cache_is_built_anew_with_one_line(
+    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first = build(tmp_path, "a.jsonl")
+    rows, facts = first.rows.to_dict(), first.facts
+    folder = tmp_path / "cache" / facts.fingerprint
+    (arrow,) = (folder / "rows").glob("*.arrow")
+    content = bytearray(arrow.read_bytes())
+    if harm == "flipped":
+        content[len(content) // 2] ^= 1
+        arrow.write_bytes(content)
+    elif harm == "cut":
+        arrow.write_bytes(content[: len(content) // 2])
+    elif harm == "missing":
+        (folder / "facts.json").unlink()
+    elif harm == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "facts.json").write_text("")
+    capsys.readouterr()
+    again = build(tmp_path, "a.jsonl")
+    assert again.rows.to_dict() == rows and again.facts == facts
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(folder) in line and "built anew" in line
+    build(tmp_path, "a.jsonl")
+    assert "warning" not in capsys.readouterr().err
+
+
+LOADING = """
+import os, sys, time
+from chassis.data import step_batches
+def collate(step):
+    return os.getpid(), os.getsid(0)
+batches = step_batches(collate, start=0, total=10**6, workers=2, pin=False)
+print(*sorted({next(batches) for _ in range(50)}), os.getsid(0), sep="\\n", flush=True)
+for line in sys.stdin:
+    print(len({next(batches) for _ in range(50)}), flush=True)
+batches.close()
+"""
+
+
+@pytest.fixture
+def loading() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process with two loader workers, and their ids."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    *found, own = (process.stdout.readline().strip() for _ in range(3))
+    workers = [eval(each) for each in found]
+    assert all(session == worker and session != int(own) for worker, session in workers)
+    try:
+        yield process, [worker for worker, _ in workers]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def runs(process_id: int) -> bool:
+    return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+
+
+def test_workers_outlive_the_signals_of_launchers(loading: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = loading
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for worker in workers:
+            os.kill(worker, number)
+    out, _ = process.communicate("more\n", timeout=60)
+    assert out.split() == ["2"] and process.returncode == 0
+    assert not any(runs(worker) for worker in workers)
+
+
+def test_workers_end_with_their_rank_also_when_it_is_killed(
+    loading: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    process, workers = loading
+    process.kill()
+    process.wait()
+    give_up = time.monotonic() + (2 if sys.platform == "linux" else 20)
+    while any(runs(worker) for worker in workers):
+        assert time.monotonic() < give_up, "a worker outlives its rank"
+        time.sleep(0.05)
