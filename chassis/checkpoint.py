@@ -44,13 +44,17 @@ def write(
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(tensors by group, values) of a checkpoint, once every file has been checked against the manifest."""
-    if wrong := damage(folder, NEEDED):
+    wrong, values = damage(folder, NEEDED), {}
+    if wrong is None:
+        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("step") != values["step"]:
+            wrong = f"{MANIFEST}: of another step than state.json"
+    if wrong is not None:
         raise CheckpointError(
             f"checkpoint.resume: {folder}: {wrong} (name a whole step-... folder, or delete it to go on from the one "
             "before)"
         )
-    tensors = {Path(name).stem: load_file(folder / name) for name in NEEDED if name.endswith(".safetensors")}
-    return tensors, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return {Path(n).stem: load_file(folder / n) for n in NEEDED if n.endswith(".safetensors")}, values
 
 
 def steps(directory: Path) -> list[int]:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -249,7 +250,7 @@ def step_batches(
         pin_memory=pin,
         worker_init_fn=_begin_worker,
     )
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # a worker inherits this until it ignores them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as workers inherit it
     try:
         batches = iter(loader)
     finally:
@@ -262,14 +263,24 @@ def _begin_worker(worker: int) -> None:
     with it, however it ends."""
     torch.set_num_threads(1)
     os.setsid()
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # elsewhere torch looks for the parent now and then
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():
-        os._exit(0)  # the rank was gone before the line above
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_heed_the_rank, daemon=True).start()
+    else:  # macOS does not say who sent a signal; Python ends workers by SIGTERM
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    if sys.platform == "linux":  # elsewhere torch looks for the parent now and then
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():
+            os._exit(0)  # the rank was gone before the line above
+
+
+def _heed_the_rank() -> None:
+    """Take the stop signals, which are blocked here, and follow those of this worker's rank alone."""
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def cut(rows: Sequence[Any], parts: int) -> list[Sequence[Any]]:

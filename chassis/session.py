@@ -211,7 +211,7 @@ class _Session:
         known = [*config.flat(self.recipe), "data.train"]
         sections = {key.rpartition(".")[0] for key in known}
         for name in self.recipe.checkpoint.allow_change:
-            if name not in known and name not in sections:
+            if name not in sections and not config.covers(known, name):
                 close = get_close_matches(name, known, n=1)
                 hint = f"did you mean '{close[0]}'?" if close else "name a key, as optim.lr"
                 raise ConfigError(f"checkpoint.allow_change: {name}: no key of this recipe ({hint})")

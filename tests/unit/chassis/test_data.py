@@ -214,7 +214,7 @@ LOADING = """
 import os, sys, time
 from chassis.data import step_batches
 def collate(step):
-    return os.getpid(), os.getsid(0)
+    return str((os.getpid(), os.getsid(0)))
 batches = step_batches(collate, start=0, total=10**6, workers=2, pin=False)
 print(*sorted({next(batches) for _ in range(50)}), os.getsid(0), sep="\\n", flush=True)
 for line in sys.stdin:
@@ -264,3 +264,9 @@ def test_workers_end_with_their_rank_also_when_it_is_killed(
     while any(runs(worker) for worker in workers):
         assert time.monotonic() < give_up, "a worker outlives its rank"
         time.sleep(0.05)
+
+
+def test_a_rank_that_fails_does_not_wait_for_its_workers() -> None:
+    failing = LOADING.partition("for line")[0] + "raise ZeroDivisionError"
+    done = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, GPT2Config, GPT2Model
 
 from chassis.encoder import load_encoder, load_tokenizer, parts_of
 from chassis.errors import ModelError
@@ -121,3 +123,90 @@ def test_the_parts_put_together_are_the_model(family: str, tmp_path: Path) -> No
         logits = parts.vocabulary(parts.head(hidden))
         torch.testing.assert_close(logits, model(ids).logits)
     assert (parts.positions is None) == (family == "modernbert")
+
+
+# --- does the tokenizer fit, does [CLS] see the text ----------------------------------------
+
+
+def tokenizer_of(folder: Path, **more: object) -> object:
+    return load_tokenizer(Model(encoder=str(folder), max_length=32, **more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_encoders_own_tokenizer_fits(family: str, tmp_path: Path) -> None:
+    own = tiny.encoder(tmp_path / family, family)
+    assert tokenizer_of(own).padding_side == "right"  # type: ignore[attr-defined]
+    tiny.tokenizer(family).save_pretrained(tmp_path / "tokenizer")
+    tokenizer_of(own, tokenizer=str(tmp_path / "tokenizer"))
+
+
+def test_a_folder_without_tokenizer_files_is_an_error(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"model\.tokenizer: .*no tokenizer files"):
+        tokenizer_of(folder)
+
+
+def test_a_tokenizer_that_knows_special_tokens_alone_is_an_error(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(ModelError, match="no token but special ones"):
+        tokenizer_of(folder)
+
+
+def test_a_tokenizer_of_another_family_or_vocabulary_is_an_error(folder: Path, tmp_path: Path) -> None:
+    other = tiny.encoder(tmp_path / "modernbert", "modernbert")
+    with pytest.raises(ModelError, match=r"has 330 tokens, but .*bert embeds \d+ of them"):  # was an IndexError
+        tokenizer_of(folder, tokenizer=str(other))
+    with pytest.raises(ModelError, match="another vocabulary"):
+        tokenizer_of(other, tokenizer=str(folder))
+    shuffled = tmp_path / "shuffled"
+    shutil.copytree(folder, shuffled)
+    file = shuffled / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["shuffle"], vocabulary["tensor"] = vocabulary["tensor"], vocabulary["shuffle"]
+    file.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="other numbers"):
+        tokenizer_of(folder, tokenizer=str(shuffled))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 0}))
+    with pytest.raises(ModelError, match=r"pads with token 1, but .* with 0: of another family"):
+        tokenizer_of(folder)
+
+
+def test_a_tokenizer_that_puts_no_cls_before_a_text_is_an_error(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    with pytest.raises(ModelError, match=r"puts no \[CLS\] before a text"):
+        tokenizer_of(folder)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM])
+def test_a_causal_decoder_is_refused(auto_class: type, folder: Path, tmp_path: Path) -> None:
+    """By its kind, and by its configuration."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 64}
+    GPT2Model(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match=r"causal decoder|cannot be opened by AutoModelForMaskedLM"):
+        load(tmp_path / "gpt2", auto_class)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_decoder": True}))
+    with pytest.raises(ModelError, match="is a causal decoder"):
+        load(folder, auto_class)
+
+
+def test_an_encoder_that_pools_otherwise_is_warned_of_in_one_line(folder: Path) -> None:
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.parent.mkdir()
+    for values, mode in (
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean_tokens"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["cls", "mean"]}, "cls and mean"),
+    ):
+        pooling.write_text(json.dumps(values))
+        _, warning = load(folder, AutoModel).splitlines()
+        assert warning.startswith("warning: model.encoder: ") and f"by {mode} pooling" in warning
+    for values in ({"pooling_mode": "cls"}, {"pooling_mode_cls_token": True}):
+        pooling.write_text(json.dumps(values))
+        assert "warning" not in load(folder, AutoModel)

@@ -73,7 +73,7 @@ def test_the_best_of_an_earlier_run_is_not_the_best_of_a_fresh_one(tmp_path: Pat
 def test_a_run_that_is_refused_leaves_the_recipe_of_the_one_before(tmp_path: Path) -> None:
     folder = train(tmp_path)
     before = (folder / "config.yaml").read_text()
-    with pytest.raises(CheckpointError, match="run.seed: the checkpoint has 42, this run 7"):
+    with pytest.raises(CheckpointError, match=r"run\.seed: the checkpoint has 42, this run 7"):
         train(tmp_path, "run.seed=7")
     with pytest.raises(DataError, match="do not fill one batch"):
         train(tmp_path, "schedule.steps=null", "schedule.epochs=0.01")
@@ -167,7 +167,7 @@ def test_a_checkpoint_without_a_recipe_is_compared_with_the_run_folders(tmp_path
 
 def test_fewer_steps_than_were_taken_are_not_done(tmp_path: Path) -> None:
     train(tmp_path, "schedule.steps=4")
-    with pytest.raises(CheckpointError, match="schedule: 2 steps, but .*step-00000004 has taken 4"):
+    with pytest.raises(CheckpointError, match=r"schedule: 2 steps, but .*step-00000004 has taken 4"):
         train(tmp_path, "schedule.steps=2", "checkpoint.allow_change=[schedule.steps]")
 
 

@@ -1,0 +1,112 @@
+"""Muon: the logged norm is that of the gradient under any engine, and without bf16 units it iterates in fp32."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import _muon
+
+from chassis import optim
+from chassis.engine import build
+from chassis.runtime import Runtime
+from chassis.testing import run_world
+from tests.distributed import steps
+
+ENGINES = {
+    "ddp": ("engine.kind=ddp",),
+    **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(3)},
+}
+ROUNDING = 1e-5  # relative: fp32 sums in another order
+FP32, BF16 = 1e-4, 2e-2  # of an update: the iteration multiplies what is small, rounding too, up to 3.4 ** 5 times
+
+
+def two_steps(rank: int, size: int, folder: Path, engine: str, units: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """Norms of two steps, and the weights after the first."""
+    Runtime.multiplies_bf16 = lambda self: units  # type: ignore[method-assign]
+    made = steps.recipe("pretrain", folder, "optim.name=muon", "optim.muon_lr=0.05", *ENGINES[engine])
+    ready, runtime = steps.prepared(made, rank, size)
+    running = build(ready.module, runtime, made.engine, made.optim, made.precision)
+    running.module.train()
+    assert ready.collate is not None
+    norms, weights = [], {}
+    for step in range(2):
+        ready.stage.backward(ready.collate(step), running, step)
+        norms.append(float(running.step(1.0).grad_norm))
+        weights = weights or running.weights()
+    return norms, weights
+
+
+def jobs(rank: int, size: int, folder: Path) -> dict[tuple[str, bool], Any]:
+    return {(engine, units): two_steps(rank, size, folder, engine, units) for engine in ENGINES for units in (0, 1)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("muon")
+    steps.recipe("pretrain", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[tuple[str, bool], Any]:
+    (found,) = run_world(jobs, 1, folder)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def found(request: pytest.FixtureRequest, folder: Path) -> dict[tuple[str, bool], Any]:
+    return run_world(jobs, request.param, folder)[-1]
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path) -> dict[str, Tensor]:
+    """The matrices that Muon trains, before the first step."""
+    ready, _ = steps.prepared(steps.recipe("pretrain", folder, "optim.name=muon"), 0, 1)
+    matrices = optim.by_muon(ready.module)
+    return {name: p.detach() for name, p in ready.module.named_parameters() if name in matrices}
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Relative, of two updates as one vector each."""
+    a, b = (torch.cat([(weights[n] - start[n]).flatten() for n in start]) for weights in (first, second))
+    return float((a - b).norm() / b.norm())
+
+
+def test_the_norm_is_the_gradients_under_any_engine_and_world_size(found: Any, alone: Any) -> None:
+    """Under ZeRO-1 and 2 it was that of the orthogonal updates: it depended on shapes alone."""
+    wanted = alone["ddp", 0][0]
+    assert abs(wanted[0] - wanted[1]) > 1e-3 * wanted[0]
+    for key, (norms, _) in found.items():
+        assert norms[0] == pytest.approx(wanted[0], rel=ROUNDING), key
+        assert norms[1] == pytest.approx(wanted[1], rel=1e-2), key  # after an update in the engine's own precision
+
+
+def test_in_fp32_all_engines_take_the_same_step(found: Any, alone: Any, start: dict[str, Tensor]) -> None:
+    for engine in ENGINES:
+        assert distance(found[engine, 0][1], alone["ddp", 0][1], start) < FP32, engine
+
+
+def test_fp32_and_bf16_differ_by_the_rounding_of_bf16(found: Any, start: dict[str, Tensor]) -> None:
+    """By no more than torch's and DeepSpeed's iterations in bf16 differ from each other."""
+    floor = distance(found["zero1", 1][1], found["ddp", 1][1], start)
+    for engine in ENGINES:
+        error = distance(found[engine, 1][1], found[engine, 0][1], start)
+        assert FP32 < error < 1.5 * floor, f"{engine}: {error:.1e}, floor {floor:.1e}"
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (64, 64)])
+def test_the_iteration_is_torchs_and_nearer_to_the_exact_one(shape: tuple[int, int]) -> None:
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact, fp32 = optim.newton_schulz(gradient.double()), optim.newton_schulz(gradient)
+    torchs = partial(_muon._zeropower_via_newtonschulz, gradient, optim.NEWTON_SCHULZ, 5, 1e-7)
+    before, bf16 = _muon._zeropower_via_newtonschulz, torchs()
+    errors = [float((found - exact).norm() / exact.norm()) for found in (fp32, bf16)]
+    assert fp32.dtype == torch.float32 and errors[0] < FP32 < errors[1] < BF16, errors
+    with optim.muon_in_fp32(True):
+        assert _muon._zeropower_via_newtonschulz(gradient, optim.NEWTON_SCHULZ, 5, 1e-7).equal(fp32)
+    assert _muon._zeropower_via_newtonschulz is before
