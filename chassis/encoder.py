@@ -86,15 +86,20 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tikto
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """It knows more than special tokens, and puts one of those before a text."""
+    check_vocabulary(tokenizer, f"model.tokenizer: {folder}")
     special = set(tokenizer.all_special_ids)
-    if not set(tokenizer.get_vocab().values()) - special:
-        raise ModelError(f"model.tokenizer: {folder}: knows no token but special ones (take the encoder's own)")
     first: list[int] = tokenizer("a")["input_ids"][:1]  # type: ignore[assignment]
     if not first or first[0] not in special:
         raise ModelError(
             f"model.tokenizer: {folder}: puts no [CLS] before a text, and the embedding is read there "
             "(take the encoder's own, or give its tokenizer.json a post-processor that adds one)"
         )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """ModelError for one that transformers made up where its files are missing: every text is the same to it."""
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+        raise ModelError(f"{where}: its tokenizer knows no token but special ones (add the encoder's tokenizer files)")
 
 
 def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Model) -> None:

@@ -236,6 +236,8 @@ def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | 
     from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
+    from chassis.encoder import check_vocabulary
+
     folder = check_folder(path)
     try:
         with _quiet_transformers():
@@ -243,6 +245,7 @@ def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | 
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
+    check_vocabulary(model.tokenizer, str(path))
     model.prompts |= prompts or {}
     if missing := _missing(model, folder):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

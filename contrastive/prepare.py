@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from chassis.collectives import once_per_node, require_same
+from chassis.collectives import agreed, once_per_node, require_same
 from chassis.data import Corpus, Mixture, Order, tokenised
 from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
@@ -28,9 +28,10 @@ from contrastive.stage import FinetuneStage
 
 def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
     model, data, seed, size = recipe.model, recipe.data, recipe.run.seed, recipe.batch.global_size
-    tokenizer = load_tokenizer(model)
-    if tokenizer.pad_token_id is None:
-        raise ConfigError("model.tokenizer: has no padding token (add one)")
+    with agreed():  # what is wrong on one node must not leave the others waiting
+        tokenizer = load_tokenizer(model)
+        if tokenizer.pad_token_id is None:
+            raise ConfigError("model.tokenizer: has no padding token (add one)")
     query_length, passage_length = (data.length(role, model.max_length) for role in ("query", "passage"))
     tokenise = Tokenise(tokenizer, data.query_instruction, data.passage_instruction, query_length, passage_length)
     first = runtime.local_rank == 0

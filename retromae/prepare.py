@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from chassis.collectives import once_per_node, require_same
+from chassis.collectives import agreed, once_per_node, require_same
 from chassis.data import Order, tokenised
 from chassis.encoder import load_encoder, load_tokenizer, model_card, save_model
 from chassis.engine import Engine, autocast
@@ -30,10 +30,13 @@ from retromae.stream import FromStream, InOrder
 
 def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
     model, data, seed = recipe.model, recipe.data, recipe.run.seed
-    tokenizer = load_tokenizer(model)
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
-    sources = find_sources(data.train)
+    with agreed():  # what is wrong on one node must not leave the others waiting
+        tokenizer = load_tokenizer(model)
+        if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+            raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
+        sources = find_sources(data.train)
+        if data.streaming and recipe.schedule.steps is None:
+            raise ConfigError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
     tokenise = Tokenise(tokenizer, max_length=model.max_length, split=data.long_texts == "split")
     plan = recipe.batch.plan(runtime.world_size)
 
@@ -41,9 +44,7 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
         return Collate(rows, order, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
 
     if data.streaming:
-        if recipe.schedule.steps is None:
-            raise ConfigError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
-        rows, total, facts = None, recipe.schedule.steps, {}
+        rows, total, facts = None, recipe.schedule.steps or 0, {}
         identity = {"data": [each.size_bytes for each in sources]}  # to read it all for a hash would take too long
         collate = None
 

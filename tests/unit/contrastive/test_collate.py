@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
 
-from chassis.data import Mixture, Order
+from chassis.data import Mixture, Order, tokenised
 from chassis.errors import DataError
 from chassis.schema import BatchPlan
-from contrastive.collate import FEATURES, Collate, DataSet, StepBatch, Tokenise, check_row, content_hash
+from chassis.sources import find_sources
+from contrastive.collate import FEATURES, ROWS, Collate, DataSet, StepBatch, Tokenise, check_row, content_hash
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer("bert")
@@ -151,3 +153,42 @@ def test_cut_texts_are_counted() -> None:
     long = " ".join(tiny.texts(3))
     assert table([{"query": "rows", "pos": [long]}])["truncated"] == [True]
     assert table([{"query": "rows", "pos": ["graph"]}])["truncated"] == [False]
+
+
+# --- rows of real files ----------------------------------------------------------------------
+
+BARE = [{"query": f"search {text}", "pos": [text]} for text in tiny.texts(1100, seed=2)]
+LATER: list[dict[str, Any]] = [
+    {"query": "q", "pos": ["p"], "prompt": "find: "},
+    {"query": "q", "pos": ["p"], "neg": ["n", "m"], "pos_scores": [1], "neg_scores": [0.25, 0]},
+    {"query": "q", "pos": ["p"], "neg": [], "type": "symmetric_sts"},
+    {"query": "q", "pos": ["p"], "neg": None, "prompt": None, "pos_scores": None, "type": None, "id": 7},
+    {"anchor": "q", "positive": "p", "negative_1": "n"},
+    {"anchor": "q", "positive": "p", "negative_1": None, "more": {"nested": [1]}},
+]
+
+
+def write(rows: list[dict[str, Any]], path: Path) -> Path:
+    if path.suffix == ".jsonl":
+        return tiny.write_jsonl(path, rows)
+    names = dict.fromkeys(name for row in rows for name in row if name != "more")
+    datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows]).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("rows", [BARE + LATER, LATER[::-1] + BARE], ids=["bare first", "bare last"])
+def test_rows_of_all_kinds_may_be_mixed_in_any_order(rows: list[dict[str, Any]], suffix: str, tmp_path: Path) -> None:
+    """Columns were typed by the first thousand rows."""
+    found = tokenised(
+        find_sources([str(write(rows, tmp_path / f"a.{suffix}"))]),
+        cache_dir=tmp_path / "cache",
+        settings={},
+        tokenise=Tokenise(TOKENIZER, "search: ", "", 32, 32),
+        check=check_row,
+        row_features=ROWS,
+        features=FEATURES,
+        processes=1,
+    ).rows
+    assert found.to_dict() == table(rows, "search: ").to_dict()
+    assert sorted(len(neg) for neg in found["neg_ids"])[-3:] == [0, 1, 2] and len(found) == len(rows)

@@ -91,3 +91,12 @@ def test_a_device_that_is_not_there_and_a_folder_without_a_model_are_one_line(fo
     for devices in (None, ["cpu", "cpu"]):
         with pytest.raises(ModelError, match="no such folder"):
             Embedder(tmp_path / "absent", devices)
+
+
+def test_a_folder_without_its_tokenizers_files_is_an_error(folder: Path, tmp_path: Path) -> None:
+    """transformers would make up a tokenizer, to which every text is [UNK]."""
+    shutil.copytree(folder, tmp_path / "model")
+    for path in (tmp_path / "model").glob("*token*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"no token but special ones|cannot be opened"):
+        load_model(tmp_path / "model", "cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from chassis.data import Order
 from chassis.errors import DataError
 from chassis.schema import BatchPlan
+from chassis.sources import find_sources, stream_rows
 from retromae.collate import Collate, StepBatch, Tokenise, check
 from retromae.masks import IGNORED, decoder_visibility
+from retromae.stream import FromStream
 from tests import tiny
 
 TEXTS = tiny.texts(60, seed=9)
@@ -129,3 +133,20 @@ def test_a_row_without_a_text_is_named_and_an_empty_one_dropped() -> None:
     assert accept("f:1", {"text": " a "}) == {"text": " a "} and accept("f:1", {"text": " "}) is None
     with pytest.raises(DataError, match=r"f:2: text: must be a text, got NoneType \(set data\.field; here: body\)"):
         accept("f:2", {"body": "a"})
+
+
+def test_a_stream_reads_rows_whose_columns_come_late(tmp_path: Path) -> None:
+    """And names the line of one that is wrong."""
+    rows: list[dict[str, Any]] = [{"text": text} for text in LONG * 20]
+    rows.append({"text": "mask", "source": "late", "score": 0.5})
+    sources = find_sources([str(tiny.write_jsonl(tmp_path / "a.jsonl", rows))])
+
+    def read() -> list[Any]:
+        tokenise = Tokenise(tiny.tokenizer("bert"), max_length=64, split=False)
+        stream = FromStream(lambda: stream_rows(sources), check("text"), tokenise, 8, 1)
+        return list(islice(stream._endless(), len(rows)))
+
+    assert len(read()) == len(rows)
+    tiny.write_jsonl(tmp_path / "a.jsonl", [*rows[:1200], {"score": 1}])
+    with pytest.raises(DataError, match=r"a\.jsonl:1201: text: must be a text"):
+        read()
