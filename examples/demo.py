@@ -23,11 +23,11 @@ from typing import Any, NoReturn
 RUNS = Path("runs/demo")
 DATA, ENCODER = RUNS / "data", RUNS / "encoder"
 STAGE_1, STAGE_2, WITHOUT_STAGE_1 = RUNS / "pretrain", RUNS / "finetune", RUNS / "finetune-without-pretraining"
-CORPUS = DATA / "library" / "corpus.jsonl"
+CORPUS, HELDOUT = DATA / "library" / "corpus.jsonl", DATA / "heldout"
 RANKS = 2
 STOPPED = 3
 """Exit code of a training run that was asked to stop, after it has saved a checkpoint."""
-QUESTIONS = ("count how often each element occurs", "shortest path between two nodes", "normalize the rows of a matrix")
+QUESTIONS = ("similarity of two texts", "shortest path between two nodes", "normalize the rows of a matrix")
 ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -67,9 +67,6 @@ def demo(*, ablation: bool) -> None:
     start = time.perf_counter()
     data()
     models = {"untrained encoder": ENCODER}
-    say("BM25 and the untrained encoder on the held-out packages")
-    show(measure(models, RUNS / "before")[:2])
-
     train("stage 1: RetroMAE pre-training under deepspeed, ZeRO-1", STAGE_1, deepspeed("pretrain"))
     models["after stage 1"] = STAGE_1 / "model"
     if ablation:
@@ -81,13 +78,14 @@ def demo(*, ablation: bool) -> None:
 
     say("all of them on the held-out packages")
     show(measure(models, RUNS))
-    say("three questions to all installed libraries")
-    search = [sys.executable, "launch/search.py", "--model", str(STAGE_2 / "model"), "--corpus", str(CORPUS)]
+    say("three questions to the held-out packages")
+    search = [sys.executable, "launch/search.py", "--model", str(STAGE_2 / "model"), "--corpus", str(HELDOUT)]
     call([*search, "--top", "3", *QUESTIONS], "search")
     say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
     print(f"model    {STAGE_2 / 'model'}   (opens with sentence-transformers and transformers)")
     print(f"reports  {STAGE_1 / 'report.html'}  {STAGE_2 / 'report.html'}")
     print(f'ask      {python()} launch/search.py --model {STAGE_2 / "model"} "shuffle the rows of a tensor"')
+    print("         (all installed libraries; the first question waits a minute or two, until they are embedded)")
 
 
 # --- steps -----------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ def measure(models: dict[str, Path], folder: Path) -> list[dict[str, Any]]:
     from chassis.retrieval import read_beir
     from contrastive.evaluate import compare, write
 
-    beir = read_beir(DATA / "heldout")
+    beir = read_beir(HELDOUT)
     rows = compare(models, beir, device=torch.device("cpu"), progress=sys.stderr.isatty())
     write(folder, beir, "test", rows)
     return rows
