@@ -24,7 +24,7 @@ from chassis.schema import BatchPlan
 from contrastive.config import Data
 
 _STRINGS, _SCORES = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("float32"))
-ROWS = datasets.Features(
+ROW_FEATURES = datasets.Features(
     {
         "query": datasets.Value("string"),
         "prompt": datasets.Value("string"),

@@ -20,7 +20,7 @@ from chassis.probe import Probe
 from chassis.runtime import Runtime
 from chassis.sources import find_sources
 from chassis.trial import generated_text
-from contrastive.collate import FEATURES, ROWS, Collate, DataSet, Tokenise, check_row, settings
+from contrastive.collate import FEATURES, ROW_FEATURES, Collate, DataSet, Tokenise, check_row, settings
 from contrastive.config import FinetuneRecipe
 from contrastive.model import Tower
 from contrastive.stage import FinetuneStage
@@ -113,7 +113,7 @@ def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise, first_on_node
         settings=settings(recipe.data, tokenise),
         tokenise=tokenise,
         check=check_row,
-        row_features=ROWS,
+        row_features=ROW_FEATURES,
         features=FEATURES,
         processes=recipe.data.processes,
         first_on_node=first_on_node,

@@ -22,7 +22,7 @@ from chassis.schema import BatchPlan
 from retromae.config import Data
 from retromae.masks import IGNORED, mask_tokens
 
-ROWS = datasets.Features({"text": datasets.Value("string")})
+ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),

@@ -21,7 +21,7 @@ from chassis.probe import Probe
 from chassis.runtime import Runtime
 from chassis.sources import find_sources, stream_rows
 from chassis.trial import generated_text
-from retromae.collate import FEATURES, ROWS, Collate, FromCorpus, StepBatch, Tokenise, check, settings
+from retromae.collate import FEATURES, ROW_FEATURES, Collate, FromCorpus, StepBatch, Tokenise, check, settings
 from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
 from retromae.stage import PretrainStage
@@ -61,7 +61,7 @@ def prepare(recipe: PretrainRecipe, runtime: Runtime) -> Prepared:
                 settings=settings(data, tokenizer, model.max_length),
                 tokenise=tokenise,
                 check=check(data.field),
-                row_features=ROWS,
+                row_features=ROW_FEATURES,
                 features=FEATURES,
                 processes=data.processes,
                 first_on_node=runtime.local_rank == 0,

@@ -28,7 +28,7 @@ FEATURES = datasets.Features(
     {"length": datasets.Value("int32"), "tokens": datasets.Value("int32"), "truncated": datasets.Value("bool")}
 )
 ROOT = Path(__file__).parents[3]
-ROWS = datasets.Features({"text": datasets.Value("string")})
+ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
 calls = 0
 
 
@@ -49,7 +49,7 @@ def build(tmp_path: Path, *names: str, **settings: Any) -> Corpus:
     return tokenised(
         find_sources([str(tmp_path / name) for name in names]),
         cache_dir=tmp_path / "cache", settings=settings, tokenise=tokenise, check=check,
-        row_features=ROWS, features=FEATURES, processes=1,
+        row_features=ROW_FEATURES, features=FEATURES, processes=1,
     )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_p
 
     sources = find_sources([str(path)])
     options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenise": tokenise, "features": FEATURES}
-    options |= {"row_features": ROWS, "processes": 1}
+    options |= {"row_features": ROW_FEATURES, "processes": 1}
     with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
         tokenised(sources, check=growing, **options)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -13,7 +13,7 @@ from chassis.data import Mixture, Order, tokenised
 from chassis.errors import DataError
 from chassis.schema import BatchPlan
 from chassis.sources import find_sources
-from contrastive.collate import FEATURES, ROWS, Collate, DataSet, StepBatch, Tokenise, check_row, content_hash
+from contrastive.collate import FEATURES, ROW_FEATURES, Collate, DataSet, StepBatch, Tokenise, check_row, content_hash
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer("bert")
@@ -186,7 +186,7 @@ def test_rows_of_all_kinds_may_be_mixed_in_any_order(rows: list[dict[str, Any]],
         settings={},
         tokenise=Tokenise(TOKENIZER, "search: ", "", 32, 32),
         check=check_row,
-        row_features=ROWS,
+        row_features=ROW_FEATURES,
         features=FEATURES,
         processes=1,
     ).rows
