@@ -107,7 +107,7 @@ def test_a_cut_cable_ends_both_hosts_with_one_line_that_names_the_peer(stage: st
     assert all(process.returncode not in (0, None) for process in launched)
 
     done = max(int(path.name[5:]) for path in (tmp_path / "cut/checkpoints").glob("step-*"))
-    again = start(stage, recipe, *options, f"schedule.steps={done + 2}")
+    again = start(stage, recipe, *options, f"schedule.steps={done + 2}", "checkpoint.allow_change=[schedule.steps]")
     said = finish(again)
     assert [process.returncode for process in again] == [0, 0], said
     assert f"goes on from step {done} of {done + 2}" in said[0]
