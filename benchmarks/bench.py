@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chassis.collectives import gather_rows
-from chassis.engine import build
-from chassis.runtime import Placement, joined
-from chassis.testing import run_world
-from chassis.trial import generated_text
 from contrastive.config import TILE_BYTES
-from contrastive.embedder import encode_texts, load_model
 from contrastive.loss import contrastive_share
+from lodestar.distributed.collectives import gather_rows
+from lodestar.distributed.runtime import Placement, joined
+from lodestar.distributed.testing import run_world
+from lodestar.training.build_engine import build
+from lodestar.training.synthetic import generated_text
+from retrieval.embedding.embedder import encode_texts, load_model
 from retromae.loss import summed_nll
 from retromae.masks import decoder_visibility, mask_tokens
 from tests import tiny

@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chassis import config
-from chassis.testing import run_world
 from contrastive.config import FinetuneRecipe
+from lodestar.config import loader
+from lodestar.distributed.testing import run_world
 from retromae.config import PretrainRecipe
 from tests import tiny
 from tests.distributed import steps
@@ -97,7 +97,7 @@ def _run(ranks: int, stage: str, overrides: list[str]) -> tuple[list[dict[str, A
 
 def _step(rank: int, size: int, stage: str, overrides: list[str]) -> dict[str, Any]:
     schema, path = RECIPES[stage]
-    made = config.load(schema, path, overrides)
+    made = loader.load(schema, path, overrides)
     outcome, scalars = steps.one_step(rank, size, made)
     return {
         "outcome": outcome,

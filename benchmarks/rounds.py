@@ -21,9 +21,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from chassis.retrieval import read_beir
-from chassis.sources import read_json
 from examples.docstrings import make_encoder, train_tokenizer
+from lodestar.data.readers import read_json
+from retrieval.evaluation.beir import read_beir
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 128

@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from chassis.config import load
-from chassis.cost import DEVICES, GIB
-from contrastive.cli import plan
 from contrastive.config import FinetuneRecipe
+from contrastive.plan import plan
+from lodestar.config.loader import load
+from lodestar.planning.cost_model import DEVICES, GIB
 
 RECIPE = Path(__file__).parents[1] / "configs/finetune/48gpu.yaml"
 TOKENS = 128

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from chassis.config import Section
-from chassis.schema import (
+from lodestar.config.loader import Section
+from lodestar.config.schema import (
     Batch,
     Checkpoint,
     Count,

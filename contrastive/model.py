@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from chassis.encoder import cls_of
+from lodestar.models.pooling import cls_of
 
 
 class Tower(nn.Module):

@@ -6,22 +6,17 @@ Shape suffixes: N texts, Q queries, P passages of this rank, M passages of all r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from chassis import chance
-from chassis.collectives import gather_counts, gather_rows, rank
-from chassis.engine import Engine
 from contrastive.collate import StepBatch
 from contrastive.config import Loss
-from contrastive.loss import Identity, Share, contrastive_share, distillation_share, matryoshka
-
-Shares = Mapping[str, Tensor]
-Temperature = Tensor | float
+from contrastive.gradcache import KeepGraph, Shares, Temperature, cached_backward
+from contrastive.loss import Share, contrastive_share, distillation_share, matryoshka
+from contrastive.negatives import Candidates, Direction, Texts
+from lodestar import rng
+from lodestar.distributed.collectives import gather_counts, gather_rows, rank
+from lodestar.training.engine import Engine
 
 
 class FinetuneStage:
@@ -44,7 +39,7 @@ class FinetuneStage:
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Shares:
         def run(i: int) -> tuple[Tensor, Temperature]:
             """Embed micro-batch i; the same step always draws the same dropout, so a second pass repeats the first."""
-            chance.seed_everything(self._seed, "dropout", step, rank(), i)
+            rng.seed_everything(self._seed, "dropout", step, rank(), i)
             micro_batch = batch.micro_batches[i]
             unit_BD, temperature = engine.run(*micro_batch.tensors(self._device), last=i == count - 1)
             return unit_BD if micro_batch.real else unit_BD[:0], temperature
@@ -147,119 +142,3 @@ class FinetuneStage:
             weight=1.0 / self._global_size,
             valid_BG=valid_QG,
         )
-
-
-class Texts(NamedTuple):
-    """Queries or passages: what they say, by hash, and their embeddings."""
-
-    hash_N: Tensor
-    x_ND: Tensor
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Texts of all ranks that can be negatives."""
-
-    texts: Texts
-    owner_M: Tensor
-    own_Q: Tensor
-    """Where this rank's queries, or their positives, are among them."""
-    kin_Q: Tensor
-    """The owner that makes a candidate no negative, for each of this rank's queries."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Anchors, each with its answer, against candidates."""
-
-    name: str
-    anchor: Texts
-    answer: Texts
-    candidates: Candidates
-    alone_Q: Tensor
-    count_Q: Tensor
-    """How many candidates, from its own on, an anchor sees that is alone."""
-
-    def identity(self) -> Identity:
-        of = self.candidates
-        return Identity(
-            anchor_B=self.anchor.hash_N,
-            answer_B=self.answer.hash_N,
-            kin_B=of.kin_Q,
-            candidate_M=of.texts.hash_N,
-            owner_M=of.owner_M,
-            own_B=of.own_Q,
-            alone_B=self.alone_Q,
-            start_B=of.own_Q,
-            end_B=of.own_Q + self.count_Q,
-        )
-
-
-class KeepGraph:
-    """How many micro-batches of a step keep their graph from the first pass."""
-
-    def __init__(self, keep: float, memory_bytes: int, max_length: int) -> None:
-        self._keep, self._memory_bytes, self._max_length = keep, memory_bytes, max_length
-        self._bytes: tuple[float, float] | None = None
-        """Of a graph, and of each token in it."""
-
-    def first(self, tokens: list[int], embed: Callable[[Tensor], object]) -> int:
-        """So many of the first micro-batches (of so many tokens each, padding counted), the same on every rank.
-
-        What a graph takes is measured once, on texts that are the same whenever a run goes on.
-        """
-        if self._keep == 0 or self._keep >= 1:
-            return min(int(self._keep), len(tokens))
-        if self._bytes is None:
-            two_BL = torch.ones(2, self._max_length, dtype=torch.int64)
-            one = max(gather_counts(graph_bytes(lambda: embed(two_BL[:1]))))
-            two = max(gather_counts(graph_bytes(lambda: embed(two_BL))))
-            self._bytes = 2 * one - two, (two - one) / self._max_length
-        left, kept = self._keep * self._memory_bytes, 0
-        while kept < len(tokens) and (left := left - self._bytes[0] - tokens[kept] * self._bytes[1]) >= 0:
-            kept += 1
-        return min(gather_counts(kept))
-
-
-def graph_bytes(run: Callable[[], object]) -> int:
-    """Memory that the graph of `run()` holds on to besides parameters."""
-    held: dict[int, int] = {}
-
-    def remember(x: Tensor) -> Tensor:
-        if not isinstance(x, torch.nn.Parameter) and not isinstance(x._base, torch.nn.Parameter):
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
-        result = run()
-    del result
-    return sum(held.values())
-
-
-def cached_backward(
-    run: Callable[[int], tuple[Tensor, Temperature]],
-    count: int,
-    kept: int,
-    shares_of: Callable[[Tensor, Temperature], Shares],
-    engine: Engine,
-) -> Shares:
-    """The gradient of a loss over all embeddings, holding the activations of `kept` micro-batches, or of one."""
-    first = []
-    for i in range(count):  # 1. embed all
-        with torch.set_grad_enabled(i < kept):
-            first.append(run(i))
-    temperature = first[-1][1]
-    leaf_ND = torch.cat([unit_BD.detach() for unit_BD, _ in first]).requires_grad_()  # 2. the loss sees all of them
-    leaves = [leaf_ND]
-    if isinstance(temperature, Tensor):
-        leaves.append(temperature := temperature.detach().requires_grad_())
-    shares = shares_of(leaf_ND, temperature)
-    grad_ND, *grad_temperature = torch.autograd.grad(shares["loss"], leaves)
-    grads = grad_ND.split([len(unit_BD) for unit_BD, _ in first])
-    # 3. push it through: all kept graphs at once, because ZeRO-3 loses gradients otherwise, then one by one
-    for i in range(max(0, kept - 1), count):
-        parts, grads_i = (first[:kept], grads[:kept]) if i < kept else ([run(i)], grads[i : i + 1])
-        share = (torch.cat([unit_BD for unit_BD, _ in parts]) * torch.cat(grads_i)).sum()
-        last = i == count - 1
-        engine.backward(share + sum(parts[-1][1] * grad for grad in grad_temperature) if last else share, last=last)
-    return shares

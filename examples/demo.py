@@ -126,8 +126,8 @@ def measure(models: dict[str, Path], folder: Path) -> list[dict[str, Any]]:
             return rows
     import torch
 
-    from chassis.retrieval import read_beir
-    from contrastive.evaluate import compare, write
+    from retrieval.evaluation.beir import read_beir
+    from retrieval.evaluation.compare import compare, write
 
     beir = read_beir(HELDOUT)
     rows = compare(models, beir, device=torch.device("cpu"), progress=sys.stderr.isatty())
@@ -136,7 +136,7 @@ def measure(models: dict[str, Path], folder: Path) -> list[dict[str, Any]]:
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    from contrastive import results
+    from retrieval.evaluation import results
 
     results.show(rows, "held-out packages: networkx, sklearn, sentence_transformers")
 

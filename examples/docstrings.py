@@ -322,7 +322,7 @@ def make_encoder(folder: Path, *, seed: int = 42, max_length: int = 128) -> int:
     import torch
     from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
-    from chassis.encoder import save_model
+    from lodestar.models.save import save_model
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = BertConfig(

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from chassis.errors import LodestarError
-from contrastive.index import IndexRecipe, index
-from contrastive.search import Hit, StoreSearcher, open_searcher
-from contrastive.stores import StoreSection
+from lodestar.errors import LodestarError
+from retrieval.search.index import IndexRecipe, index
+from retrieval.search.search import Hit, StoreSearcher, open_searcher
+from retrieval.search.vector_stores import StoreSection
 
 PROMPT = """Answer the question from the documents alone, and name those that you used, as [1].
 If they do not hold the answer, say so.

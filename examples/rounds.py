@@ -14,9 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from chassis.config import load
-from chassis.errors import ConfigError
 from contrastive.config import FinetuneRecipe
+from lodestar.config.loader import load
+from lodestar.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -1,6 +1,6 @@
 """python launch/evaluate.py --config FILE [KEY=VALUE ...] [--plan [WORLD_SIZE]] [--json]"""
 
-from contrastive.evaluate import main
+from retrieval.evaluation.compare import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,6 +1,6 @@
 """python launch/export.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
-from contrastive.export import main
+from retrieval.export.onnx import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

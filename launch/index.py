@@ -1,6 +1,6 @@
 """python launch/index.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
-from contrastive.index import main
+from retrieval.search.index import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

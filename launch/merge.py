@@ -1,6 +1,6 @@
 """python launch/merge.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
-from contrastive.merge import main
+from retrieval.export.merge import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

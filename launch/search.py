@@ -3,7 +3,7 @@
 python launch/search.py --store FOLDER_OR_RECIPE [--where FIELD=VALUE ...] [--top 5] "shuffle the rows of a tensor" ...
 """
 
-from contrastive.search import main
+from retrieval.search.search import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -14,75 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from chassis import chance
-from chassis.data import Order, cut, padded
-from chassis.encoder import tokenizer_identity
-from chassis.errors import DataError
-from chassis.schema import BatchPlan
-from retromae.config import Data
+from lodestar import rng
+from lodestar.config.schema import BatchPlan
+from lodestar.data.loader import cut, padded
+from lodestar.data.sampler import Order
 from retromae.masks import IGNORED, mask_tokens
-
-ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
-FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "words": datasets.List(datasets.Value("int16")),
-        "tokens": datasets.Value("int32"),
-        "truncated": datasets.Value("bool"),
-    }
-)
-
-
-class Tokenise:
-    """Batches of texts -> token ids and, for each token, the number of its word (-1 for special tokens)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, split: bool) -> None:
-        self.tokenizer, self.split = tokenizer, split
-        sample = tokenizer("a", return_special_tokens_mask=True)
-        marks: list[int] = sample["special_tokens_mask"]
-        start, end = marks.index(0), len(marks) - marks[::-1].index(0)
-        self.before, self.after = sample["input_ids"][:start], sample["input_ids"][end:]
-        self.room = max_length - len(self.before) - len(self.after)
-        self.special = set(tokenizer.all_special_ids)
-
-    def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = self.tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for i, ids in enumerate(encoded["input_ids"]):
-            # a text may spell out a special token; that is no word either
-            words = [-1 if n in self.special or w is None else w for n, w in zip(ids, encoded.word_ids(i), strict=True)]
-            starts = range(0, len(ids), self.room) if self.split else range(min(1, len(ids)))
-            for start in starts:
-                part = slice(start, start + self.room)
-                self._add(rows, ids[part], words[part], truncated=len(ids) > self.room and not self.split)
-        return rows
-
-    def _add(self, rows: dict[str, list[Any]], ids: list[int], words: list[int], *, truncated: bool) -> None:
-        first = next((word for word in words if word >= 0), 0)
-        numbers = [word - first if word >= 0 else -1 for word in words]
-        rows["input_ids"].append([*self.before, *ids, *self.after])
-        rows["words"].append([-1] * len(self.before) + numbers + [-1] * len(self.after))
-        rows["tokens"].append(len(rows["input_ids"][-1]))
-        rows["truncated"].append(truncated)
-
-
-def check(field: str) -> Any:
-    """Accepts rows whose `field` is a text; an empty one is dropped."""
-    return _Check(field)
-
-
-@dataclass(frozen=True)
-class _Check:
-    field: str
-
-    def __call__(self, where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        text = row.get(self.field)
-        if not isinstance(text, str):
-            known = ", ".join(row) or "none"
-            raise DataError(
-                f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {known})"
-            )
-        return {"text": text} if text.strip() else None
 
 
 @dataclass(frozen=True)
@@ -141,7 +77,7 @@ class Collate:
         filler = range(0, 1)  # a rank without a row of its own takes part with one that does not count
         epochs, numbers = self.order.batch(step, part if len(part) else filler)
         found = self.rows(epochs, numbers)
-        keys = chance.hashed(torch.tensor(chance.key(self.seed, "mask")), epochs, numbers)
+        keys = rng.hashed(torch.tensor(rng.key(self.seed, "mask")), epochs, numbers)
         by_length = sorted(range(len(found)), key=lambda i: len(found[i]["input_ids"]))
         micro_batches = []
         for run in cut(by_length, self.plan.passes):
@@ -192,14 +128,3 @@ class FromCorpus:
     def __call__(self, epochs: Tensor, numbers: Tensor) -> list[Mapping[str, Any]]:
         columns = self.table[numbers.tolist()]
         return [{"input_ids": i, "words": w} for i, w in zip(columns["input_ids"], columns["words"], strict=True)]
-
-
-def settings(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
-    """Everything besides the texts that decides what tokenising makes of them."""
-    return {
-        "stage": "pretrain",
-        "field": data.field,
-        "long_texts": data.long_texts,
-        "max_length": max_length,
-        "tokenizer": tokenizer_identity(tokenizer),
-    }

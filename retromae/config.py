@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from chassis.config import Section
-from chassis.schema import Batch, Checkpoint, Engine, Evaluate, Model, Natural, Optim, Run, Schedule, Track
+from lodestar.config.loader import Section
+from lodestar.config.schema import Batch, Checkpoint, Engine, Evaluate, Model, Natural, Optim, Run, Schedule, Track
 
 HEAD_LOGITS = 2**27
 """Logits that the head holds at once on a GPU; the plan counts them, the loss keeps to them."""

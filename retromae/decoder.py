@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from chassis.errors import ModelError
+from lodestar.errors import ModelError
 
 
 class Decoder(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chassis.chance import below, hashed, uniform
+from lodestar.rng import below, hashed, uniform
 
 IGNORED = -100
 """The label of a token that nobody has to guess; what torch's cross-entropy ignores by default."""
@@ -37,7 +37,7 @@ def choose_words(words_BL: Tensor, budget_B: Tensor, keys_B: Tensor, sets: int) 
 
     words_BL    int16..int64, number of the word that a token belongs to, -1 for special tokens and pads
     budget_B    int64, tokens to choose
-    keys_B      int64, `chance.key` of each text
+    keys_B      int64, `rng.key` of each text
     raises      ValueError for texts of more than 8,192 tokens
     """
     if words_BL.shape[1] > 2**_WORD_BITS:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chassis.encoder import cls_of, parts_of
+from lodestar.models.pooling import cls_of
+from retromae.backbone import parts_of
 from retromae.config import Decoder as DecoderSection
 from retromae.config import Mask
 from retromae.decoder import Decoder

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from chassis import chance
-from chassis.collectives import sum_over_ranks
-from chassis.engine import Engine
+from lodestar import rng
+from lodestar.distributed.collectives import sum_over_ranks
+from lodestar.training.engine import Engine
 from retromae.collate import StepBatch
 
 
@@ -25,7 +25,7 @@ class PretrainStage:
         shares = torch.zeros(3, device=self._device)
         for i, micro_batch in enumerate(batch.micro_batches):
             last = i == len(batch.micro_batches) - 1
-            chance.seed_everything(self._seed, "dropout", step, self._rank, i)
+            rng.seed_everything(self._seed, "dropout", step, self._rank, i)
             nats = engine.run(*micro_batch.tensors(self._device), last=last)
             parts = torch.stack(nats) / counts
             engine.backward(parts[0] + parts[1] + self._bag_of_words * parts[2], last=last)

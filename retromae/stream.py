@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chassis import chance
-from chassis.errors import DataError
-from retromae.collate import Collate, StepBatch, Tokenise
+from lodestar import rng
+from lodestar.errors import DataError
+from retromae.collate import Collate, StepBatch
+from retromae.tokenization import Tokenise
 
 WINDOW = 64
 """Batches that are shuffled among themselves."""
@@ -44,7 +45,7 @@ class FromStream:
         rows = islice(self._endless(), (start // WINDOW) * self._size, None)
         for window in range(start // WINDOW, -(-total // WINDOW)):
             arrived = list(islice(rows, self._size))
-            order = chance.permutation(self._size, self._seed, "window", window)
+            order = rng.permutation(self._size, self._seed, "window", window)
             self._rows = [arrived[i] for i in order.tolist()]
             for step in range(max(start, window * WINDOW), min(total, (window + 1) * WINDOW)):
                 yield collate(step)

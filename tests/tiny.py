@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from contrastive.loss import Identity
+from contrastive.negatives import Identity
 
 WORDS = [
     "shuffle",

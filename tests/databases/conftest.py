@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contrastive.embedder import Embedder
-from contrastive.index import main
+from retrieval.embedding.embedder import Embedder
+from retrieval.search.index import main
 from tests import pages, tiny
 
 MODEL = "runs/demo/finetune/model"

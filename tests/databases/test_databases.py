@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contrastive.index import main
+from retrieval.search.index import main
 from tests import pages
 
 PAGE = "databases.md"

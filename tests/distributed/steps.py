@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from chassis import config
-from chassis.engine import build
-from chassis.prepared import Prepared
-from chassis.runtime import Runtime
-from chassis.schema import BatchPlan
 from contrastive.config import FinetuneRecipe
-from contrastive.prepare import prepare as prepare_finetune
+from contrastive.task import prepare as prepare_finetune
+from lodestar.config import loader
+from lodestar.config.schema import BatchPlan
+from lodestar.distributed.runtime import Runtime
+from lodestar.training.build_engine import build
+from lodestar.training.task import Prepared
 from retromae.config import PretrainRecipe
 from retromae.masks import IGNORED, decoder_visibility
-from retromae.prepare import prepare as prepare_pretrain
+from retromae.task import prepare as prepare_pretrain
 from tests import tiny
 
 ROWS = 19  # divides by none of the world sizes
@@ -49,7 +49,7 @@ engine: {{kind: ddp, zero3_persistence_threshold: 0}}
     path = folder / f"{stage}.yaml"
     if not path.exists():
         path.write_text(values)
-    return config.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
+    return loader.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
 
 
 def prepared(made: Any, rank: int, size: int) -> tuple[Prepared, Runtime]:
@@ -67,7 +67,7 @@ def one_step(rank: int, size: int, made: Any) -> tuple[Outcome, dict[str, float]
 
     AdamW's first moment after it is (1 - beta) times the gradient, under any engine.
     """
-    from chassis.collectives import sum_over_ranks
+    from lodestar.distributed.collectives import sum_over_ranks
 
     ready, runtime = prepared(made, rank, size)
     engine = build(ready.module, runtime, made.engine, made.optim, made.precision)

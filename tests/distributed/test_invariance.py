@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from chassis.testing import run_world
+from lodestar.distributed.testing import run_world
 from tests.distributed import steps
 
 ENGINES = {

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import _muon
 
-from chassis import optim
-from chassis.engine import build
-from chassis.runtime import Runtime
-from chassis.testing import run_world
+from lodestar.distributed.runtime import Runtime
+from lodestar.distributed.testing import run_world
+from lodestar.training import optim
+from lodestar.training.build_engine import build
 from tests.distributed import steps
 
 ENGINES = {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from chassis.runtime import Placement
-from chassis.session import _Session
-from chassis.testing import run_world
+from lodestar.distributed.runtime import Placement
+from lodestar.distributed.testing import run_world
+from lodestar.training.trainer import _Session
 from tests import tiny
 from tests.distributed import steps
 
@@ -20,8 +20,8 @@ TOTAL, CUT = 4, 2
 
 def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, ...], stop_after: int | None) -> Any:
     """A run of TOTAL steps, ended after `stop_after` as a signal would end it."""
-    from chassis import hooks
-    from chassis.runtime import Runtime, choose_device
+    from lodestar.distributed.runtime import Runtime, choose_device
+    from lodestar.training import hooks
 
     made = steps.recipe(stage, folder, *overrides)
     placement = Placement(rank, size, rank)

@@ -11,15 +11,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM
 
-from chassis import config
-from chassis.hooks import StopHook
-from chassis.runtime import Runtime
-from chassis.session import _Session
-from chassis.testing import run_world
 from contrastive.config import FinetuneRecipe
-from contrastive.prepare import prepare as prepare_finetune
+from contrastive.task import prepare as prepare_finetune
+from lodestar.config import loader
+from lodestar.distributed.runtime import Runtime
+from lodestar.distributed.testing import run_world
+from lodestar.training.hooks import StopHook
+from lodestar.training.trainer import _Session
 from retromae.config import PretrainRecipe
-from retromae.prepare import prepare as prepare_pretrain
+from retromae.task import prepare as prepare_pretrain
 from tests import tiny
 
 STAGES: dict[str, Any] = {
@@ -32,7 +32,7 @@ def train(rank: int, size: int, stage: str, path: Path, overrides: tuple[str, ..
     schema, prepare = STAGES[stage]
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
     with StopHook(size) as stop:
-        return _Session(config.load(schema, path, overrides), runtime).run(prepare, stop)
+        return _Session(loader.load(schema, path, overrides), runtime).run(prepare, stop)
 
 
 def recipe(folder: Path, stage: str, encoder: Path) -> Path:

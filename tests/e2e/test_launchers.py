@@ -19,8 +19,8 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from chassis.retrieval import read_beir
 from contrastive.model import Tower
+from retrieval.evaluation.beir import read_beir
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from chassis.engine import build
-from chassis.retrieval import search_together
-from chassis.runtime import Placement, Runtime, joined
-from contrastive.embedder import Embedder
 from contrastive.loss import contrastive_share
-from contrastive.mine import nearest
+from lodestar.distributed.runtime import Placement, Runtime, joined
+from lodestar.training.build_engine import build
+from retrieval.embedding.embedder import Embedder
+from retrieval.embedding.exact_search import search_together
+from retrieval.mining.shard_search import nearest
 from retromae.masks import decoder_visibility
 from tests import tiny
 from tests.distributed import steps

@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 
 from contrastive import cli as finetune
-from contrastive import encode, evaluate, export, index, merge, mine, search
+from retrieval.embedding import encode
+from retrieval.evaluation import compare as evaluate
+from retrieval.export import merge
+from retrieval.export import onnx as export
+from retrieval.mining import hard_negatives as mine
+from retrieval.search import index, search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from contrastive.collate import check_row
+from lodestar.data.training_examples import check_row
 from tests import tiny
 from tests.pages import execute
 
@@ -38,7 +38,7 @@ def test_the_converters_of_the_data_page(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_embeddings_of_the_mining_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from contrastive.encode import main
+    from retrieval.embedding.encode import main
 
     monkeypatch.chdir(tmp_path)
     tiny.trained(tmp_path / "model", tmp_path / "plain")

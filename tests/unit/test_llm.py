@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contrastive.embedder import Embedder
 from examples.rag import build_prompt, main
+from retrieval.embedding.embedder import Embedder
 from tests import pages, tiny
 
 PAGE = "llm.md"
@@ -82,7 +82,7 @@ def test_a_question_goes_to_the_llm_behind_the_nearest_documents(
 
 
 def test_braces_of_a_document_are_not_read_as_fields() -> None:
-    from chassis.retrieval import Document
-    from contrastive.search import Hit
+    from retrieval.evaluation.beir import Document
+    from retrieval.search.search import Hit
 
     assert "[1] {x} y" in build_prompt("{q}?", [Hit(1.0, Document("d", "", "{x} y"))])

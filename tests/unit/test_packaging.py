@@ -9,12 +9,13 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("lodestar", "retrieval", "retromae", "contrastive")
 
 
-def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("chassis", "retromae", "contrastive", "tests", "launch", "examples"):
+    for name in ("lodestar", "retrieval", "retromae", "contrastive", "tests", "launch", "examples"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -23,12 +24,8 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path: Path) -> 
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"chassis", "retromae", "contrastive"}
-    ours = {
-        p.relative_to(ROOT).as_posix()
-        for top in ("chassis", "retromae", "contrastive")
-        for p in (ROOT / top).rglob("*.py")
-    }
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+    ours = {p.relative_to(ROOT).as_posix() for top in PACKAGES for p in (ROOT / top).rglob("*.py")}
     assert ours <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert all(f"{package}/py.typed" in names for package in ("chassis", "retromae", "contrastive"))
+    assert all(f"{package}/py.typed" in names for package in PACKAGES)

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from chassis.page import page
-from chassis.report import thinned, write_report
-from chassis.retrieval import Beir, evaluate_run, read_beir, search
-from contrastive import evaluation_report
-from contrastive.evaluate import Row, main
-from contrastive.evaluation_report import View, view
+from lodestar.reporting.html import page
+from lodestar.reporting.training_report import thinned, write_report
+from retrieval.embedding.exact_search import search
+from retrieval.evaluation import report as evaluation_report
+from retrieval.evaluation.beir import Beir, read_beir
+from retrieval.evaluation.compare import Row, main
+from retrieval.evaluation.metrics import evaluate_run
+from retrieval.evaluation.report import View, view
 from tests import tiny
 
 HOSTILE = '<script>console.error("a text was run")</script><img src="http://example.org/x.png">'

@@ -9,11 +9,14 @@ import datasets
 import pytest
 import torch
 
-from chassis.data import Mixture, Order, tokenised
-from chassis.errors import DataError
-from chassis.schema import BatchPlan
-from chassis.sources import find_sources
-from contrastive.collate import FEATURES, ROW_FEATURES, Collate, DataSet, StepBatch, Tokenise, check_row, content_hash
+from contrastive.collate import Collate, DataSet, StepBatch
+from contrastive.tokenization import FEATURES, Tokenise
+from lodestar.config.schema import BatchPlan
+from lodestar.data.readers import find_sources
+from lodestar.data.sampler import Mixture, Order
+from lodestar.data.token_cache import tokenised
+from lodestar.data.training_examples import ROW_FEATURES, check_row, content_hash
+from lodestar.errors import DataError
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer("bert")

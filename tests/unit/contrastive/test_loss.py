@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive.loss import Identity, Share, contrastive_share, distillation_share, info_nce, matryoshka
+from contrastive.loss import Share, contrastive_share, distillation_share, info_nce, matryoshka
+from contrastive.negatives import Identity
 
 B, M, D = 7, 19, 5
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}

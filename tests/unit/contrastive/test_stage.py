@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from chassis.config import load
-from chassis.errors import ConfigError
 from contrastive.config import FinetuneRecipe
-from contrastive.stage import KeepGraph, graph_bytes
+from contrastive.gradcache import KeepGraph, graph_bytes
+from lodestar.config.loader import load
+from lodestar.errors import ConfigError
 
 ROWS, WIDTH = 8, 16
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from chassis.data import Order
-from chassis.errors import DataError
-from chassis.schema import BatchPlan
-from chassis.sources import find_sources, stream_rows
-from retromae.collate import Collate, StepBatch, Tokenise, check
+from lodestar.config.schema import BatchPlan
+from lodestar.data.readers import find_sources, stream_rows
+from lodestar.data.sampler import Order
+from lodestar.errors import DataError
+from retromae.collate import Collate, StepBatch
 from retromae.masks import IGNORED, decoder_visibility
 from retromae.stream import FromStream
+from retromae.tokenization import Tokenise, check
 from tests import tiny
 
 TEXTS = tiny.texts(60, seed=9)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from chassis.errors import ModelError
+from lodestar.errors import ModelError
 from retromae.decoder import Decoder
 
 B, L, D, HEADS, WIDE = 2, 7, 12, 3, 20

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from chassis.chance import hashed, key
+from lodestar.rng import hashed, key
 from retromae.masks import _DECODER, _ROW, IGNORED, budget, choose_words, decoder_visibility, mask_tokens
 
 MASK_ID, FIRST_ORDINARY, VOCABULARY = 4, 5, 1000

@@ -1,0 +1,99 @@
+"""Checked rows to token ids, each text once in its row, with its instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from contrastive.config import Data
+from lodestar.data.training_examples import _SCORES, content_hash
+from lodestar.models.load import tokenizer_identity
+
+_TEXT = datasets.List(datasets.Value("int32"))
+
+
+FEATURES = datasets.Features(
+    {
+        "query_ids": _TEXT,
+        "query_hash": datasets.Value("int64"),
+        "pos_ids": datasets.List(_TEXT),
+        "pos_hash": datasets.List(datasets.Value("int64")),
+        "neg_ids": datasets.List(_TEXT),
+        "neg_hash": datasets.List(datasets.Value("int64")),
+        "pos_scores": _SCORES,
+        "neg_scores": _SCORES,
+        "most_negatives": datasets.Value("int32"),
+        "tokens": datasets.Value("int32"),
+        "truncated": datasets.Value("bool"),
+    }
+)
+
+
+_UNLIMITED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Tokenise:
+    """Batches of checked rows -> token ids, each text once in its row, with its instruction."""
+
+    tokenizer: PreTrainedTokenizerBase
+    query_instruction: str
+    passage_instruction: str
+    query_max_length: int
+    passage_max_length: int
+
+    def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        queries, passages = [], []
+        for query, prompt, kind, pos, neg in zip(
+            *(columns[n] for n in ("query", "prompt", "type", "pos", "neg")), strict=True
+        ):
+            instruction = self.query_instruction if prompt is None else prompt
+            queries.append(instruction + query)
+            symmetric = kind in ("symmetric_sts", "symmetric_clustering")
+            before = instruction if symmetric else self.passage_instruction
+            passages += [before + text for text in (*pos, *neg)]
+        query_ids, query_cut = self._encode(queries, self.query_max_length)
+        passage_ids, passage_cut = self._encode(passages, self.passage_max_length)
+        at = 0
+        for i, query in enumerate(columns["query"]):
+            pos, neg, kind = columns["pos"][i], columns["neg"][i], columns["type"][i]
+            end = at + len(pos) + len(neg)
+            values = {
+                "query_ids": query_ids[i],
+                "query_hash": content_hash(query),
+                "pos_ids": passage_ids[at : at + len(pos)],
+                "pos_hash": [content_hash(text) for text in pos],
+                "neg_ids": passage_ids[at + len(pos) : end],
+                "neg_hash": [content_hash(text) for text in neg],
+                "pos_scores": columns["pos_scores"][i],
+                "neg_scores": columns["neg_scores"][i],
+                "most_negatives": {"only_1neg": 1, "symmetric_class": len(neg)}.get(kind, _UNLIMITED),
+                "tokens": len(query_ids[i]) + sum(map(len, passage_ids[at:end])),
+                "truncated": query_cut[i] or any(passage_cut[at:end]),
+            }
+            for name, value in values.items():
+                rows[name].append(value)
+            at = end
+        return rows
+
+    def _encode(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        ids = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
+        cut_off = [len(row) > max_length for row in ids]
+        if any(cut_off):
+            longer = [i for i, flag in enumerate(cut_off) if flag]
+            again = self.tokenizer([texts[i] for i in longer], truncation=True, max_length=max_length)["input_ids"]
+            for i, row in zip(longer, again, strict=True):
+                ids[i] = row
+        return ids, cut_off
+
+
+def settings(data: Data, tokenise: Tokenise) -> dict[str, Any]:
+    """Everything besides the texts that decides what tokenising makes of them."""
+    lengths = {"query_max_length": tokenise.query_max_length, "passage_max_length": tokenise.passage_max_length}
+    instructions = {"query": data.query_instruction, "passage": data.passage_instruction}
+    return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenizer_identity(tokenise.tokenizer)}

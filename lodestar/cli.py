@@ -1,0 +1,90 @@
+"""The doors' common frame: options, strict recipes, plans, and one line for each mistake. Loads without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from lodestar.config import loader
+from lodestar.distributed.runtime import Placement, quiet_libraries
+from lodestar.errors import ConfigError, LodestarError
+from lodestar.planning.cost_model import DEVICES
+from lodestar.planning.plan import in_words
+
+AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
+
+
+def door(
+    argv: Sequence[str] | None,
+    *,
+    usage: str,
+    schema: type[AnyRecipe],
+    plan: Callable[[AnyRecipe, int, str | None], dict[str, Any]],
+    run: Callable[[AnyRecipe, Placement], int],
+    rehearse: Callable[[AnyRecipe, Placement, int], int] | None = None,
+) -> int:
+    """Parse the options, load the recipe, then plan or run; the exit code: 2 after a mistake told in one line."""
+    rank = 0
+    try:
+        placement = Placement.from_env()
+        rank = placement.rank
+        quiet_libraries()
+        options = _parse(argv, usage)
+        recipe = loader.load(schema, options.config, options.overrides)
+        if options.plan is None and options.rehearse is not None:
+            if rehearse is None:
+                raise ConfigError("command line: --rehearse: only training can be rehearsed")
+            return rehearse(recipe, placement, options.rehearse)
+        if options.plan is None:
+            return run(recipe, placement)
+        found = plan(recipe, options.plan or placement.world_size, options.device)
+        if rank == 0:
+            print(json.dumps(found) if options.json else in_words(found))
+        return 0
+    except LodestarError as error:
+        if rank == 0 if error.told_here is None else error.told_here:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # launchers end all ranks when one has gone: let rank 0 speak first
+        return error.exit_code
+
+
+def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
+    parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, as optim.lr=1e-5")
+    parser.add_argument(
+        "--plan", nargs="?", type=_world_size, const=0, metavar="WORLD_SIZE", help="say what the run would do, and exit"
+    )
+    parser.add_argument("--device", choices=sorted(DEVICES), help="plan for so named devices: what fits, how long")
+    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
+    parser.add_argument(
+        "--rehearse", type=_steps, metavar="STEPS", help="take so many real steps on generated text, report, and exit"
+    )
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; not needed
+    return parser.parse_intermixed_args(argv)
+
+
+def _steps(text: str) -> int:
+    if not text.isdigit() or int(text) < 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps from 3 on")
+    return int(text)
+
+
+def _world_size(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake as one line, like any other."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"command line: {message} (see --help)")

@@ -1,0 +1,225 @@
+"""YAML to a typed, frozen recipe; every mistake names its file, line and field. Loads without torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lodestar.errors import ConfigError
+
+Recipe = TypeVar("Recipe", bound=BaseModel)
+COMMAND_LINE = "command line"
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, strict, without unknown keys; its docstrings are the key's documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass
+class _Tree:
+    """Plain values, and for each dotted path the place that set it."""
+
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    places: dict[str, str] = field(default_factory=dict[str, str])
+
+
+def load(schema: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read `path`, lay `KEY=VALUE` overrides on it, and check the whole against `schema`.
+
+    Raises ConfigError, one line for each mistake: `FILE:LINE: FIELD: what is wrong (what to do)`.
+    """
+    tree = _read(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return schema.model_validate_json(json.dumps(tree.values), strict=True)
+    except ValidationError as error:
+        lines = [_explain(schema, tree, str(path), detail) for detail in error.errors(include_url=False)]
+        raise ConfigError("\nerror: ".join(dict.fromkeys(lines))) from None
+
+
+def dump(recipe: BaseModel) -> str:
+    """The recipe as YAML that `load` reads back to an equal value."""
+    values = json.loads(recipe.model_dump_json())
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def flat(recipe: object, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of a recipe, or of what `read_values` returns, by dotted keys.
+
+    without   keys and sections to leave out
+    """
+    values = json.loads(recipe.model_dump_json()) if isinstance(recipe, BaseModel) else recipe
+    found: dict[str, Any] = {}
+    _flatten(cast(dict[str, Any], values), "", found)
+    return {key: value for key, value in found.items() if not covers(without, key)}
+
+
+def _flatten(values: dict[str, Any], before: str, found: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _flatten(cast(dict[str, Any], value), f"{before}{key}.", found)
+        else:
+            found[before + key] = value
+
+
+def covers(names: Sequence[str], key: str) -> bool:
+    """Whether a dotted key, or a section that it is in, is among `names`."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """What a YAML file says, unchecked but for its own grammar."""
+    return _read(path).values
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> _Tree:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe (name a YAML file, as configs/pretrain/demo.yaml)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        node = _compose(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}:1: not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:1: a recipe is a mapping of sections (as `optim:` with `lr: 1e-5` below it)")
+    tree = _Tree()
+    tree.values = _value(node, str(path), "", tree.places)
+    return tree
+
+
+def _compose(text: str) -> Any:
+    return yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _value(node: yaml.Node, file: str, at: str, places: dict[str, str]) -> Any:
+    """The node as plain values; duplicate keys are refused, scalars are typed as YAML 1.2 does."""
+    line = node.start_mark.line + 1
+    places.setdefault(at, f"{file}:{line}")
+    if isinstance(node, yaml.MappingNode):
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, key_line = str(key_node.value), key_node.start_mark.line + 1
+            name = f"{at}.{key}" if at else key
+            if key in result:
+                first = places[name].rpartition(":")[2]
+                raise ConfigError(f"{file}:{key_line}: {name}: already set on line {first} (keep one of the two)")
+            places[name] = f"{file}:{key_line}"
+            result[key] = _value(value_node, file, name, places)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item, file, f"{at}.{i}", places) for i, item in enumerate(node.value)]
+    return _scalar(node) if isinstance(node, yaml.ScalarNode) else None
+
+
+_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    """YAML 1.2's core types: `1e-5` is a number, `on` and `12:30:00` are text (YAML 1.1 reads all three otherwise)."""
+    text = node.value
+    if node.style is not None:  # quoted or block text
+        return text
+    if text in ("", "~", "null", "Null", "NULL"):
+        return None
+    if text in ("true", "True", "TRUE"):
+        return True
+    if text in ("false", "False", "FALSE"):
+        return False
+    if _INT.fullmatch(text):
+        return int(text.replace("_", ""))
+    if _FLOAT.fullmatch(text):
+        return float(text.replace("_", ""))
+    return text
+
+
+def _override(tree: _Tree, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{COMMAND_LINE}: {override}: not an override (write KEY=VALUE, as optim.lr=1e-5)")
+    try:
+        # Only what begins like one is read as a list, mapping or quoted text: an instruction may well end in ": ".
+        node = _compose(text) if text.startswith(("[", "{", '"', "'")) else yaml.ScalarNode("", text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{COMMAND_LINE}: {key}: cannot read the value {text!r} (quote it)") from None
+    *parents, last = key.split(".")
+    here: Any = tree.values
+    for parent in parents:
+        inner: Any = here.setdefault(parent, {})
+        here = inner
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{COMMAND_LINE}: {key}: {parent} is not a section")
+    here[last] = _scalar(node) if isinstance(node, yaml.ScalarNode) else _value(node, COMMAND_LINE, key, {})
+    tree.places = {at: place for at, place in tree.places.items() if not at.startswith(f"{key}.")}
+    tree.places[key] = COMMAND_LINE
+
+
+# --- explaining ------------------------------------------------------------------------------
+
+
+def _explain(schema: type[BaseModel], tree: _Tree, file: str, detail: Any) -> str:
+    """One line for one of pydantic's findings, at the line of the YAML that caused it."""
+    loc, names = [str(part) for part in detail["loc"]], list[str]()
+    for i, part in enumerate(loc):  # pydantic names the branch of a union too; the YAML has no such key
+        absent = detail["type"] == "missing" and i == len(loc) - 1
+        if absent or ".".join([*names, part]) in tree.places:
+            names.append(part)
+    at = ".".join(names)
+    place = tree.places.get(at) or tree.places.get(".".join(names[:-1])) or f"{file}:1"
+    return f"{place}: {at or 'recipe'}: {_reason(schema, loc, detail)}"
+
+
+def _reason(schema: type[BaseModel], names: list[str], detail: Any) -> str:
+    kind, message, got = detail["type"], detail["msg"], detail["input"]
+    if kind == "extra_forbidden":
+        known = _keys(schema, names[:-1])
+        close = difflib.get_close_matches(names[-1], known, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key ({hint})"
+    if kind == "missing":
+        return "not set (it has no default)"
+    if kind.startswith("union_tag"):
+        known = detail["ctx"].get("expected_tags")
+        return f"kind: must be one of {known}, got '{got['kind']}'" if known else "kind: not set (it has no default)"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    message = message.removeprefix("Input should be ").replace("valid ", "")
+    return f"must be {message}, got {json.dumps(got, ensure_ascii=False)}"
+
+
+def _keys(schema: type[BaseModel], names: list[str]) -> list[str]:
+    """The keys that the section at `names` knows."""
+    found = [schema]
+    for name in names:
+        fields = [(each, each.model_fields) for each in found]
+        below = [each for _, held in fields if name in held for each in _sections(held[name].annotation)]
+        of_kind = [each for each, held in fields if "kind" in held and name in get_args(held["kind"].annotation)]
+        found = below or of_kind or found  # neither: the key of a mapping, the place in a list
+    return list(found[0].model_fields)
+
+
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, also in a list or mapping, or by kind."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [each for inner in get_args(annotation) for each in _sections(inner)]

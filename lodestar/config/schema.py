@@ -1,0 +1,177 @@
+"""The sections of a recipe that both stages share, and the arithmetic of a global batch. Loads without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lodestar.config.loader import Section
+
+AUTO = "auto"
+NEUTRAL = (
+    "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers",
+    "model.activation_checkpointing", "batch.micro_size", "batch.keep_graph", "engine", "checkpoint", "evaluate",
+    "track",
+)  # fmt: skip
+"""Keys and sections that do not change what training computes; of data.train the content and the weights do."""
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class Run(Section):
+    name: str = "run"
+    """What trackers call the run."""
+    output_dir: str
+    """The run folder: checkpoints, metrics, the model."""
+    seed: int = 42
+    """Every random number is a function of this and of the step."""
+
+
+class Model(Section):
+    encoder: str
+    """A folder or hub name in transformers' format."""
+    tokenizer: str | None = None
+    """A folder or hub name; none: the encoder's own."""
+    max_length: Annotated[int, Field(ge=8)] = 512
+    """Tokens of one text, [CLS] and [SEP] included."""
+    dropout: Share | None = None
+    """Replaces the dropout rates of the encoder's configuration; none: as they are."""
+    random_weights: bool = False
+    """Start from the encoder's configuration alone, with random weights."""
+    random_head: bool = False
+    """The masked-language-model head may be missing from the encoder and start from random weights."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, same result."""
+
+
+class Batch(Section):
+    global_size: Count
+    """Rows of one optimizer step over all devices: any number of devices makes exactly this batch."""
+    micro_size: Count | Literal["auto"] = 32
+    """Rows on one device at a time: bounds memory, changes no result. auto: the largest that fits, found by trial."""
+
+    def plan(self, world_size: int) -> BatchPlan:
+        """How so many ranks make the batch; `auto` is found when a run starts, and is 32 until then."""
+        return BatchPlan(self.global_size, world_size, 32 if self.micro_size == "auto" else self.micro_size)
+
+
+class Optim(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: matrices of the hidden layers by Muon, everything else by AdamW."""
+    lr: Positive
+    """Peak learning rate of AdamW."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled; biases and norms are left out."""
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient of the whole batch; 0: no clipping."""
+    muon_lr: Positive = 0.02
+    """Peak learning rate of Muon, in units of spectral norm."""
+    muon_momentum: Share = 0.95
+
+    @model_validator(mode="after")
+    def _muon_is_not_clipped(self) -> Optim:
+        if self.name == "muon" and self.clip_norm:
+            raise ValueError("muon does not clip: its updates have a fixed size (set optim.clip_norm: 0)")
+        return self
+
+
+class Schedule(Section):
+    epochs: Positive | None = None
+    """Passes over the data; give either this or steps."""
+    steps: Count | None = None
+    """Optimizer steps."""
+    warmup_ratio: Share = 0.1
+    """Share of all steps in which the learning rate rises to its peak."""
+    shape: Literal["linear", "cosine", "constant"] = "linear"
+    """How it falls after that."""
+    floor: Share = 0.0
+    """Share of the peak that is left at the end."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Schedule:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("needs exactly one of epochs and steps")
+        return self
+
+    def total_steps(self, rows: int, global_size: int) -> int:
+        """Steps of the run; by epochs, the rows that fill no whole batch at the very end are dropped."""
+        return self.steps if self.steps else int((self.epochs or 0) * rows) // global_size
+
+    def warmup_steps(self, total: int) -> int:
+        return round(self.warmup_ratio * total)
+
+
+class Engine(Section):
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
+    zero3_persistence_threshold: Natural | None = None
+    """Under ZeRO-3, parameters with fewer elements stay whole on each device; none: DeepSpeed's default."""
+    give_up_after: Count = 20
+    """Stop after so many steps in a row whose gradient is not finite."""
+    timeout_minutes: Positive = 30.0
+    """How long a rank waits for the others."""
+
+
+class Checkpoint(Section):
+    every_steps: Natural = 1000
+    """0: only at the end of the run, and when asked to stop."""
+    keep: Count = 2
+    """How many of the newest checkpoints stay."""
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint of output_dir; none: start afresh; or a checkpoint folder."""
+    allow_change: list[str] = []
+    """Keys, or sections, that may differ from those of the checkpoint that the run goes on from, as [optim.lr]."""
+
+
+class Evaluate(Section):
+    data: str | None = None
+    """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
+    split: str = "test"
+    """Which file of qrels/."""
+    every_steps: Natural = 0
+    """0: only at the end."""
+    at_start: bool = False
+    """Also before the first step."""
+    max_queries: Count | None = None
+    """Only the first so many queries; none: all."""
+    max_documents: Count | None = None
+    """Only the documents that answer those queries and the first others, up to so many; none: all."""
+    batch_size: Count = 64
+    """Texts that are embedded at once on a device."""
+
+
+class Track(Section):
+    log_every: Count = 10
+    """Steps between two lines of metrics.jsonl."""
+    to: list[Literal["wandb", "tensorboard"]] = []
+    """Trackers beside metrics.jsonl; wandb works offline where no key is set."""
+    project: str = "lodestar"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How `world_size` ranks make exactly one global batch, in equally many micro-batches on each."""
+
+    global_size: int
+    world_size: int
+    micro_size: int
+
+    def rows(self, rank: int) -> range:
+        """This rank's rows of the global batch: 32,768 over 48 ranks are 683 on 32 ranks and 682 on 16."""
+        return range(rank * self.global_size // self.world_size, (rank + 1) * self.global_size // self.world_size)
+
+    @property
+    def rows_per_rank(self) -> list[int]:
+        return [len(self.rows(rank)) for rank in range(self.world_size)]
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches per step, the same on all ranks: a rank with fewer rows gets smaller ones."""
+        return -(-max(self.rows_per_rank) // self.micro_size)

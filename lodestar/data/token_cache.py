@@ -1,0 +1,177 @@
+"""Texts from files: tokenised once into an Arrow cache, put in order by arithmetic, loaded step by step.
+
+Rows of an epoch are shuffled by address, so the rows of any step are known without reading those before it, and any
+number of loader workers or ranks sees the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+
+from lodestar.data.readers import Row, Source, read_rows
+from lodestar.errors import DataError
+from lodestar.files import damage, sync, write_manifest
+
+ABANDONED_SECONDS = 7 * 24 * 3600
+"""Age at which the draft of a run that was killed is deleted."""
+
+
+# --- the tokenised cache ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What became of the texts; nothing is cut or dropped without being counted here."""
+
+    fingerprint: str
+    rows: int
+    tokens: int
+    truncated: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokenised rows, mapped from the disk."""
+
+    rows: datasets.Dataset
+    facts: Facts
+
+
+def tokenised(
+    sources: Sequence[Source],
+    *,
+    cache_dir: Path,
+    settings: Mapping[str, Any],
+    tokenise: Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]],
+    check: Callable[[str, Row], Row | None],
+    row_features: datasets.Features,
+    features: datasets.Features,
+    processes: int,
+    first_on_node: bool = True,
+) -> Corpus:
+    """The sources' rows, checked and tokenised; from the cache if the same content met the same settings before.
+
+    settings       everything besides the content that decides the result
+    check          (where, row) -> the columns to keep, none to drop the row; raises DataError
+    row_features   types of those columns: never guessed from the first rows of a file
+    tokenise       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    first_on_node  this process checks every byte of the cache, and builds it anew where one is wrong
+    """
+    contents = [source.fingerprint for source in sources]
+    address = json.dumps([contents, dict(settings)], sort_keys=True)
+    folder = cache_dir.expanduser() / hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
+    if first_on_node and folder.exists() and (wrong := damage(folder, ("facts.json", "rows/state.json"))):
+        print(f"warning: data.cache_dir: {folder}: {wrong}; built anew", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+    if not folder.exists():
+        _build(folder, sources, contents, tokenise, check, row_features, features, processes)
+    facts = Facts(**json.loads((folder / "facts.json").read_text()))
+    return Corpus(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), facts)
+
+
+def _build(
+    folder: Path,
+    sources: Sequence[Source],
+    contents: Sequence[str],
+    tokenise: Callable[..., Any],
+    check: Callable[[str, Row], Row | None],
+    row_features: datasets.Features,
+    features: datasets.Features,
+    processes: int,
+) -> None:
+    draft = _own_draft(folder)
+    given = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal given
+        for source, content in zip(sources, contents, strict=True):
+            for where, row in read_rows(source):
+                given += 1
+                kept = check(where, row)
+                if kept is not None:
+                    yield kept
+            if source.fingerprint != content:
+                raise DataError(
+                    f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"
+                )
+
+    try:
+        shards = list(_in_shards(rows(), row_features, draft / "raw"))
+        if not shards:
+            raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
+        raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
+        table = raw.map(
+            tokenise,
+            batched=True,
+            remove_columns=raw.column_names,
+            num_proc=processes if processes > 1 and len(raw) > 2000 else None,
+            features=features,
+            cache_file_name=str(draft / "mapped.arrow"),
+            desc="tokenising",
+        )
+        counted: Any = table.select_columns(["tokens", "truncated"]).with_format("numpy")
+        tokens = sum(int(batch["tokens"].sum()) for batch in counted.iter(100_000))
+        truncated = sum(int(batch["truncated"].sum()) for batch in counted.iter(100_000))
+        table.save_to_disk(str(draft / "rows"))
+        for path in (draft / "raw", *draft.glob("mapped*.arrow")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        facts = Facts(folder.name, len(table), tokens, truncated, given - len(raw))
+        (draft / "facts.json").write_text(json.dumps(asdict(facts)))
+        write_manifest(draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    try:
+        draft.rename(folder)  # whole or absent
+    except OSError:  # another run on this cache was quicker
+        shutil.rmtree(draft)
+    sync(folder.parent)
+
+
+def _own_draft(folder: Path) -> Path:
+    """An empty folder of this process alone, because other runs and nodes may build the same; old ones go."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(".*.draft"):
+        with suppress(OSError):
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(abandoned)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".draft", dir=folder.parent))
+
+
+def _in_shards(
+    rows: Iterator[Row], features: datasets.Features, folder: Path, shard_rows: int = 200_000
+) -> Iterator[Path]:
+    """Write the rows as Arrow files of `shard_rows` rows, so that memory does not grow with the corpus."""
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir()
+    row = next(rows, None)
+    while row is not None:
+        path = folder / f"{len(list(folder.iterdir())):05d}.arrow"
+        writer = ArrowWriter(path=str(path), features=features)
+        for _ in range(shard_rows):
+            writer.write(dict(row))
+            row = next(rows, None)
+            if row is None:
+                break
+        writer.finalize()
+        yield path
+
+
+# --- order -----------------------------------------------------------------------------------
+
+
+# --- loading ---------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Ranks: who this process is, and what ranks say to each other."""

@@ -1,0 +1,1 @@
+"""Encoders and tokenizers, loaded with every tensor checked, and saved for others to open."""

@@ -1,0 +1,13 @@
+"""From the hidden states of a text to the one vector that stands for it.
+
+Shape suffixes: B texts, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def cls_of(hidden_BLD: Tensor) -> Tensor:
+    """(B, L, D) -> (B, D): the vector that stands for the text."""
+    return hidden_BLD[:, 0]

@@ -1,0 +1,1 @@
+"""What a run tells: metrics, trackers, the console, HTML reports."""

@@ -1,0 +1,99 @@
+"""metrics.jsonl, and accelerate's trackers beside it; the only file that knows trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lodestar.config.schema import Track
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes what a run measures; on all ranks but the first it is silent."""
+
+    def __init__(self, path: Path | None, trackers: list[Any]) -> None:
+        self._path, self._trackers = path, trackers
+
+    @classmethod
+    def silent(cls) -> Tracker:
+        return cls(None, [])
+
+    @classmethod
+    def open(
+        cls, output_dir: Path, track: Track, run_name: str, recipe: Mapping[str, Any], env: Mapping[str, str]
+    ) -> Tracker:
+        """Trackers write below `output_dir`; wandb goes offline where neither a mode nor a key is set."""
+        trackers = [_start(name, output_dir, track, run_name, env) for name in track.to]
+        for tracker in trackers:
+            tracker.store_init_configuration(_flat(recipe))
+        return cls(output_dir / METRICS, trackers)
+
+    def resume_at(self, step: int) -> None:
+        """Forget lines after `step`, and a last line that was torn: they will be written again."""
+        if self._path is not None and self._path.is_file():
+            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+            draft = self._path.with_suffix(".draft")
+            draft.write_text("".join(_line(values) for values in kept), encoding="utf-8")
+            draft.rename(self._path)
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """One line; numbers go to the trackers too. A number that is not finite becomes null."""
+        if self._path is None:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(_line(values))
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=values["step"])
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+        self._trackers = []
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, but for one that was torn by a kill."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys with plain values, as trackers want them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{before}{key}.")
+        else:
+            flat[before + key] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+    return flat
+
+
+def _start(name: str, output_dir: Path, track: Track, run_name: str, env: Mapping[str, str]) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+    PartialState()  # the trackers' logger asks for it; it finds our process group and opens none
+    if name == "tensorboard":
+        tracker: Any = TensorBoardTracker(run_name, logging_dir=str(output_dir / "tensorboard"))
+    else:
+        named = "WANDB_MODE" in env or "WANDB_API_KEY" in env
+        mode = {} if named else {"mode": "offline"}
+        tracker = WandBTracker(track.project, name=run_name, dir=str(output_dir), **mode)
+    tracker.start()
+    return tracker

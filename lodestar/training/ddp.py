@@ -1,0 +1,127 @@
+"""torch's DistributedDataParallel as an engine."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lodestar.config.schema import Optim
+from lodestar.distributed.runtime import Runtime
+from lodestar.training import optim as optims
+from lodestar.training.engine import Precision, Resumed, StepReport, _Autocast, _state_of
+
+
+class DdpEngine:
+    """torch's DistributedDataParallel; weights, gradients and states whole on every rank."""
+
+    def __init__(
+        self, module: nn.Module, runtime: Runtime, optim: Optim, precision: Precision, muon_fp32: bool
+    ) -> None:
+        self.module, self._muon_fp32 = module, muon_fp32
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._world_size = runtime.world_size
+        self._wrapped: nn.Module = _Autocast(module, runtime.device, precision)
+        if runtime.world_size > 1:
+            for said in ("find_unused_parameters=True was specified", "`broadcast_buffers` is deprecated"):
+                warnings.filterwarnings("ignore", message=said)
+            self._wrapped = DistributedDataParallel(
+                self._wrapped,
+                device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                # Without this DDP puts gradients into other buckets after the first step, and so sums them in another
+                # order than a resumed run does in its first: equal weights would differ in their last bit.
+                find_unused_parameters=True,
+            )
+        self._clip_norm = optim.clip_norm
+        parameter_groups = optims.groups(module, optim)
+        plain = [group for group in parameter_groups if not group["use_muon"]]
+        hidden = [group for group in parameter_groups if group["use_muon"]]
+        self._adamw = optims.adamw(plain, optim)
+        self._optimizers: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [
+            (self._adamw, ("exp_avg", "exp_avg_sq"))
+        ]
+        if hidden:
+            self._optimizers.append((optims.muon(hidden, optim), ("momentum_buffer",)))
+        # A loss scale is a power of two: it moves fp16 gradients away from zero and changes no digit of them.
+        self._scale = 2.0**16 if precision == "fp16" else 1.0
+        self._fixed_scale, self._good_steps = precision != "fp16", 0
+
+    def _local(self, last: bool) -> AbstractContextManager[Any]:
+        wrapped = self._wrapped
+        return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
+
+    def run(self, *inputs: Any, last: bool) -> Any:
+        with self._local(last):
+            return self._wrapped(*inputs)
+
+    def backward(self, share: Tensor, *, last: bool) -> None:
+        with self._local(last):
+            (share * (self._world_size * self._scale)).backward()
+
+    def step(self, lr_factor: float) -> StepReport:
+        parameters = [p for p in self._names if p.grad is not None]
+        if self._scale != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self._scale)
+        norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
+        finite = torch.isfinite(norm)
+        skip = not self._fixed_scale and not bool(finite)
+        if not skip:
+            self._update(lr_factor, finite)
+        self._adjust_scale(skip)
+        for parameter in parameters:
+            parameter.grad = None
+        return StepReport(norm, (~finite).float())
+
+    def _update(self, lr_factor: float, finite: Tensor) -> None:
+        for optimizer, _ in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor
+        self._adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips by it, without a sync
+        self._adamw.grad_scale = None  # type: ignore[attr-defined]
+        self._adamw.step()
+        for optimizer, _ in self._optimizers[1:]:
+            if bool(finite):
+                with optims.muon_in_fp32(self._muon_fp32):
+                    optimizer.step()
+
+    def _adjust_scale(self, skipped: bool) -> None:
+        if self._fixed_scale:
+            return
+        self._good_steps = 0 if skipped else self._good_steps + 1
+        if skipped:
+            self._scale = max(1.0, self._scale / 2)
+        elif self._good_steps % 2000 == 0:
+            self._scale *= 2
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().to("cpu", torch.float32, copy=True) for parameter, name in self._names.items()}
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        return {
+            f"{self._names[cast(nn.Parameter, parameter)]}:{key}": state[key].detach().to("cpu", copy=True)
+            for optimizer, keys in self._optimizers
+            for parameter, state in optimizer.state.items()
+            for key in keys
+        }
+
+    def values(self) -> dict[str, float]:
+        return {"loss_scale": self._scale, "good_steps": self._good_steps}
+
+    def resume(self, checkpoint: Resumed) -> None:
+        for optimizer, keys in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name, device = self._names[parameter], parameter.device
+                    state = {key: _state_of(name, key, checkpoint.optimizer).to(device) for key in keys}
+                    if optimizer is self._adamw:
+                        state["step"] = torch.tensor(float(checkpoint.updates), device=device)
+                    optimizer.state[parameter] = state
+        if not self._fixed_scale:
+            self._scale = checkpoint.values.get("loss_scale", self._scale)
+            self._good_steps = int(checkpoint.values.get("good_steps", 0))

@@ -1,0 +1,223 @@
+"""What happens beside training: log lines, checkpoints, evaluations, and stopping when asked."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from lodestar.config.schema import Checkpoint
+from lodestar.distributed.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
+from lodestar.errors import TrainingError
+from lodestar.reporting.throughput import Console, Meter
+from lodestar.reporting.trackers import Tracker
+from lodestar.training import checkpoint
+from lodestar.training.engine import Engine
+from lodestar.training.loop import Progress, StepDone
+
+SHOWN = ("ndcg_at_10", "mrr_at_10", "recall_at_100")
+"""Metrics of an evaluation that the console tells; metrics.jsonl has them all."""
+
+
+class _Quiet:
+    """A hook that does nothing; others say what they do."""
+
+    def before(self, progress: Progress) -> None: ...
+
+    def after_step(self, progress: Progress, done: StepDone[Any]) -> None: ...
+
+    def after(self, progress: Progress) -> None: ...
+
+
+class LogHook(_Quiet):
+    """A line of metrics every so many steps, of that global batch; gives up on a gradient that stays NaN."""
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        console: Console,
+        meter: Meter,
+        *,
+        every: int,
+        peak_lr: float,
+        rows_per_epoch: int,
+        rows_per_step: int,
+        give_up_after: int,
+    ) -> None:
+        self._tracker, self._console, self._meter = tracker, console, meter
+        self._every, self._peak_lr, self._give_up_after = every, peak_lr, give_up_after
+        self._epochs_per_step = rows_per_step / rows_per_epoch if rows_per_epoch else math.nan
+        self._streak: torch.Tensor | float = 0.0
+
+    def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
+        batch, report = done.batch, done.report
+        self._meter.add(samples=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
+        self._streak = (self._streak + report.skipped) * report.skipped
+        if progress.step % self._every == 0 or progress.done:
+            self._log(progress, done)
+
+    def _log(self, progress: Progress, done: StepDone[Any]) -> None:
+        names = list(done.shares)
+        shares = sum_over_ranks(torch.stack([done.shares[name].detach().float() for name in names])).tolist()
+        rates = _global_rates(self._meter.read(), done.report.grad_norm.device)
+        line = {
+            "step": progress.step,
+            "epoch": progress.step * self._epochs_per_step,
+            **dict(zip(names, shares, strict=True)),
+            "lr": self._peak_lr * done.lr_factor,
+            "grad_norm": float(done.report.grad_norm),
+            **rates,
+            "skipped": int(progress.skipped),
+        }
+        progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", "lr")}
+        self._tracker.log(line)
+        self._console.update(progress.step, loss=line["loss"], texts_per_second=line["samples_per_second"])
+        if float(self._streak) >= self._give_up_after:
+            raise TrainingError(
+                f"step {progress.step}: the gradient was not finite {int(self._streak)} times in a row "
+                "(lower optim.lr, or look for damaged texts; the last checkpoint is good)"
+            )
+
+    def after(self, progress: Progress) -> None:
+        self._console.close()
+
+
+def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Speeds add up over ranks, padding is averaged, memory is that of the fullest device."""
+    summed = sum_over_ranks(
+        torch.tensor(
+            [local["samples_per_second"], local["tokens_per_second"], local["padding_share"], 1.0], device=device
+        )
+    ).tolist()
+    peak = max_over_ranks(torch.tensor(float(local["peak_memory_bytes"]), device=device, dtype=torch.float64))
+    return {
+        "samples_per_second": summed[0],
+        "tokens_per_second": summed[1],
+        "padding_share": summed[2] / summed[3],
+        "peak_memory_bytes": int(peak),
+    }
+
+
+class CheckpointHook(_Quiet):
+    """Commits a checkpoint every so many steps, at the end, and before a stop."""
+
+    def __init__(
+        self, engine: Engine, directory: Path, section: Checkpoint, identity: Mapping[str, Any], rank: int
+    ) -> None:
+        self._engine, self._directory, self._section = engine, directory, section
+        self._identity, self._rank = identity, rank
+        self._saved: int | None = None
+
+    def before(self, progress: Progress) -> None:
+        self._saved = progress.step if progress.step else None  # just loaded: nothing new to save
+
+    def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
+        every = self._section.every_steps
+        if every and progress.step % every == 0:
+            self._save(progress)
+
+    def after(self, progress: Progress) -> None:
+        self._save(progress)
+
+    def _save(self, progress: Progress) -> None:
+        if self._saved == progress.step:
+            return
+        tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
+        values = {"skipped": int(progress.skipped), "engine": self._engine.values(), **self._identity}
+        if self._rank == 0:
+            checkpoint.write(self._directory, progress.step, tensors=tensors, values=values)
+            checkpoint.prune(self._directory, self._section.keep)
+        barrier()
+        self._saved = progress.step
+
+
+class EvaluateHook(_Quiet):
+    """Calls `evaluate(step)` at the start if asked, every so many steps, and at the end."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[int], dict[str, Any]],
+        tracker: Tracker,
+        console: Console,
+        *,
+        every: int,
+        at_start: bool,
+    ) -> None:
+        self._evaluate, self._tracker, self._console = evaluate, tracker, console
+        self._every, self._at_start = every, at_start
+        self._last: int | None = None
+
+    def before(self, progress: Progress) -> None:
+        if self._at_start and progress.step == 0:
+            self._run(progress)
+
+    def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
+        if self._every and progress.step % self._every == 0:
+            self._run(progress)
+
+    def after(self, progress: Progress) -> None:
+        if progress.stop is None and self._last != progress.step:
+            self._run(progress)
+
+    def _run(self, progress: Progress) -> None:
+        found = self._evaluate(progress.step)
+        self._last = progress.step
+        progress.final |= {key: value for key, value in found.items() if key != "evaluation"}
+        self._tracker.log({"step": progress.step, **found})
+        numbers = [f"{name} {found[name]:.4f}" for name in SHOWN if name in found]
+        self._console.say(f"step {progress.step:,}: {found['evaluation']}: {', '.join(numbers)}")
+
+
+class StopHook(_Quiet):
+    """SIGTERM, SIGINT or SIGUSR1 on any rank stops all ranks at the same step edge, with a checkpoint."""
+
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._asked: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopHook:
+        """Listens for SIGUSR1 from here on, so that one that comes early counts; the others end preparation at once."""
+        self._listen(signal.SIGUSR1)
+        return self
+
+    def before(self, progress: Progress) -> None:
+        self._listen(signal.SIGTERM, signal.SIGINT)
+
+    def _listen(self, *numbers: signal.Signals) -> None:
+        for number in numbers:
+            self._before[number] = signal.signal(number, self._ask)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice
+        self._asked = signal.Signals(number).name
+
+    def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
+        asked = self._asked
+        if self._world_size > 1:
+            flag = torch.tensor(float(asked is not None))  # on the CPU: gloo, without a word to the GPU
+            if not float(max_over_ranks(flag)):
+                return
+            asked = next(name for name in gather_objects(asked) if name is not None)
+        progress.stop = asked
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start

@@ -1,0 +1,76 @@
+"""What a stage brings to a run, and what of a recipe both stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lodestar.config.schema import Batch, Checkpoint, Evaluate, Optim, Run, Schedule, Track
+from lodestar.config.schema import Engine as EngineSection
+from lodestar.distributed.runtime import Runtime
+from lodestar.training.engine import Engine, Precision
+from lodestar.training.loop import Stage
+
+
+class Recipe(Protocol):
+    """The sections that both stages' recipes have."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def batch(self) -> Batch: ...
+    @property
+    def optim(self) -> Optim: ...
+    @property
+    def schedule(self) -> Schedule: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def engine(self) -> EngineSection: ...
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+    @property
+    def evaluate(self) -> Evaluate: ...
+    @property
+    def track(self) -> Track: ...
+
+
+@dataclass
+class Prepared:
+    """What a stage brings to a run."""
+
+    module: nn.Module
+    stage: Stage[Any]
+    total_steps: int
+    rows: int | None
+    """Of an epoch; none for a stream."""
+    collate: Callable[[int], Any] | None
+    """step -> batch; none if `stream` is given."""
+    workers: int
+    identity: Mapping[str, Any]
+    """What must be the same in a run that goes on from a checkpoint."""
+    export: Callable[[Mapping[str, torch.Tensor], Path, Mapping[str, Any]], None]
+    """(weights by name, folder, facts of the run) -> the folder holds the result."""
+    evaluate: Callable[[Engine], dict[str, Any]] | None = None
+    stream: Callable[[int], Generator[Any]] | None = None
+    """first step -> batches"""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What became of the data; goes to summary.json."""
+    keep_best: str | None = None
+    """A metric: the result is the best evaluated model, not the last."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of training: all that `lodestar` needs to know of a stage."""
+
+    prepare: Callable[[Any, Runtime], Prepared]
+    generate: Callable[[Any, float, int], dict[str, Any]]
+    """(recipe, share of the largest length, number) -> a row of generated text like no other."""
+    plan: Callable[[Any, int, str | None], dict[str, Any]]
+    """(recipe, world size, device) -> what a run would do."""

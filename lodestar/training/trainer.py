@@ -1,0 +1,344 @@
+"""A training run from its recipe to its result: what both stages do alike, around what each prepares."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lodestar.config import loader
+from lodestar.config.schema import AUTO, NEUTRAL
+from lodestar.data.loader import step_batches
+from lodestar.distributed.collectives import agreed, barrier, from_main, on_main
+from lodestar.distributed.runtime import Placement, Runtime, local_environment
+from lodestar.distributed.session import together
+from lodestar.errors import CheckpointError, ConfigError, DataError
+from lodestar.files import locked, make_folder, replacing
+from lodestar.planning.plan import in_words
+from lodestar.reporting.throughput import Console, Meter
+from lodestar.reporting.trackers import Tracker
+from lodestar.reporting.training_report import write_report
+from lodestar.training import checkpoint
+from lodestar.training.auto_batch_size import with_largest_micro_size
+from lodestar.training.build_engine import build
+from lodestar.training.engine import Engine, Resumed
+from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
+from lodestar.training.loop import Hook, Progress, fit
+from lodestar.training.schedule import lr_factor
+from lodestar.training.task import Kind, Prepared, Recipe
+
+_KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train"}
+"""The recipe's names for what a checkpoint says of its run."""
+STOPPED = 3
+"""Exit code of a run that was asked to stop; the same command goes on from where it was."""
+
+
+def train(recipe: Any, placement: Placement, kind: Kind) -> int:
+    """Run to the end, or until asked to stop; returns the exit code."""
+    minutes = recipe.engine.timeout_minutes
+    with StopHook(placement.world_size) as stop, together(placement, minutes, recipe) as runtime, ExitStack() as held:
+        folder = Path(recipe.run.output_dir)
+        on_main(lambda: _claim(folder, held))
+        if recipe.batch.micro_size == AUTO:
+            recipe = with_largest_micro_size(recipe, runtime, kind)
+        plan = on_main(lambda: in_words(kind.plan(recipe, runtime.world_size, None)))
+        return _Session(recipe, runtime, plan).run(kind.prepare, stop)
+
+
+def _claim(folder: Path, held: ExitStack) -> None:
+    """The run folder, for this run alone."""
+    make_folder(folder, "run.output_dir")
+    held.enter_context(locked(folder, "run.output_dir"))
+
+
+class _Session:
+    def __init__(self, recipe: Recipe, runtime: Runtime, plan: str = "") -> None:
+        self.recipe, self.runtime, self.plan = recipe, runtime, plan
+        self.folder = Path(recipe.run.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.clock = Clock()
+        self.changes: list[dict[str, Any]] = []
+        """Of the recipe, by those who went on with this run."""
+
+    def run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
+        recipe, runtime = self.recipe, self.runtime
+        on_main(lambda: make_folder(self.folder, "run.output_dir"))
+        on_main(self._check_allowed)
+        with agreed():
+            prepared = prepare(recipe, runtime)
+        progress = Progress(prepared.total_steps)
+        with agreed():
+            if not prepared.total_steps:
+                raise DataError(
+                    f"schedule.epochs: {recipe.schedule.epochs} x {prepared.rows} rows do not fill one batch of "
+                    f"{recipe.batch.global_size} (lower batch.global_size, or raise schedule.epochs)"
+                )
+            resumed = self._find_checkpoint(prepared, progress)
+        if progress.done and self._is_finished(progress):
+            self._say(
+                f"{self.folder}: all {progress.total_steps} steps are done; the model lies in {self.folder / 'model'}"
+            )
+            return 0
+        engine = build(prepared.module, runtime, recipe.engine, recipe.optim, recipe.precision)
+        if resumed is not None:
+            with agreed():
+                engine.resume(resumed)
+            self._say(f"goes on from step {progress.step} of {progress.total_steps}")
+        if runtime.is_main:
+            self._open_folder(prepared, progress)
+        self._train(prepared, engine, progress, stop)
+        if progress.stop is not None:
+            self._say(f"stopped by {progress.stop} at step {progress.step}; the same command goes on from here")
+        return STOPPED if progress.stop is not None else 0
+
+    def _train(self, prepared: Prepared, engine: Engine, progress: Progress, stop: StopHook) -> None:
+        recipe, main = self.recipe, self.runtime.is_main
+        if main and (earlier := self._earlier_summary()):
+            self._write("summary.json", {**earlier, "stopped_by": None})  # it runs again; a kill leaves it so
+        tracker = self._tracker(progress)
+        console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
+        hooks: list[Hook] = [self._log_hook(prepared, tracker, console)]
+        if prepared.evaluate is not None:
+            hooks.append(self._evaluate_hook(prepared, engine, tracker, console))
+        identity = {**prepared.identity, "recipe": loader.flat(recipe), "changes": self.changes}
+        hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
+        hooks.insert(-1, stop)
+        warmup = recipe.schedule.warmup_steps(progress.total_steps)
+        shape, floor = recipe.schedule.shape, recipe.schedule.floor
+        batches = self._batches(prepared, progress)
+        try:
+            fit(
+                prepared.stage,
+                engine,
+                batches,
+                progress=progress,
+                lr_factor_at=lambda step: lr_factor(
+                    step, total=progress.total_steps, warmup=warmup, floor=floor, shape=shape
+                ),
+                hooks=hooks,
+            )
+            if progress.stop is None:
+                self._finish(prepared, engine, progress)
+        finally:
+            batches.close()
+            tracker.close()
+        if main:
+            self._summarise(prepared, progress)
+        barrier()
+
+    def _batches(self, prepared: Prepared, progress: Progress) -> Generator[Any]:
+        if prepared.stream is not None:
+            return prepared.stream(progress.step)
+        assert prepared.collate is not None
+        return step_batches(
+            prepared.collate,
+            start=progress.step,
+            total=progress.total_steps,
+            workers=prepared.workers,
+            pin=self.runtime.device.type == "cuda",
+        )
+
+    # --- before ---
+
+    def _open_folder(self, prepared: Prepared, progress: Progress) -> None:
+        """Leave nothing there that an earlier run could be taken for this one by."""
+        for name in checkpoint.set_aside(self.checkpoints, progress.step):
+            self._say(f"warning: {self.checkpoints}: {name}: set aside, for this run starts at step {progress.step}")
+        best = self.folder / "best.json"
+        if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
+            best.unlink()
+        self._write("config.yaml", loader.dump(self.recipe))  # type: ignore[arg-type]
+        data = prepared.identity.get("data")
+        facts = environment(self.runtime, self.recipe.run.output_dir)
+        self._write("environment.json", {**facts, "data": data, "changes": self.changes})
+
+    def _find_checkpoint(self, prepared: Prepared, progress: Progress) -> Resumed | None:
+        """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
+        found, passed = on_main(lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume))
+        for line in passed:
+            self._say(f"warning: {line}")
+        if found is None:
+            return None
+        tensors, values = checkpoint.read(found)
+        self._check_changes(found, values, prepared.identity)
+        progress.step, progress.skipped = values["step"], values["skipped"]
+        if progress.step > progress.total_steps:
+            raise CheckpointError(
+                f"schedule: {progress.total_steps} steps, but {found} has taken {progress.step} (raise them, or choose "
+                "another run.output_dir)"
+            )
+        weights = tensors["weights"]
+        with torch.no_grad():
+            for name, parameter in prepared.module.named_parameters():
+                if name not in weights or weights[name].shape != parameter.shape:
+                    raise CheckpointError(f"{found}: {name}: missing or of another shape: it belongs to another model")
+                parameter.copy_(weights[name])
+        updates = progress.step - int(progress.skipped)
+        return Resumed(weights, tensors["optimizer"], updates, values.get("engine", {}))
+
+    def _check_allowed(self) -> None:
+        """ConfigError where checkpoint.allow_change names no key of the recipe."""
+        known = [*loader.flat(self.recipe), "data.train"]
+        sections = {key.rpartition(".")[0] for key in known}
+        for name in self.recipe.checkpoint.allow_change:
+            if name not in sections and not loader.covers(known, name):
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else "name a key, as optim.lr"
+                raise ConfigError(f"checkpoint.allow_change: {name}: no key of this recipe ({hint})")
+
+    def _check_changes(self, found: Path, values: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """CheckpointError where the checkpoint is of a recipe that computes something else, unless that is allowed."""
+        wrote = values.get("recipe")  # earlier versions left it in the run folder alone
+        if wrote is None and (earlier := found.parent.parent / "config.yaml").is_file():
+            wrote = loader.flat(loader.read_values(earlier))
+        compared: list[tuple[str, Any, Any]] = [
+            (_KEY_OF.get(name, name), values[name], now) for name, now in identity.items() if name in values
+        ]
+        recipe = loader.flat(self.recipe, without=[*NEUTRAL, *_KEY_OF.values()])
+        compared += [(key, wrote[key], now) for key, now in recipe.items() if wrote and key in wrote]
+        changed = [(key, before, now) for key, before, now in compared if before != now]
+        allowed = self.recipe.checkpoint.allow_change
+        refused = [(key, before, now) for key, before, now in changed if not loader.covers(allowed, key)]
+        if refused:
+            told = "; ".join(f"{key}: the checkpoint has {before!r}, this run {now!r}" for key, before, now in refused)
+            names = ", ".join(key for key, _, _ in refused)
+            raise CheckpointError(
+                f"{found}: {told} (restore it, allow it by checkpoint.allow_change='[{names}]', choose another "
+                "run.output_dir, or set checkpoint.resume=none)"
+            )
+        self.changes = list(values.get("changes", []))
+        for key, before, now in changed:
+            self._say(f"{key}: {now!r} from step {values['step']} on, {before!r} before")
+            self.changes.append({"step": values["step"], "key": key, "before": before, "now": now})
+
+    def _is_finished(self, progress: Progress) -> bool:
+        return bool(from_main(self._earlier_summary().get("finished") and (self.folder / "model").is_dir()))
+
+    def _earlier_summary(self) -> dict[str, Any]:
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _tracker(self, progress: Progress) -> Tracker:
+        if not self.runtime.is_main:
+            return Tracker.silent()
+        values = json.loads(self.recipe.model_dump_json())  # type: ignore[attr-defined]
+        tracker = Tracker.open(self.folder, self.recipe.track, self.recipe.run.name, values, local_environment())
+        tracker.resume_at(progress.step)
+        return tracker
+
+    def _log_hook(self, prepared: Prepared, tracker: Tracker, console: Console) -> LogHook:
+        return LogHook(
+            tracker,
+            console,
+            Meter(),
+            every=self.recipe.track.log_every,
+            peak_lr=self.recipe.optim.lr,
+            rows_per_epoch=prepared.rows or 0,
+            rows_per_step=self.recipe.batch.global_size,
+            give_up_after=self.recipe.engine.give_up_after,
+        )
+
+    def _evaluate_hook(self, prepared: Prepared, engine: Engine, tracker: Tracker, console: Console) -> EvaluateHook:
+        def evaluate(step: int) -> dict[str, Any]:
+            assert prepared.evaluate is not None
+            engine.module.eval()
+            found = prepared.evaluate(engine)
+            engine.module.train()
+            if prepared.keep_best is not None:
+                self._keep_if_best(prepared, engine, step, found)
+            return found
+
+        section = self.recipe.evaluate
+        return EvaluateHook(evaluate, tracker, console, every=section.every_steps, at_start=section.at_start)
+
+    # --- after ---
+
+    def _keep_if_best(self, prepared: Prepared, engine: Engine, step: int, found: Mapping[str, Any]) -> None:
+        metric = prepared.keep_best or ""
+        if metric not in found:
+            known = ", ".join(name for name in found if name != "evaluation")
+            raise DataError(f"evaluate.keep_best: {metric}: not a metric (one of {known})")
+        record = self.folder / "best.json"
+        best = from_main(json.loads(record.read_text()) if record.is_file() else None)
+        if best is None or best["metric"] != metric or found[metric] > best["value"] or best["step"] == step:
+            self._export(prepared, engine, {"steps": step, **found})
+            if self.runtime.is_main:
+                self._write("best.json", {"metric": metric, "value": found[metric], "step": step})
+        barrier()
+
+    def _finish(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
+        if prepared.keep_best is None or not from_main((self.folder / "best.json").is_file()):
+            self._export(prepared, engine, {"steps": progress.step, **progress.final})
+
+    def _export(self, prepared: Prepared, engine: Engine, facts: Mapping[str, Any]) -> None:
+        weights = engine.weights()
+        if self.runtime.is_main:
+            with replacing(self.folder / "model") as draft:
+                prepared.export(weights, draft, {**prepared.facts, **facts})
+        barrier()
+
+    def _summarise(self, prepared: Prepared, progress: Progress) -> None:
+        earlier = self._earlier_summary()
+        went_on = earlier.get("steps", 0) < progress.step
+        self._write(
+            "summary.json",
+            {
+                "finished": progress.done and progress.stop is None,
+                "stopped_by": progress.stop,
+                "steps": progress.step,
+                "total_steps": progress.total_steps,
+                "skipped": int(progress.skipped),
+                **prepared.facts,
+                "seconds": (earlier.get("seconds", 0.0) if went_on else 0.0) + self.clock.seconds(),
+                "final": progress.final,
+            },
+        )
+        write_report(self.folder, plan=self.plan)
+
+    def _write(self, name: str, value: Mapping[str, Any] | str) -> None:
+        """A text, or an object as JSON; whole or absent."""
+        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        draft = self.folder / f".{name}.draft"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(self.folder / name)
+
+    def _say(self, line: str) -> None:
+        if self.runtime.is_main:
+            print(line, file=sys.stderr, flush=True)
+
+
+def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
+    """Versions, hardware, world size and commit: what someone needs who wants the same numbers again."""
+    packages = ("torch", "transformers", "deepspeed", "datasets", "accelerate", "sentence-transformers", "tokenizers")
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": device or platform.machine(),
+        "world_size": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "git_commit": _commit(),
+        "command": sys.argv,
+        "output_dir": output_dir,
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,111 @@
+"""Recipes: strict, typed as a reader expects, and each mistake told where it stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from contrastive.config import FinetuneRecipe
+from lodestar.config import loader
+from lodestar.config.schema import BatchPlan, Schedule
+from lodestar.errors import ConfigError
+from retromae.config import PretrainRecipe
+
+RECIPE = """run:
+  output_dir: runs/x
+model:
+  encoder: bert
+data:
+  train: [a.jsonl]
+batch:
+  global_size: 1_024
+optim:
+  lr: 1e-5
+schedule:
+  steps: 10
+"""
+
+
+def load(tmp_path: Path, text: str = RECIPE, *overrides: str) -> FinetuneRecipe:
+    path = tmp_path / "finetune.yaml"
+    path.write_text(text, encoding="utf-8")
+    return loader.load(FinetuneRecipe, path, overrides)
+
+
+def test_numbers_are_read_as_every_user_expects(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert recipe.optim.lr == 1e-5 and recipe.batch.global_size == 1024
+    assert load(tmp_path, RECIPE, "run.name=on", "optim.lr=.5").run.name == "on"
+
+
+@pytest.mark.parametrize("text", ["Represent this: ", "为这个句子生成表示：", " a # b", "- x", "*", "a: {b"])
+def test_an_override_may_be_any_text(text: str, tmp_path: Path) -> None:
+    assert load(tmp_path, RECIPE, f"data.query_instruction={text}").data.query_instruction == text
+    assert load(tmp_path, RECIPE, f"data.query_instruction='{text}'").data.query_instruction == text
+
+
+def test_what_is_dumped_is_loaded_back_equal(tmp_path: Path) -> None:
+    recipe = load(tmp_path, RECIPE, "data.query_instruction=为这个句子: ", "evaluate.data=x", "loss.matryoshka=[64]")
+    assert load(tmp_path, loader.dump(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("lr: 1e-5", "lr: 1e-5\n  lr: 2e-5"), "finetune.yaml:11: optim.lr: already set on line 10 (keep one"),
+        (("lr: 1e-5", "lr: -1"), "finetune.yaml:10: optim.lr: must be greater than 0, got -1"),
+        (("lr: 1e-5", "lr: fast"), "finetune.yaml:10: optim.lr: must be a number, got \"fast\""),
+        (("lr: 1e-5", "lr: 1\n  learning: 1"), "finetune.yaml:11: optim.learning: unknown key (known here: name, lr,"),
+        (("lr: 1e-5", "lr: 1e-5\nlos:\n  temperature: 1"), "finetune.yaml:11: los: unknown key (did you mean 'loss'?)"),
+        (("  encoder: bert", "  max_length: 16"), "finetune.yaml:3: model.encoder: not set (it has no default)"),
+        (("steps: 10", "steps: 10\n  epochs: 1"), "finetune.yaml:11: schedule: needs exactly one of epochs and steps"),
+        (("lr: 1e-5", "lr: 1e-5\n  name: muon"), "finetune.yaml:9: optim: muon does not clip"),
+        (("run:", "run: ["), "finetune.yaml:3: not valid YAML"),
+        ((RECIPE, "- 1"), "finetune.yaml:1: a recipe is a mapping of sections"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_file_line_field_and_remedy(change: tuple[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, RECIPE.replace(*change))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lr=-1", "command line: optim.lr: must be greater than 0, got -1"),
+        ("optim.lrr=1", "command line: optim.lrr: unknown key (did you mean 'lr'?)"),
+        ("optim", "command line: optim: not an override (write KEY=VALUE, as optim.lr=1e-5)"),
+        ("optim.lr.x=1", "command line: optim.lr.x: lr is not a section"),
+    ],
+)
+def test_a_mistake_in_an_override_is_told_as_such(override: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, RECIPE, override)
+    assert str(caught.value) == said
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, RECIPE, "optim.lr=-1", "batch.global_size=0")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        loader.load(PretrainRecipe, tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(("rows", "size"), [(32_768, 48), (720, 24), (19, 4), (3, 5), (1, 1)])
+def test_shares_make_exactly_the_global_batch(rows: int, size: int) -> None:
+    plan = BatchPlan(rows, size, micro_size=4)
+    held = [row for rank in range(size) for row in plan.rows(rank)]
+    assert held == list(range(rows)) and max(plan.rows_per_rank) - min(plan.rows_per_rank) <= 1
+    assert plan.passes == -(-max(plan.rows_per_rank) // 4)
+
+
+def test_a_schedule_by_epochs_counts_whole_batches() -> None:
+    assert Schedule(epochs=2.0).total_steps(rows=100, global_size=30) == 6
+    assert Schedule(steps=7).total_steps(rows=1, global_size=30) == 7
+    assert Schedule(steps=7, warmup_ratio=0.3).warmup_steps(7) == 2

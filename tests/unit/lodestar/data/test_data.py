@@ -1,0 +1,274 @@
+"""The cache, the order of rows, mixtures and batches ahead."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import pytest
+import torch
+
+from lodestar.data.loader import cut, padded, step_batches
+from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
+from lodestar.data.sampler import Mixture, Order
+from lodestar.data.token_cache import Corpus, tokenised
+from lodestar.errors import DataError
+from lodestar.files import replacing
+from tests import tiny
+
+FEATURES = datasets.Features(
+    {"length": datasets.Value("int32"), "tokens": datasets.Value("int32"), "truncated": datasets.Value("bool")}
+)
+ROOT = Path(__file__).parents[4]
+ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
+calls = 0
+
+
+def tokenise(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    global calls
+    calls += 1
+    lengths = [len(text) for text in columns["text"]]
+    return {"length": lengths, "tokens": lengths, "truncated": [length > 60 for length in lengths]}
+
+
+def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    if "text" not in row:
+        raise DataError(f"{where}: text: missing")
+    return {"text": row["text"]} if row["text"] else None
+
+
+def build(tmp_path: Path, *names: str, **settings: Any) -> Corpus:
+    return tokenised(
+        find_sources([str(tmp_path / name) for name in names]),
+        cache_dir=tmp_path / "cache", settings=settings, tokenise=tokenise, check=check,
+        row_features=ROW_FEATURES, features=FEATURES, processes=1,
+    )  # fmt: skip
+
+
+def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    assert build(tmp_path, "a.jsonl").facts == first.facts and calls == before
+    assert build(tmp_path, "a.jsonl", max_length=3).facts.fingerprint != first.facts.fingerprint and calls > before
+    tiny.pretrain_file(tmp_path / "a.jsonl", 11)
+    assert build(tmp_path, "a.jsonl").facts.rows == 11
+    assert not list((tmp_path / "cache").glob(".*"))  # no draft is left
+
+
+def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 70}, {"text": ""}, {"text": "y"}])
+    facts = build(tmp_path, "a.jsonl").facts
+    assert (facts.rows, facts.tokens, facts.truncated, facts.dropped) == (2, 71, 1, 1)
+
+
+def test_a_bad_row_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"txt": "b"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: text: missing"):
+        build(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: row: not valid JSON"):
+        build(tmp_path, "b.jsonl")
+    tiny.write_jsonl(tmp_path / "c.jsonl", [{"text": ""}])
+    with pytest.raises(DataError, match="no row is left"):
+        build(tmp_path, "c.jsonl")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_sources_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in tiny.texts(7)]
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n\n" for row in rows)
+    (tmp_path / "c.txt").write_text("\n".join(row["text"] for row in rows))
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "d.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.txt", "d.parquet", "saved"):
+        sources = find_sources([str(tmp_path / name)])
+        assert [row for source in sources for _, row in read_rows(source)] == rows, name
+        if name != "b.jsonl.gz":
+            assert [row for _, row in stream_rows(sources)] == rows, name
+    assert [Path(s.path).name for s in find_sources([str(tmp_path / "*.jsonl*")])] == ["a.jsonl", "b.jsonl.gz"]
+    assert count_rows(find_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz")])) == 14
+    assert count_rows(find_sources([str(tmp_path / "d.parquet")])) is None
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "./none", "picture.png"])
+def test_a_source_that_cannot_be_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"data\.train: "):
+        find_sources([str(tmp_path / name)])
+
+
+def test_an_epoch_holds_each_row_once_and_the_next_in_another_order() -> None:
+    order = Order(rows=23, global_size=7, seed=1)
+    drawn = [order.batch(step, range(7)) for step in range(23)]  # 7 epochs
+    epochs, rows = (torch.cat([pair[i] for pair in drawn]) for i in range(2))
+    for epoch in range(7):
+        assert sorted(rows[epochs == epoch].tolist()) == list(range(23))
+    assert rows[epochs == 0].tolist() != rows[epochs == 1].tolist()
+
+
+def test_ranks_hold_parts_of_the_same_batch() -> None:
+    order = Order(rows=50, global_size=9, seed=1)
+    whole = order.batch(4, range(9))[1].tolist()
+    assert [*order.batch(4, range(4))[1].tolist(), *order.batch(4, range(4, 9))[1].tolist()] == whole
+    assert Order(rows=50, global_size=9, seed=2).batch(4, range(9))[1].tolist() != whole
+
+
+def test_a_mixture_draws_by_weight_and_counts_what_it_drew() -> None:
+    mixture = Mixture([1.0, 3.0], steps=4000, seed=5)
+    drawn = [mixture.at(step) for step in range(4000)]
+    assert abs(sum(which for which, _ in drawn) / 4000 - 0.75) < 0.03
+    for which in (0, 1):
+        assert [number for chosen, number in drawn if chosen == which] == list(
+            range(sum(chosen == which for chosen, _ in drawn))
+        )
+    assert drawn == [Mixture([1.0, 3.0], steps=4000, seed=5).at(step) for step in range(4000)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_the_order_of_steps_whatever_the_workers(workers: int) -> None:
+    assert list(step_batches(square, start=3, total=12, workers=workers, pin=False)) == [i * i for i in range(3, 12)]
+
+
+def square(step: int) -> int:
+    return step * step
+
+
+def test_rows_are_padded_to_a_multiple_of_8_and_cut_evenly() -> None:
+    assert padded([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 9, 9, 9, 9, 9, 9, 9]]
+    assert [list(part) for part in cut(range(7), 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [len(part) for part in cut([1], 3)] == [0, 0, 1]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for content in ("old", "new"):
+        with replacing(folder) as draft:
+            (draft / "file").write_text(content)
+    with pytest.raises(ZeroDivisionError), replacing(folder) as draft:
+        (draft / "file").write_text("torn")
+        raise ZeroDivisionError
+    assert (folder / "file").read_text() == "new"
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_path: Path) -> None:
+    path = tiny.pretrain_file(tmp_path / "a.jsonl", 40)
+
+    def growing(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        if where.endswith(":40"):
+            with path.open("a") as file:
+                file.write('{"text": "one more"}\n')
+        return check(where, row)
+
+    sources = find_sources([str(path)])
+    options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenise": tokenise, "features": FEATURES}
+    options |= {"row_features": ROW_FEATURES, "processes": 1}
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        tokenised(sources, check=growing, **options)
+    assert list((tmp_path / "cache").iterdir()) == []
+    tiny.pretrain_file(path, 40)
+    assert tokenised(sources, check=check, **options).facts.rows == 40
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "missing", "no manifest", "emptied"])
+def test_a_damaged_cache_is_built_anew_with_one_line(
+    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first = build(tmp_path, "a.jsonl")
+    rows, facts = first.rows.to_dict(), first.facts
+    folder = tmp_path / "cache" / facts.fingerprint
+    (arrow,) = (folder / "rows").glob("*.arrow")
+    content = bytearray(arrow.read_bytes())
+    if harm == "flipped":
+        content[len(content) // 2] ^= 1
+        arrow.write_bytes(content)
+    elif harm == "cut":
+        arrow.write_bytes(content[: len(content) // 2])
+    elif harm == "missing":
+        (folder / "facts.json").unlink()
+    elif harm == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "facts.json").write_text("")
+    capsys.readouterr()
+    again = build(tmp_path, "a.jsonl")
+    assert again.rows.to_dict() == rows and again.facts == facts
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(folder) in line and "built anew" in line
+    build(tmp_path, "a.jsonl")
+    assert "warning" not in capsys.readouterr().err
+
+
+LOADING = """
+import os, sys, time
+from lodestar.data.loader import step_batches
+def collate(step):
+    return str((os.getpid(), os.getsid(0)))
+batches = step_batches(collate, start=0, total=10**6, workers=2, pin=False)
+print(*sorted({next(batches) for _ in range(50)}), os.getsid(0), sep="\\n", flush=True)
+for line in sys.stdin:
+    print(len({next(batches) for _ in range(50)}), flush=True)
+batches.close()
+"""
+
+
+@pytest.fixture
+def loading() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process with two loader workers, and their ids."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    *found, own = (process.stdout.readline().strip() for _ in range(3))
+    workers = [eval(each) for each in found]
+    assert all(session == worker and session != int(own) for worker, session in workers)
+    try:
+        yield process, [worker for worker, _ in workers]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def runs(process_id: int) -> bool:
+    return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+
+
+def test_workers_outlive_the_signals_of_launchers(loading: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, workers = loading
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for worker in workers:
+            os.kill(worker, number)
+    out, _ = process.communicate("more\n", timeout=60)
+    assert out.split() == ["2"] and process.returncode == 0
+    assert not any(runs(worker) for worker in workers)
+
+
+def test_workers_end_with_their_rank_also_when_it_is_killed(
+    loading: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    process, workers = loading
+    process.kill()
+    process.wait()
+    give_up = time.monotonic() + (2 if sys.platform == "linux" else 20)
+    while any(runs(worker) for worker in workers):
+        assert time.monotonic() < give_up, "a worker outlives its rank"
+        time.sleep(0.05)
+
+
+def test_a_rank_that_fails_does_not_wait_for_its_workers() -> None:
+    failing = LOADING.partition("for line")[0] + "raise ZeroDivisionError"
+    done = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from transformers import AutoModel, BertConfig
+
+from contrastive.gradcache import graph_bytes
+from contrastive.model import Tower
+from lodestar.config.schema import Engine
+from lodestar.planning.cost_model import (
+    BERT_BASE,
+    DEVICES,
+    EncoderShape,
+    Memory,
+    activation_bytes,
+    memory,
+    model_flops,
+    seconds,
+)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("width", "feed_forward", "layers"), [(64, 256, 2), (128, 256, 4)])
+def test_activations_are_what_autograd_keeps(precision: str, width: int, feed_forward: int, layers: int):
+    config = BertConfig(
+        vocab_size=100, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
+        num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    tower = Tower(AutoModel.from_config(config), 0.1)
+    shape = EncoderShape(layers, width, feed_forward, 100, 512)
+
+    def held(rows: int) -> int:
+        ids, lengths = torch.ones(rows, 64, dtype=torch.int64), torch.full((rows,), 64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return graph_bytes(lambda: tower(ids, lengths))
+
+    measured = (held(6) - held(2)) / (4 * 64)  # of one token: what does not grow with the rows is weights
+    assert activation_bytes(shape, precision, dropout=False) == pytest.approx(measured, rel=0.05)
+
+
+def test_the_parameters_of_bert_base_are_counted():
+    assert BERT_BASE.parameters == pytest.approx(108.9e6, rel=0.002)  # 109.5 million with the pooler
+
+
+def test_zero_shards_what_its_stage_says():
+    def parts(kind: str, stage: int) -> Memory:
+        engine = Engine(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
+        return memory(BERT_BASE, engine=engine, world_size=10, precision="fp32", tokens_at_once=100)
+
+    whole, first, third = parts("ddp", 1), parts("deepspeed", 1), parts("deepspeed", 3)
+    assert first.weights == whole.weights and first.optimizer == whole.optimizer // 10
+    assert third.weights == whole.weights // 10 and third.gradients < first.gradients < whole.gradients
+    assert whole.activations == third.activations and whole.total > first.total > third.total
+
+
+def test_the_time_of_a_step_is_made_of_counted_operations_and_bytes():
+    device = DEVICES["a100-40g"]
+    found = seconds(BERT_BASE, device, world_size=2, precision="fp32", flops=19.5e12 * 0.4, gathered=1000, scored=10**6)
+    assert found.model == pytest.approx(1.0)
+    assert found.gather == pytest.approx(2 * 0.5 * 4 * 768 * 1000 / (25e9 * 0.7))
+    assert found.loss == pytest.approx(6 * 768 * 1e6 / (19.5e12 * 0.8))
+    alone = seconds(BERT_BASE, device, world_size=1, precision="bf16", flops=0)
+    assert alone.reduction == alone.gather == 0
+    # 6 floating-point operations per parameter and token, and those of attention
+    assert model_flops(BERT_BASE, 10, 0, passes=3) == 6 * 10 * 12 * BERT_BASE.layer_parameters

@@ -1,0 +1,195 @@
+"""What a run leaves in its folder, and what it makes of what lies there."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lodestar.distributed.runtime import Runtime
+from lodestar.errors import CheckpointError, ConfigError, DataError, TrainingError
+from lodestar.files import locked
+from lodestar.training import checkpoint
+from lodestar.training.hooks import StopHook
+from lodestar.training.task import Prepared
+from lodestar.training.trainer import _Session
+from tests import tiny
+from tests.distributed import steps
+
+
+def train(folder: Path, *overrides: str, stage: str = "finetune", poison: Any = None) -> Path:
+    """A run alone, in this process; its folder."""
+    made = steps.recipe(stage, folder, "checkpoint.every_steps=2", "checkpoint.keep=2", *overrides)
+
+    def prepare(recipe: Any, runtime: Runtime) -> Prepared:
+        prepared = (steps.prepare_finetune if stage == "finetune" else steps.prepare_pretrain)(recipe, runtime)
+        if poison is not None:
+            inner = prepared.stage.backward
+            prepared.stage.backward = lambda batch, engine, step: poison(inner, batch, engine, step)  # type: ignore[method-assign]
+        return prepared
+
+    with StopHook(1) as stop:
+        assert _Session(made, Runtime(0, 1, 0, torch.device("cpu"))).run(prepare, stop) == 0
+    return Path(made.run.output_dir)
+
+
+def test_a_fresh_start_sets_aside_what_an_earlier_run_saved(tmp_path: Path) -> None:
+    folder = train(tmp_path, "schedule.steps=8")
+    assert checkpoint.steps(folder / "checkpoints") == [6, 8]
+    train(tmp_path, "schedule.steps=4", "checkpoint.resume=none")
+    assert checkpoint.steps(folder / "checkpoints") == [2, 4]  # its own: not pruned for higher ones
+    assert (folder / "checkpoints/replaced-step-00000008/manifest.json").is_file()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_run_that_passed_it_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(tmp_path, "schedule.steps=4")
+    (folder / "checkpoints/step-00000004/state.json").write_text("{}")
+    train(tmp_path, "schedule.steps=4")
+    assert "damaged" in capsys.readouterr().err
+    assert checkpoint.find(folder / "checkpoints", "auto") == (folder / "checkpoints/step-00000004", [])
+
+
+def test_the_best_of_an_earlier_run_is_not_the_best_of_a_fresh_one(tmp_path: Path) -> None:
+    tiny.beir_folder(tmp_path / "beir")
+    best = ("schedule.steps=2", f"evaluate.data={tmp_path}/beir", "evaluate.keep_best=ndcg_at_10")
+    folder = train(tmp_path, *best)
+    first = (folder / "model/model.safetensors").read_bytes()
+    (folder / "best.json").write_text(json.dumps({"metric": "ndcg_at_10", "value": 9.0, "step": 999}))
+    train(tmp_path, *best, "run.seed=7", "checkpoint.resume=none")
+    assert json.loads((folder / "best.json").read_text())["step"] == 2
+    assert (folder / "model/model.safetensors").read_bytes() != first
+
+
+def test_a_run_that_is_refused_leaves_the_recipe_of_the_one_before(tmp_path: Path) -> None:
+    folder = train(tmp_path)
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match=r"run\.seed: the checkpoint has 42, this run 7"):
+        train(tmp_path, "run.seed=7")
+    with pytest.raises(DataError, match="do not fill one batch"):
+        train(tmp_path, "schedule.steps=null", "schedule.epochs=0.01")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_the_environment_names_the_data(tmp_path: Path) -> None:
+    folder = train(tmp_path)
+    state = json.loads((folder / "checkpoints/step-00000002/state.json").read_text())
+    assert json.loads((folder / "environment.json").read_text())["data"] == state["data"] != []
+
+
+def _nan_from(first: int) -> Any:
+    def poisoned(inner: Any, batch: Any, engine: Any, step: int) -> Any:
+        shares = inner(batch, engine, step)
+        if step >= first:
+            next(engine.module.parameters()).grad.fill_(float("nan"))
+        return shares
+
+    return poisoned
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(stage: str, tmp_path: Path) -> None:
+    clean = train(tmp_path, "schedule.steps=2", "schedule.shape=constant", f"run.output_dir={tmp_path}/a", stage=stage)
+    skipping = train(
+        tmp_path, "schedule.steps=4", "schedule.shape=constant", f"run.output_dir={tmp_path}/b", stage=stage,
+        poison=_nan_from(2),
+    )  # fmt: skip
+    assert json.loads((skipping / "summary.json").read_text())["skipped"] == 2
+    first, second = (
+        checkpoint.read(folder / f"checkpoints/step-{step:08d}")[0] for folder, step in ((clean, 2), (skipping, 4))
+    )
+    assert all(first["weights"][name].equal(second["weights"][name]) for name in first["weights"])
+    assert all(first["optimizer"][name].equal(second["optimizer"][name]) for name in first["optimizer"])
+
+
+def test_a_gradient_that_stays_without_numbers_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="step 6: the gradient was not finite 3 times in a row"):
+        train(tmp_path, "schedule.steps=9", "track.log_every=2", "engine.give_up_after=3", poison=_nan_from(3))
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "key", "before", "now"),
+    [
+        ("finetune", "optim.lr=0.01", "optim.lr", "0.001", "0.01"),
+        ("finetune", "loss.temperature=0.2", "loss.temperature", "0.1", "0.2"),
+        ("finetune", "schedule.shape=cosine", "schedule.shape", "'linear'", "'cosine'"),
+        ("finetune", "schedule.steps=6", "schedule.steps", "4", "6"),
+        ("finetune", "model.dropout=0.5", "model.dropout", "None", "0.5"),
+        ("finetune", "data.negatives_per_query=2", "data.negatives_per_query", "1", "2"),
+        ("finetune", "run.seed=7", "run.seed", "42", "7"),
+        ("finetune", "data.train=[{path: FOLDER/finetune.jsonl, weight: 3}]", "data.train.weight", "[1.0]", "[3.0]"),
+        ("finetune", "model.encoder=FOLDER/other", "model.encoder", "'FOLDER/bert'", "'FOLDER/other'"),
+        ("pretrain", "mask.encoder=0.4", "mask.encoder", "0.3", "0.4"),
+        ("pretrain", "precision=bf16", "precision", "'fp32'", "'bf16'"),
+    ],
+)
+def test_a_changed_recipe_is_refused_by_key_and_both_values_unless_allowed_by_name(
+    stage: str, change: str, key: str, before: str, now: str, tmp_path: Path
+) -> None:
+    folder = train(tmp_path, "schedule.steps=4", stage=stage)
+    tiny.encoder(tmp_path / "other", "bert", layers=1, width=16, std=0.3)
+    for summary in folder.glob("summary.json"):
+        summary.unlink()
+    change, before, now = (text.replace("FOLDER", str(tmp_path)) for text in (change, before, now))
+    said = re.escape(f"{key}: the checkpoint has {before}, this run {now}")
+    with pytest.raises(CheckpointError, match=f"{said}.*checkpoint\\.allow_change='\\[{re.escape(key)}\\]'"):
+        train(tmp_path, "schedule.steps=4", change, stage=stage)
+    train(tmp_path, "schedule.steps=4", change, f"checkpoint.allow_change=[{key}]", stage=stage)
+    (noted,) = json.loads((folder / "environment.json").read_text())["changes"]
+    assert noted["key"] == key and noted["step"] == 4 and repr(noted["before"]) == before
+
+
+def test_what_changes_nothing_may_change(tmp_path: Path) -> None:
+    train(tmp_path, "schedule.steps=4")
+    train(tmp_path, "schedule.steps=4", "batch.micro_size=7", "run.name=other", "track.log_every=1", "data.workers=1")
+
+
+def test_a_checkpoint_without_a_recipe_is_compared_with_the_run_folders(tmp_path: Path) -> None:
+    """As versions before this one wrote them."""
+    folder = train(tmp_path, "schedule.steps=4")
+    saved = folder / "checkpoints/step-00000004"
+    tensors, values = checkpoint.read(saved)
+    kept = ("skipped", "engine", "stage", "seed", "global_size", "data")
+    checkpoint.write(saved.parent, 4, tensors=tensors, values={name: values[name] for name in kept})
+    with pytest.raises(CheckpointError, match=r"optim\.lr: the checkpoint has 0\.001, this run 0\.01"):
+        train(tmp_path, "schedule.steps=4", "optim.lr=0.01")
+    train(tmp_path, "schedule.steps=4")
+
+
+def test_fewer_steps_than_were_taken_are_not_done(tmp_path: Path) -> None:
+    train(tmp_path, "schedule.steps=4")
+    with pytest.raises(CheckpointError, match=r"schedule: 2 steps, but .*step-00000004 has taken 4"):
+        train(tmp_path, "schedule.steps=2", "checkpoint.allow_change=[schedule.steps]")
+
+
+def test_a_change_that_is_allowed_must_be_of_a_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"allow_change: optim\.rl: no key .*did you mean 'optim\.lr'"):
+        train(tmp_path, "checkpoint.allow_change=[optim.rl]")
+
+
+def test_a_run_folder_is_one_jobs_alone_and_free_again_after_a_crash(tmp_path: Path) -> None:
+    holding = (
+        "import sys, time; from pathlib import Path; from lodestar.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'run.output_dir'): print('held', flush=True); time.sleep(60)"
+    )
+    root = Path(__file__).parents[4]
+    process = subprocess.Popen([sys.executable, "-c", holding, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        said = rf"run\.output_dir: .*in use by process {process.pid} on {re.escape(socket.gethostname())} since "
+        with pytest.raises(ConfigError, match=said), locked(tmp_path, "run.output_dir"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with locked(tmp_path, "run.output_dir"):
+        pass
