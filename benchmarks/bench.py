@@ -3,10 +3,10 @@
     PYTHONPATH=. python benchmarks/bench.py [--threads 1] [NAME ...]
 
 head    summed_nll against torch's cross-entropy on whole logits, forward and backward
-loss    contrastive_share in tiles, as a share of the rate of the same three matrix products alone
+loss    contrastive_local_loss in tiles, as a share of the rate of the same three matrix products alone
 masks   the masks of a text of 512 tokens: the encoder's, and 256 sets of the decoder's
 gather  rows from all ranks to all ranks and their gradient back, over gloo
-loader  batches of fine-tuning, prepared in one process
+loader  batches of fine-tuning, built in one process
 kept    a step of fine-tuning whose first graphs are kept, against one that computes every chunk twice
 encode  texts of 6 to 64 tokens to embeddings, against sentence-transformers' own encode
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive.config import TILE_BYTES
-from contrastive.loss import contrastive_share
+from contrastive.loss import contrastive_local_loss
 from lodestar.distributed.collectives import gather_rows
 from lodestar.distributed.runtime import Placement, joined
 from lodestar.distributed.testing import run_world
@@ -81,7 +81,9 @@ def loss(queries: int = 2048, passages: int = 16_384, width: int = 256, *, once:
     identity = tiny.distinct_texts(queries, passages)
     before = _peak_bytes()
     seconds = _seconds(
-        lambda: contrastive_share(q, d, d[:queries], identity, temperature=0.02, weight=1 / queries).value.backward(),
+        lambda: contrastive_local_loss(
+            q, d, d[:queries], identity, temperature=0.02, weight=1 / queries
+        ).value.backward(),
         once=once,
     )
     grown = _peak_bytes() - before
@@ -146,7 +148,7 @@ def whole(queries: int = 32_768, passages: int = 65_536, width: int = 768) -> di
 def loader(rows: int = 2048) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         made = _recipe(Path(name), rows, micro_size=rows)
-        ready, _ = steps.prepared(made, 0, 1)
+        ready, _ = steps.built(made, 0, 1)
         assert ready.collate is not None
         collate = ready.collate
         batch = collate(0)
@@ -176,7 +178,7 @@ def curve() -> dict[str, Any]:
 
 
 def _grown(rank: int, size: int, made: Any) -> int:
-    ready, runtime = steps.prepared(made, rank, size)
+    ready, runtime = steps.built(made, rank, size)
     assert ready.collate is not None
     engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
     batch = ready.collate(0)
@@ -188,7 +190,7 @@ def _grown(rank: int, size: int, made: Any) -> int:
 def _step(made: Any) -> float:
     """Seconds of one step on this process."""
     with joined(Placement(0, 1, 0)) as runtime:
-        ready, _ = steps.prepared(made, 0, 1)
+        ready, _ = steps.built(made, 0, 1)
         engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
         assert ready.collate is not None
         batch = ready.collate(0)

@@ -49,7 +49,7 @@ def main() -> int:
         "rows_per_rank": sorted({outcome["rows"] for outcome in together}, reverse=True),
         "rows": sum(outcome["rows"] for outcome in together),
         "negatives_per_query": together[0]["negatives_per_query"],
-        "hidden_pairs": together[0]["hidden_pairs"],
+        "masked_false_negatives": together[0]["masked_false_negatives"],
         "loss": together[0]["outcome"][0],
         "loss_alone": alone[0]["outcome"][0],
         "relative_error": error,
@@ -103,7 +103,7 @@ def _step(rank: int, size: int, stage: str, overrides: list[str]) -> dict[str, A
         "outcome": outcome,
         "rows": len(made.batch.plan(size).rows(rank)),
         "negatives_per_query": scalars.get("negatives_per_query", 0.0),
-        "hidden_pairs": scalars.get("hidden_pairs", 0.0),
+        "masked_false_negatives": scalars.get("masked_false_negatives", 0.0),
         "mib": _own_mib(),
     }
 

@@ -132,10 +132,10 @@ def write(path: Path, content: dict[str, Any]) -> str:
     return str(path)
 
 
-def torchrun(door: str, recipe: str, *overrides: str) -> None:
+def torchrun(command: str, recipe: str, *overrides: str) -> None:
     launcher = shutil.which("torchrun", path=str(Path(sys.executable).parent)) or "torchrun"
     ranks = ["--standalone", "--nproc-per-node", "2"]
-    subprocess.run([launcher, *ranks, f"launch/{door}.py", "--config", recipe, *overrides], cwd=ROOT, check=True)
+    subprocess.run([launcher, *ranks, f"launch/{command}.py", "--config", recipe, *overrides], cwd=ROOT, check=True)
 
 
 def python(*command: str) -> None:

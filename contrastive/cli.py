@@ -1,4 +1,4 @@
-"""The door of fine-tuning: torchrun, deepspeed, srun or python launch/finetune.py --config FILE [KEY=VALUE ...]."""
+"""The command of fine-tuning: torchrun, deepspeed, srun or python launch/finetune.py --config FILE [KEY=VALUE ...]."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from lodestar import cli
 from lodestar.distributed.runtime import Placement
 
 if TYPE_CHECKING:
-    from lodestar.training.task import Kind
+    from lodestar.training.task import TaskSpec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.door(argv, usage=__doc__ or "", schema=FinetuneRecipe, plan=plan, run=run, rehearse=rehearse)
+    return cli.entry_point(argv, usage=__doc__ or "", schema=FinetuneRecipe, plan=plan, run=run, rehearse=rehearse)
 
 
 def run(recipe: FinetuneRecipe, placement: Placement) -> int:
     from lodestar.training.trainer import train
 
-    return train(recipe, placement, _kind())
+    return train(recipe, placement, _spec())
 
 
 def rehearse(recipe: FinetuneRecipe, placement: Placement, steps: int) -> int:
     """What `--rehearse` does."""
     from lodestar.training.dry_run import rehearse
 
-    return rehearse(recipe, placement, _kind(), steps)
+    return rehearse(recipe, placement, _spec(), steps)
 
 
-def _kind() -> Kind:
-    from contrastive.task import generate, prepare
-    from lodestar.training.task import Kind
+def _spec() -> TaskSpec:
+    from contrastive.task import build_task, generate
+    from lodestar.training.task import TaskSpec
 
-    return Kind(prepare, generate, plan)
+    return TaskSpec(build_task, generate, plan)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lodestar import rng
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import cut, padded
-from lodestar.data.sampler import Mixture, Order
+from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 
 LENGTH_GROUPS = 4
 """Micro-batches of a step that needs no second pass: cut by length, all their graphs kept."""
@@ -37,7 +37,7 @@ class MicroBatch:
     """False where its text only fills an empty place."""
 
     def tensors(self, device: torch.device) -> list[Tensor]:
-        """In the order of Tower.forward."""
+        """In the order of BiEncoder.forward."""
         return [self.ids_BL.to(device, non_blocking=True), self.lengths_B.to(device, non_blocking=True)]
 
     def pin_memory(self) -> MicroBatch:
@@ -61,8 +61,8 @@ class StepBatch:
     """How many passages each query brought."""
     teacher_QG: Tensor
     """Scores of each query's own passages; NaN where there are none."""
-    alone: bool
-    """Whether queries see only the passages that they brought."""
+    in_batch_negatives: bool
+    """Whether queries see the passages of other queries too."""
     single_pass: bool
     rows: int
     tokens: int
@@ -79,7 +79,7 @@ class DataSet:
     """One entry of data.train: each batch is of one of them."""
 
     table: datasets.Dataset
-    order: Order
+    order: ShuffledSampler
     in_batch_negatives: bool
 
 
@@ -88,7 +88,7 @@ class Collate:
     """step -> this rank's StepBatch; a pure function of (seed, step)."""
 
     sets: Sequence[DataSet]
-    mixture: Mixture
+    mixture: DatasetMixture
     plan: BatchPlan
     rank: int
     seed: int
@@ -145,7 +145,7 @@ class Collate:
             start_Q=starts[: len(groups)],
             count_Q=torch.tensor([len(group) for group in groups], dtype=torch.int64),
             teacher_QG=teacher,
-            alone=not chosen.in_batch_negatives,
+            in_batch_negatives=chosen.in_batch_negatives,
             single_pass=self.plan.passes == 1,
             rows=len(queries),
             tokens=sum(map(len, texts)),

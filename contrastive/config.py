@@ -69,9 +69,9 @@ class Data(Section):
     """Tokens; none: model.max_length."""
     passage_max_length: Count | None = None
     cache_dir: str = "~/.cache/lodestar"
-    """Where tokenised texts are kept, shared by all runs."""
+    """Where tokenized texts are kept, shared by all runs."""
     processes: Annotated[int, Field(ge=1)] = 4
-    """Processes that tokenise."""
+    """Processes that tokenize."""
     workers: Natural = 2
     """Processes on each rank that prepare batches ahead; 0: none."""
 

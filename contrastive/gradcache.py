@@ -14,7 +14,7 @@ from torch import Tensor
 from lodestar.distributed.collectives import gather_counts
 from lodestar.training.engine import Engine
 
-Shares = Mapping[str, Tensor]
+Scalars = Mapping[str, Tensor]
 
 
 Temperature = Tensor | float
@@ -61,13 +61,13 @@ def graph_bytes(run: Callable[[], object]) -> int:
     return sum(held.values())
 
 
-def cached_backward(
+def gradcache_backward(
     run: Callable[[int], tuple[Tensor, Temperature]],
     count: int,
     kept: int,
-    shares_of: Callable[[Tensor, Temperature], Shares],
+    local_losses_of: Callable[[Tensor, Temperature], Scalars],
     engine: Engine,
-) -> Shares:
+) -> Scalars:
     """The gradient of a loss over all embeddings, holding the activations of `kept` micro-batches, or of one."""
     first = []
     for i in range(count):  # 1. embed all
@@ -78,13 +78,15 @@ def cached_backward(
     leaves = [leaf_ND]
     if isinstance(temperature, Tensor):
         leaves.append(temperature := temperature.detach().requires_grad_())
-    shares = shares_of(leaf_ND, temperature)
-    grad_ND, *grad_temperature = torch.autograd.grad(shares["loss"], leaves)
+    scalars = local_losses_of(leaf_ND, temperature)
+    grad_ND, *grad_temperature = torch.autograd.grad(scalars["loss"], leaves)
     grads = grad_ND.split([len(unit_BD) for unit_BD, _ in first])
     # 3. push it through: all kept graphs at once, because ZeRO-3 loses gradients otherwise, then one by one
     for i in range(max(0, kept - 1), count):
         parts, grads_i = (first[:kept], grads[:kept]) if i < kept else ([run(i)], grads[i : i + 1])
-        share = (torch.cat([unit_BD for unit_BD, _ in parts]) * torch.cat(grads_i)).sum()
+        surrogate = (torch.cat([unit_BD for unit_BD, _ in parts]) * torch.cat(grads_i)).sum()
         last = i == count - 1
-        engine.backward(share + sum(parts[-1][1] * grad for grad in grad_temperature) if last else share, last=last)
-    return shares
+        engine.backward(
+            surrogate + sum(parts[-1][1] * grad for grad in grad_temperature) if last else surrogate, last=last
+        )
+    return scalars

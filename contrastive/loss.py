@@ -17,17 +17,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from contrastive.config import TILE_BYTES
-from contrastive.negatives import Identity
+from contrastive.negatives import NegativeMask
 
 
 def info_nce(
-    q_BD: Tensor, d_MD: Tensor, positive_B: Tensor, *, temperature: float, hidden_BM: Tensor | None = None
+    q_BD: Tensor, d_MD: Tensor, positive_B: Tensor, *, temperature: float, not_negative_BM: Tensor | None = None
 ) -> Tensor:
     """-log p(positive) per query, where p = softmax over the M passages of q.d / temperature.
 
     q_BD, d_MD   unit rows, any float dtype; the product is taken in fp32 (fp64 stays fp64)
     positive_B   int64, the row of d_MD that answers each query
-    hidden_BM    bool, pairs that are no negatives; false at the positives
+    not_negative_BM    bool, pairs that are no negatives; false at the positives
     returns      (B,) nats; the caller divides by the *global* number of queries
 
     The plain form that tests compare with: it holds all scores, which training never does.
@@ -35,17 +35,17 @@ def info_nce(
     q_BD, d_MD = _exact(q_BD, d_MD)
     with _no_autocast(q_BD):
         scores_BM = q_BD @ d_MD.T / temperature
-        if hidden_BM is not None:
-            scores_BM = scores_BM.masked_fill(hidden_BM, -torch.inf)
+        if not_negative_BM is not None:
+            scores_BM = scores_BM.masked_fill(not_negative_BM, -torch.inf)
         return F.cross_entropy(scores_BM, positive_B, reduction="none")
 
 
-class Share(NamedTuple):
-    """What `contrastive_share` found; all scalar tensors, so that nothing waits for the device."""
+class LocalLoss(NamedTuple):
+    """What `contrastive_local_loss` found; all scalar tensors, so that nothing waits for the device."""
 
     value: Tensor
     """Weighted sum of nats over this rank's anchors; differentiable."""
-    hidden: Tensor
+    masked: Tensor
     """int64: pairs that are no negatives because their texts are equal."""
     negatives: Tensor
     """int64: pairs that are negatives."""
@@ -53,16 +53,16 @@ class Share(NamedTuple):
     """int64: anchors whose answer scored above all their negatives."""
 
 
-def contrastive_share(
+def contrastive_local_loss(
     a_BD: Tensor,
     d_MD: Tensor,
     answer_BD: Tensor,
-    identity: Identity,
+    mask: NegativeMask,
     *,
     temperature: float | Tensor,
     weight: float | Tensor,
     tile_bytes: int = TILE_BYTES,
-) -> Share:
+) -> LocalLoss:
     """Sum over anchors of weight * -log p(answer), p = softmax over the answer and the negatives of a.d / temperature.
 
     a_BD         anchors: unit rows, any float dtype; all arithmetic in fp32 (fp64 stays fp64), whatever autocast says
@@ -71,17 +71,17 @@ def contrastive_share(
     temperature  positive; a tensor gets a gradient
     weight       of each anchor, () or (B,): 1 / global number of queries
     tile_bytes   the most that scores may take; changes rounding only
-    raises       ValueError where shapes do not fit together
+    raises       ValueError where shapes do not fit distributed_session
 
     The gradient is known as soon as a tile's scores are, so the forward takes it and the backward only scales it.
     """
     if not a_BD.shape[1] == d_MD.shape[1] == answer_BD.shape[1]:
         widths = f"{a_BD.shape[1]}, {d_MD.shape[1]}, {answer_BD.shape[1]}"
         raise ValueError(f"widths of anchors, candidates and answers differ: {widths}")
-    if not len(a_BD) == len(answer_BD) == len(identity.anchor_B):
-        raise ValueError(f"{len(a_BD)} anchors, {len(answer_BD)} answers, {len(identity.anchor_B)} anchor hashes")
-    if not len(d_MD) == len(identity.candidate_M) == len(identity.owner_M):
-        raise ValueError(f"{len(d_MD)} candidates, {len(identity.candidate_M)} hashes, {len(identity.owner_M)} owners")
+    if not len(a_BD) == len(answer_BD) == len(mask.anchor_B):
+        raise ValueError(f"{len(a_BD)} anchors, {len(answer_BD)} answers, {len(mask.anchor_B)} anchor hashes")
+    if not len(d_MD) == len(mask.candidate_M) == len(mask.owner_M):
+        raise ValueError(f"{len(d_MD)} candidates, {len(mask.candidate_M)} hashes, {len(mask.owner_M)} owners")
     a_BD, d_MD, answer_BD = _exact(a_BD, d_MD, answer_BD)
     temperature = torch.as_tensor(temperature, dtype=a_BD.dtype, device=a_BD.device)
     wants = torch.is_grad_enabled() and any(x.requires_grad for x in (a_BD, d_MD, answer_BD, temperature))
@@ -90,20 +90,20 @@ def contrastive_share(
         weight_B = torch.as_tensor(weight, dtype=a_BD.dtype, device=a_BD.device).expand(len(a_BD))
         rows = max(1, tile_bytes // max(1, len(d_MD) * a_BD.element_size()))
         # Anchors that need masks come in tiles of their own: only they pay for the comparisons.
-        touched_B, alone_B = identity.touched(), identity.alone_B
+        has_duplicates_B, in_row_only_B = mask.has_duplicates(), mask.in_row_only_B
         for chosen_B, equal, outside in (
-            (~touched_B & ~alone_B, False, False),
-            (touched_B & ~alone_B, True, False),
-            (alone_B, True, True),
+            (~has_duplicates_B & ~in_row_only_B, False, False),
+            (has_duplicates_B & ~in_row_only_B, True, False),
+            (in_row_only_B, True, True),
         ):
             for rows_T in _tiles(chosen_B.nonzero()[:, 0], rows):
-                equal_TM = identity.equal(rows_T) if equal else None
-                outside_TM = identity.outside(rows_T) if outside else None
-                run.add(rows_T, identity.own_B[rows_T], weight_B[rows_T], equal_TM, outside_TM)
-        negatives = len(a_BD) * max(0, len(d_MD) - 1) - run.hidden - run.outside
+                equal_TM = mask.equal(rows_T) if equal else None
+                outside_TM = mask.outside(rows_T) if outside else None
+                run.add(rows_T, mask.positive_index_B[rows_T], weight_B[rows_T], equal_TM, outside_TM)
+        negatives = len(a_BD) * max(0, len(d_MD) - 1) - run.masked - run.outside
     gradients = run.gradients() if wants else (None,) * 4
     value = _Known.apply(a_BD, d_MD, answer_BD, temperature, run.value, *gradients)
-    return Share(value, run.hidden, negatives, run.correct)
+    return LocalLoss(value, run.masked, negatives, run.correct)
 
 
 class _Sums:
@@ -115,11 +115,16 @@ class _Sums:
         if wants:
             self.da_BD, self.dd_MD, self.danswer_BD = map(torch.zeros_like, (self.a_BD, self.d_MD, self.answer_BD))
         self.value = a_BD.new_zeros(())
-        self.hidden, self.outside, self.correct = a_BD.new_zeros(3, dtype=torch.int64)
+        self.masked, self.outside, self.correct = a_BD.new_zeros(3, dtype=torch.int64)
         self.buffer = a_BD.new_empty(0)
 
     def add(
-        self, rows_T: Tensor, own_T: Tensor, weight_T: Tensor, equal_TM: Tensor | None, outside_TM: Tensor | None
+        self,
+        rows_T: Tensor,
+        positive_index_T: Tensor,
+        weight_T: Tensor,
+        equal_TM: Tensor | None,
+        outside_TM: Tensor | None,
     ) -> None:
         """nats = softplus(x), x = logsumexp(negatives) - answer: exact also where the answer wins by far, and with it
         the gradient, whose softmax over the negatives is multiplied by sigmoid(x) = 1 - p(answer)."""
@@ -132,9 +137,9 @@ class _Sums:
             scores_TM.masked_fill_(outside_TM, -torch.inf)
         if equal_TM is not None:
             equal_TM = equal_TM if outside_TM is None else equal_TM & ~outside_TM
-            self.hidden += equal_TM.count_nonzero()
+            self.masked += equal_TM.count_nonzero()
             scores_TM.masked_fill_(equal_TM, -torch.inf)
-        scores_TM.scatter_(1, own_T[:, None], -torch.inf)
+        scores_TM.scatter_(1, positive_index_T[:, None], -torch.inf)
         # The clamps let an anchor without any negative through: 0 nats, no gradient.
         most_T = scores_TM.amax(1).clamp_(min=torch.finfo(scores_TM.dtype).min)
         self.correct += (answer_score_T > most_T).count_nonzero()
@@ -179,7 +184,7 @@ class _Known(torch.autograd.Function):
         return (*(known * upstream if needs else None for known, needs in wanted), None, None, None, None, None)
 
 
-def distillation_share(
+def distillation_local_loss(
     q_BD: Tensor,
     group_BGD: Tensor,
     teacher_BG: Tensor,

@@ -1,4 +1,4 @@
-"""The tower: an encoder whose normalised [CLS] vector is the embedding of a text."""
+"""The bi-encoder: an encoder whose normalised [CLS] vector is the embedding of a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lodestar.models.pooling import cls_of
 
 
-class Tower(nn.Module):
+class BiEncoder(nn.Module):
     """Queries and passages alike; a learned temperature lives here, where engines and checkpoints see it."""
 
     def __init__(self, encoder: PreTrainedModel, temperature: float, *, learned: bool = False) -> None:
@@ -24,7 +24,7 @@ class Tower(nn.Module):
 
     def forward(self, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor | float]:
         """(B, L) ids and (B,) lengths in tokens -> (B, D) unit vectors, fp32; and the temperature."""
-        real_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
-        hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=real_BL.long()).last_hidden_state
+        attention_mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
+        hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=attention_mask_BL.long()).last_hidden_state
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()[0]
         return F.normalize(cls_of(hidden_BLD).float(), dim=1), temperature

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from contrastive.config import TILE_BYTES, FinetuneRecipe
 from lodestar.planning.cost_model import DEVICES, activation_bytes, memory, model_flops, seconds
-from lodestar.planning.plan import Missing, describe, encoder_shape, rows_and_steps
+from lodestar.planning.plan import PlanWarnings, describe, encoder_shape, rows_and_steps
 
 if TYPE_CHECKING:
     pass
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[str, Any]:
     """What `--plan` prints."""
-    missing = Missing([])
+    missing = PlanWarnings([])
     data, batch = recipe.data, recipe.batch
     rows, steps = rows_and_steps([each.path for each in data.sets], recipe.schedule, batch.global_size, missing)
     share = batch.plan(world_size)

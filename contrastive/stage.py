@@ -1,6 +1,6 @@
 """What one step of fine-tuning is: every query of the global batch against every passage of it, in two passes.
 
-The cached step: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup", 3.2.
+GradCache: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup", 3.2.
 Shape suffixes: N texts, Q queries, P passages of this rank, M passages of all ranks, G passages of one query, D width.
 """
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from contrastive.collate import StepBatch
 from contrastive.config import Loss
-from contrastive.gradcache import KeepGraph, Shares, Temperature, cached_backward
-from contrastive.loss import Share, contrastive_share, distillation_share, matryoshka
+from contrastive.gradcache import KeepGraph, Scalars, Temperature, gradcache_backward
+from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, matryoshka
 from contrastive.negatives import Candidates, Direction, Texts
 from lodestar import rng
 from lodestar.distributed.collectives import gather_counts, gather_rows, rank
@@ -36,7 +36,7 @@ class FinetuneStage:
         self._loss, self._global_size, self._seed, self._device = loss, global_size, seed, device
         self._keep = KeepGraph(keep_graph, memory_bytes, max_length)
 
-    def backward(self, batch: StepBatch, engine: Engine, step: int) -> Shares:
+    def backward(self, batch: StepBatch, engine: Engine, step: int) -> Scalars:
         def run(i: int) -> tuple[Tensor, Temperature]:
             """Embed micro-batch i; the same step always draws the same dropout, so a second pass repeats the first."""
             rng.seed_everything(self._seed, "dropout", step, rank(), i)
@@ -47,36 +47,36 @@ class FinetuneStage:
         count = len(batch.micro_batches)
         tokens = [micro_batch.ids_BL.numel() for micro_batch in batch.micro_batches]
         kept = count if batch.single_pass else self._keep.first(tokens, lambda texts: self._embed(engine, texts))
-        return cached_backward(run, count, kept, lambda x_ND, t: self._shares(batch, x_ND, t), engine)
+        return gradcache_backward(run, count, kept, lambda x_ND, t: self._scalars(batch, x_ND, t), engine)
 
     def _embed(self, engine: Engine, texts_BL: Tensor) -> object:
         lengths_B = torch.full((len(texts_BL),), texts_BL.shape[1])
         return engine.run(texts_BL.to(self._device), lengths_B.to(self._device), last=False)
 
-    def _shares(self, batch: StepBatch, sorted_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
-        """This rank's shares of the loss and of the numbers to log, from its embeddings in the micro-batches' order."""
+    def _scalars(self, batch: StepBatch, sorted_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
+        """This rank's local loss and numbers to log, from its embeddings in the micro-batches' order."""
         x_ND = torch.empty_like(sorted_ND).index_copy(0, batch.place_N.to(self._device), sorted_ND)
         q_QD, p_PD = x_ND[: batch.rows], x_ND[batch.rows :]
         widths = [x_ND.shape[1], *self._loss.matryoshka]
-        shares: dict[str, Tensor] = {}
+        scalars: dict[str, Tensor] = {}
         for direction in self._directions(batch, q_QD, p_PD):
-            found = [self._share(direction, width, temperature, len(widths)) for width in widths]
-            shares[f"{direction.name}_loss"] = torch.stack([each.value for each in found]).sum()
+            found = [self._local_loss(direction, width, temperature, len(widths)) for width in widths]
+            scalars[f"{direction.name}_loss"] = torch.stack([each.value for each in found]).sum()
             if direction.name == "query_to_passage":
-                shares |= {
+                scalars |= {
                     "negatives_per_query": found[0].negatives / self._global_size,
-                    "hidden_pairs": found[0].hidden.float(),
+                    "masked_false_negatives": found[0].masked.float(),
                     "accuracy": found[0].correct / self._global_size,
                 }
         if self._loss.distillation:
-            shares["distillation_loss"] = self._distillation(batch, q_QD, p_PD, temperature)
+            scalars["distillation_loss"] = self._distillation(batch, q_QD, p_PD, temperature)
         weights = {"query_to_passage": 1.0, **self._weights, "distillation": self._loss.distillation}
-        shares["loss"] = torch.stack(
-            [w * shares[f"{n}_loss"] for n, w in weights.items() if f"{n}_loss" in shares]
+        scalars["loss"] = torch.stack(
+            [w * scalars[f"{n}_loss"] for n, w in weights.items() if f"{n}_loss" in scalars]
         ).sum()
         if isinstance(temperature, Tensor):
-            shares["temperature"] = temperature.detach() * batch.rows / self._global_size
-        return shares
+            scalars["temperature"] = temperature.detach() * batch.rows / self._global_size
+        return scalars
 
     @property
     def _weights(self) -> dict[str, float]:
@@ -90,36 +90,40 @@ class FinetuneStage:
             x.to(self._device) for x in (batch.start_Q, batch.query_hash_Q, batch.passage_hash_P, batch.owner_P)
         )
         query, positive = Texts(query_Q, q_QD), Texts(passage_P[start_Q], p_PD[start_Q])
-        passages = self._candidates(Texts(passage_P, p_PD), owner_P, start_Q, kin_Q=query_Q)
-        alone_Q = torch.full_like(start_Q, batch.alone, dtype=torch.bool)
+        passages = self._candidates(Texts(passage_P, p_PD), owner_P, start_Q, same_query_Q=query_Q)
+        in_row_only_Q = torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
         count_Q, none_Q = batch.count_Q.to(self._device), torch.zeros_like(start_Q)
-        found = [Direction("query_to_passage", query, positive, passages, alone_Q, count_Q)]
+        found = [Direction("query_to_passage", query, positive, passages, in_row_only_Q, count_Q)]
         if "passage_to_passage" in self._weights:
-            found.append(Direction("passage_to_passage", positive, query, passages, alone_Q, count_Q))
+            found.append(Direction("passage_to_passage", positive, query, passages, in_row_only_Q, count_Q))
         if self._weights.keys() & {"passage_to_query", "query_to_query"}:
             place_Q = torch.arange(len(q_QD), device=self._device)
-            queries = self._candidates(query, positive.hash_N, place_Q, kin_Q=positive.hash_N)
+            queries = self._candidates(query, positive.hash_N, place_Q, same_query_Q=positive.hash_N)
             if "passage_to_query" in self._weights:
-                found.append(Direction("passage_to_query", positive, query, queries, alone_Q, none_Q))
+                found.append(Direction("passage_to_query", positive, query, queries, in_row_only_Q, none_Q))
             if "query_to_query" in self._weights:
-                found.append(Direction("query_to_query", query, positive, queries, alone_Q, none_Q))
+                found.append(Direction("query_to_query", query, positive, queries, in_row_only_Q, none_Q))
         return found
 
-    def _candidates(self, texts: Texts, owner_N: Tensor, own_Q: Tensor, *, kin_Q: Tensor) -> Candidates:
+    def _candidates(
+        self, texts: Texts, owner_N: Tensor, positive_index_Q: Tensor, *, same_query_Q: Tensor
+    ) -> Candidates:
         if not self._loss.share_negatives:
-            return Candidates(texts, owner_N, own_Q, kin_Q)
+            return Candidates(texts, owner_N, positive_index_Q, same_query_Q)
         counts = gather_counts(len(owner_N))
         everywhere = Texts(gather_rows(texts.hash_N, counts), gather_rows(texts.x_ND, counts))
-        return Candidates(everywhere, gather_rows(owner_N, counts), own_Q + sum(counts[: rank()]), kin_Q)
+        return Candidates(
+            everywhere, gather_rows(owner_N, counts), positive_index_Q + sum(counts[: rank()]), same_query_Q
+        )
 
-    def _share(self, direction: Direction, width: int, temperature: Temperature, widths: int) -> Share:
+    def _local_loss(self, direction: Direction, width: int, temperature: Temperature, widths: int) -> LocalLoss:
         vectors = (direction.anchor.x_ND, direction.candidates.texts.x_ND, direction.answer.x_ND)
         anchor_QD, candidate_MD, answer_QD = (matryoshka(x, width) for x in vectors)
-        return contrastive_share(
+        return contrastive_local_loss(
             anchor_QD,
             candidate_MD,
             answer_QD,
-            direction.identity(),
+            direction.mask(),
             temperature=temperature,
             weight=1.0 / (self._global_size * widths),
         )
@@ -134,7 +138,7 @@ class FinetuneStage:
             if len(p_PD)
             else p_PD.new_zeros(0, len(place_G), p_PD.shape[1])
         )
-        return distillation_share(
+        return distillation_local_loss(
             q_QD,
             group_QGD,
             teacher_QG,

@@ -12,12 +12,12 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 
 from contrastive.collate import Collate, DataSet
 from contrastive.config import FinetuneRecipe
-from contrastive.model import Tower
+from contrastive.model import BiEncoder
 from contrastive.stage import FinetuneStage
-from contrastive.tokenization import FEATURES, Tokenise, settings
+from contrastive.tokenization import FEATURES, Tokenize, settings
 from lodestar.data.readers import find_sources
-from lodestar.data.sampler import Mixture, Order
-from lodestar.data.token_cache import Corpus, tokenised
+from lodestar.data.sampler import DatasetMixture, ShuffledSampler
+from lodestar.data.token_cache import TokenizedDataset, tokenized
 from lodestar.data.training_examples import ROW_FEATURES, check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
@@ -26,28 +26,28 @@ from lodestar.models.load import load_encoder, load_tokenizer
 from lodestar.models.save import model_card, save_model
 from lodestar.training.engine import Engine, autocast
 from lodestar.training.synthetic import generated_text
-from lodestar.training.task import Prepared
-from retrieval.evaluation.in_training import Probe
+from lodestar.training.task import TrainingTask
+from retrieval.evaluation.in_training import InTrainingEvaluator
 
 
-def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
+def build_task(recipe: FinetuneRecipe, runtime: Runtime) -> TrainingTask:
     model, data, seed, size = recipe.model, recipe.data, recipe.run.seed, recipe.batch.global_size
     with agreed():  # what is wrong on one node must not leave the others waiting
         tokenizer = load_tokenizer(model)
         if tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no padding token (add one)")
     query_length, passage_length = (data.length(role, model.max_length) for role in ("query", "passage"))
-    tokenise = Tokenise(tokenizer, data.query_instruction, data.passage_instruction, query_length, passage_length)
+    tokenize = Tokenize(tokenizer, data.query_instruction, data.passage_instruction, query_length, passage_length)
     first = runtime.local_rank == 0
     corpora = once_per_node(
-        lambda: [_corpus(recipe, each.path, tokenise, first) for each in data.sets], runtime.local_rank
+        lambda: [_corpus(recipe, each.path, tokenize, first) for each in data.sets], runtime.local_rank
     )
     fingerprints = [corpus.facts.fingerprint for corpus in corpora]
     require_same({"data.train": fingerprints}, "data")
     rows = sum(len(corpus.rows) for corpus in corpora)
     total = recipe.schedule.total_steps(rows, size)
     sets = [
-        DataSet(corpus.rows, Order(len(corpus.rows), size, seed, str(i)), each.in_batch_negatives)
+        DataSet(corpus.rows, ShuffledSampler(len(corpus.rows), size, seed, str(i)), each.in_batch_negatives)
         for i, (each, corpus) in enumerate(zip(data.sets, corpora, strict=True))
     ]
     shares = [each.weight * len(corpus.rows) for each, corpus in zip(data.sets, corpora, strict=True)]
@@ -59,8 +59,8 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
     for narrower in recipe.loss.matryoshka:
         if narrower >= width:
             raise ConfigError(f"loss.matryoshka: {narrower}: not narrower than the embedding (it has {width})")
-    module = Tower(loaded.model, recipe.loss.temperature, learned=recipe.loss.learn_temperature)
-    return Prepared(
+    module = BiEncoder(loaded.model, recipe.loss.temperature, learned=recipe.loss.learn_temperature)
+    return TrainingTask(
         module=module,
         stage=FinetuneStage(
             loss=recipe.loss,
@@ -75,7 +75,7 @@ def prepare(recipe: FinetuneRecipe, runtime: Runtime) -> Prepared:
         rows=rows,
         collate=Collate(
             sets,
-            Mixture(shares, total, seed),
+            DatasetMixture(shares, total, seed),
             plan,
             runtime.rank,
             seed,
@@ -110,12 +110,12 @@ def generate(recipe: FinetuneRecipe, share: float, number: int) -> dict[str, Any
     return {**row, "pos_scores": [1.0], "neg_scores": [0.0] * len(texts[1:])} if recipe.loss.distillation else row
 
 
-def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise, first_on_node: bool) -> Corpus:
-    return tokenised(
+def _corpus(recipe: FinetuneRecipe, path: str, tokenize: Tokenize, first_on_node: bool) -> TokenizedDataset:
+    return tokenized(
         find_sources([path]),
         cache_dir=Path(recipe.data.cache_dir),
-        settings=settings(recipe.data, tokenise),
-        tokenise=tokenise,
+        settings=settings(recipe.data, tokenize),
+        tokenize=tokenize,
         check=check_row,
         row_features=ROW_FEATURES,
         features=FEATURES,
@@ -124,9 +124,9 @@ def _corpus(recipe: FinetuneRecipe, path: str, tokenise: Tokenise, first_on_node
     )
 
 
-def _evaluation(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> Any:
+def _evaluation(recipe: FinetuneRecipe, module: BiEncoder, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> Any:
     data, longest = recipe.data, recipe.model.max_length
-    probe = Probe(
+    evaluator = InTrainingEvaluator(
         recipe.evaluate,
         tokenizer,
         runtime,
@@ -139,12 +139,12 @@ def _evaluation(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedToke
             return module(ids_BL, lengths_B)[0]
 
     def evaluate(engine: Engine) -> dict[str, Any]:
-        return {"evaluation": probe.name, **probe.measure(embed)}
+        return {"evaluation": evaluator.name, **evaluator.measure(embed)}
 
     return evaluate
 
 
-def _export(recipe: FinetuneRecipe, module: Tower, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _export(recipe: FinetuneRecipe, module: BiEncoder, tokenizer: PreTrainedTokenizerBase) -> Any:
     def export(weights: Mapping[str, Tensor], folder: Path, facts: Mapping[str, Any]) -> None:
         save_model(
             module.encoder,

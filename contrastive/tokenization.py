@@ -37,7 +37,7 @@ _UNLIMITED = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Tokenise:
+class Tokenize:
     """Batches of checked rows -> token ids, each text once in its row, with its instruction."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -92,8 +92,8 @@ class Tokenise:
         return ids, cut_off
 
 
-def settings(data: Data, tokenise: Tokenise) -> dict[str, Any]:
-    """Everything besides the texts that decides what tokenising makes of them."""
-    lengths = {"query_max_length": tokenise.query_max_length, "passage_max_length": tokenise.passage_max_length}
+def settings(data: Data, tokenize: Tokenize) -> dict[str, Any]:
+    """Everything besides the texts that decides what tokenizing makes of them."""
+    lengths = {"query_max_length": tokenize.query_max_length, "passage_max_length": tokenize.passage_max_length}
     instructions = {"query": data.query_instruction, "passage": data.passage_instruction}
-    return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenizer_identity(tokenise.tokenizer)}
+    return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenizer_identity(tokenize.tokenizer)}

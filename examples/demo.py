@@ -37,7 +37,7 @@ ENVIRONMENT = {
 }
 TRAINING = {
     "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # processes tokenise side by side already
+    "TOKENIZERS_PARALLELISM": "false",  # processes tokenize side by side already
     # Keep the pages of large tensors instead of giving them back after each step: fewer page faults.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -105,7 +105,7 @@ def data() -> None:
 
 
 def train(what: str, folder: Path, command: Sequence[str]) -> None:
-    """A stage by its door; it resumes by itself, and leaves `finished` in its summary.json."""
+    """A stage by its command; it resumes by itself, and leaves `finished` in its summary.json."""
     say(what)
     summary = folder / "summary.json"
     if not read(summary).get("finished"):
@@ -150,14 +150,14 @@ def deepspeed(stage: str, *overrides: str) -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [beside_python("deepspeed"), "--num_accelerators", str(RANKS), "--master_port", str(port)]
-    return [*launcher, "--log_level", "error", *door(stage), *overrides]
+    return [*launcher, "--log_level", "error", *command_line(stage), *overrides]
 
 
 def torchrun(stage: str, *overrides: str) -> list[str]:
-    return [beside_python("torchrun"), "--standalone", "--nproc-per-node", str(RANKS), *door(stage), *overrides]
+    return [beside_python("torchrun"), "--standalone", "--nproc-per-node", str(RANKS), *command_line(stage), *overrides]
 
 
-def door(stage: str) -> list[str]:
+def command_line(stage: str) -> list[str]:
     return [f"launch/{stage}.py", "--config", f"configs/{stage}/demo.yaml"]
 
 

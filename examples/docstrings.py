@@ -345,7 +345,7 @@ def make_encoder(folder: Path, *, seed: int = 42, max_length: int = 128) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def build_data(output: Path, *, processes: int = 0, show: Show = lambda it, total: it) -> dict[str, Any]:
@@ -366,12 +366,12 @@ def build_data(output: Path, *, processes: int = 0, show: Show = lambda it, tota
 
 def build_encoder(data: Path, folder: Path) -> dict[str, Any]:
     """Tokenizer and encoder from data/pretrain.jsonl into `folder`, whole or absent; returns their sizes."""
-    draft = folder.with_name(f".{folder.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    vocabulary = train_tokenizer(_texts(data / "pretrain.jsonl"), draft)
-    parameters = make_encoder(draft)
+    tmp = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    vocabulary = train_tokenizer(_texts(data / "pretrain.jsonl"), tmp)
+    parameters = make_encoder(tmp)
     shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    tmp.rename(folder)
     return {"vocabulary": vocabulary, "parameters": parameters}
 
 

@@ -60,10 +60,10 @@ def main() -> None:
         print(f"round {number}: nDCG@10 {final['ndcg_at_10']:.4f}, MRR@10 {final['mrr_at_10']:.4f}: {folder}")
 
 
-def call(door: str, recipe: str, ranks: int, *overrides: str) -> None:
-    """A door on so many processes; ends this one where it fails."""
+def call(command: str, recipe: str, ranks: int, *overrides: str) -> None:
+    """A command on so many processes; ends this one where it fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    found = subprocess.run([sys.executable, *launcher, f"{ROOT}/launch/{door}.py", "--config", recipe, *overrides])
+    found = subprocess.run([sys.executable, *launcher, f"{ROOT}/launch/{command}.py", "--config", recipe, *overrides])
     if found.returncode:
         raise SystemExit(found.returncode)
 

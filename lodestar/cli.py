@@ -1,4 +1,4 @@
-"""The doors' common frame: options, strict recipes, plans, and one line for each mistake. Loads without torch."""
+"""The commands' common frame: options, strict recipes, plans, and one line for each mistake. Loads without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lodestar.planning.plan import in_words
 AnyRecipe = TypeVar("AnyRecipe", bound=BaseModel)
 
 
-def door(
+def entry_point(
     argv: Sequence[str] | None,
     *,
     usage: str,
@@ -48,7 +48,7 @@ def door(
             print(json.dumps(found) if options.json else in_words(found))
         return 0
     except LodestarError as error:
-        if rank == 0 if error.told_here is None else error.told_here:
+        if rank == 0 if error.print_on_this_rank is None else error.print_on_this_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(5)  # launchers end all ranks when one has gone: let rank 0 speak first

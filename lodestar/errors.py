@@ -8,9 +8,9 @@ class LodestarError(Exception):
 
     exit_code = 2
 
-    def __init__(self, message: str, *, told_here: bool | None = None) -> None:
+    def __init__(self, message: str, *, print_on_this_rank: bool | None = None) -> None:
         super().__init__(message)
-        self.told_here = told_here
+        self.print_on_this_rank = print_on_this_rank
         """Whether this process prints it; none: rank 0 does."""
 
 

@@ -32,15 +32,15 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A draft beside `folder` that takes its place once it is whole."""
-    draft, old = folder.with_name(f".{folder.name}.draft"), folder.with_name(f".{folder.name}.old")
-    for leftover in (draft, old):
+    """A folder beside `folder` that takes its place once it is whole."""
+    tmp, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    for leftover in (tmp, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    yield draft
+    tmp.mkdir(parents=True)
+    yield tmp
     if folder.exists():
         folder.rename(old)
-    draft.rename(folder)
+    tmp.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

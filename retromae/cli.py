@@ -1,4 +1,4 @@
-"""The door of pre-training: deepspeed, torchrun, srun or python launch/pretrain.py --config FILE [KEY=VALUE ...]."""
+"""The command of pre-training: deepspeed, torchrun, srun or python launch/pretrain.py --config FILE [KEY=VALUE ...]."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from retromae.config import PretrainRecipe
 from retromae.plan import plan
 
 if TYPE_CHECKING:
-    from lodestar.training.task import Kind
+    from lodestar.training.task import TaskSpec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.door(argv, usage=__doc__ or "", schema=PretrainRecipe, plan=plan, run=run, rehearse=rehearse)
+    return cli.entry_point(argv, usage=__doc__ or "", schema=PretrainRecipe, plan=plan, run=run, rehearse=rehearse)
 
 
 def run(recipe: PretrainRecipe, placement: Placement) -> int:
     from lodestar.training.trainer import train
 
-    return train(recipe, placement, _kind())
+    return train(recipe, placement, _spec())
 
 
 def rehearse(recipe: PretrainRecipe, placement: Placement, steps: int) -> int:
     """What `--rehearse` does."""
     from lodestar.training.dry_run import rehearse
 
-    return rehearse(recipe, placement, _kind(), steps)
+    return rehearse(recipe, placement, _spec(), steps)
 
 
-def _kind() -> Kind:
-    from lodestar.training.task import Kind
-    from retromae.task import generate, prepare
+def _spec() -> TaskSpec:
+    from lodestar.training.task import TaskSpec
+    from retromae.task import build_task, generate
 
-    return Kind(prepare, generate, plan)
+    return TaskSpec(build_task, generate, plan)

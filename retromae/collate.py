@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from lodestar import rng
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import cut, padded
-from lodestar.data.sampler import Order
+from lodestar.data.sampler import ShuffledSampler
 from retromae.masks import IGNORED, mask_tokens
 
 
@@ -25,16 +25,16 @@ from retromae.masks import IGNORED, mask_tokens
 class MicroBatch:
     """Texts that go through the model at once."""
 
-    masked_BL: Tensor
+    masked_input_ids_BL: Tensor
     """What the encoder reads."""
     labels_BL: Tensor
     """Clean ids where the encoder must guess, -100 elsewhere."""
-    clean_BL: Tensor
+    input_ids_BL: Tensor
     words_BL: Tensor
     lengths_B: Tensor
-    keys_B: Tensor
+    rng_key_B: Tensor
     """Of each text, for the decoder's masks."""
-    counted_B: Tensor
+    is_real_example_B: Tensor
     """False for a text that only fills an empty place."""
 
     def tensors(self, device: torch.device) -> list[Tensor]:
@@ -65,7 +65,7 @@ class Collate:
 
     rows: Any
     """(epochs, rows) -> list of {"input_ids", "words"}"""
-    order: Order
+    order: ShuffledSampler
     plan: BatchPlan
     rank: int
     seed: int
@@ -89,28 +89,30 @@ class Collate:
             micro_batches,
             rows=len(part),
             tokens=sum(lengths),
-            padded_tokens=sum(m.clean_BL.numel() for m in micro_batches),
+            padded_tokens=sum(m.input_ids_BL.numel() for m in micro_batches),
             encoder_labels=sum(int((m.labels_BL != IGNORED).sum()) for m in micro_batches),
             decoder_labels=sum(max(0, length - 2) for length in lengths),
         )
 
-    def _micro_batch(self, rows: list[Mapping[str, Any]], keys_B: Tensor, counted: bool) -> MicroBatch:
-        clean_BL = padded([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    def _micro_batch(self, rows: list[Mapping[str, Any]], rng_key_B: Tensor, counted: bool) -> MicroBatch:
+        input_ids_BL = padded([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)  # type: ignore[arg-type]
         words_BL = padded([row["words"] for row in rows], -1).short()
         lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
-        masked_BL, labels_BL = mask_tokens(
-            clean_BL,
+        masked_input_ids_BL, labels_BL = mask_tokens(
+            input_ids_BL,
             words_BL,
             lengths_B,
-            keys_B,
+            rng_key_B,
             self.ratio,
             self.tokenizer.mask_token_id,  # type: ignore[arg-type]
             ordinary_ids(self.tokenizer),  # type: ignore[arg-type]
         )
         if not counted:
             labels_BL.fill_(IGNORED)
-        counted_B = torch.full((len(rows),), counted)
-        return MicroBatch(masked_BL, labels_BL, clean_BL, words_BL, lengths_B, keys_B, counted_B)
+        is_real_example_B = torch.full((len(rows),), counted)
+        return MicroBatch(
+            masked_input_ids_BL, labels_BL, input_ids_BL, words_BL, lengths_B, rng_key_B, is_real_example_B
+        )
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:

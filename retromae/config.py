@@ -15,9 +15,9 @@ HEAD_LOGITS = 2**27
 
 class Mask(Section):
     encoder: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of the tokens that the encoder does not see and must name."""
+    """Fraction of the tokens that the encoder does not see and must name."""
     decoder: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Share of the tokens that each position of the decoder does not see."""
+    """Fraction of the tokens that each position of the decoder does not see."""
     decoder_sets: Natural = 256
     """Masks drawn for each text, of which every position picks one; 0: every position draws its own."""
 
@@ -42,9 +42,9 @@ class Data(Section):
     streaming: bool = False
     """Read while training, without a cache; needs schedule.steps. Rows are shuffled within windows."""
     cache_dir: str = "~/.cache/lodestar"
-    """Where tokenised texts are kept, shared by all runs."""
+    """Where tokenized texts are kept, shared by all runs."""
     processes: Annotated[int, Field(ge=1)] = 4
-    """Processes that tokenise."""
+    """Processes that tokenize."""
     workers: Natural = 2
     """Processes on each rank that prepare batches ahead; 0: none."""
 

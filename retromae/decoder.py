@@ -39,12 +39,12 @@ class Decoder(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
-        self.mix = nn.Linear(width, width)
-        self.mix_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.widen = nn.Linear(width, feed_forward_width)
+        self.out_proj = nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.fc1 = nn.Linear(width, feed_forward_width)
         self.activation = ACT2FN[activation]
-        self.narrow = nn.Linear(feed_forward_width, width)
-        self.narrow_norm = nn.LayerNorm(width, eps=norm_eps)
+        self.fc2 = nn.Linear(feed_forward_width, width)
+        self.output_norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -65,23 +65,23 @@ class Decoder(nn.Module):
             init_std=_first(config, "initializer_range", default=0.02),
         )
 
-    def forward(self, query_BLD: Tensor, hiddens_BLD: Tensor, visible_B1LL: Tensor) -> Tensor:
+    def forward(self, query_BLD: Tensor, hiddens_BLD: Tensor, attention_mask_B1LL: Tensor) -> Tensor:
         """(B, L, D): what each query makes of the hiddens it may see.
 
         query_BLD      one query for each position; also the residual of the attention
         hiddens_BLD    keys and values
-        visible_B1LL   bool, True where row i attends to column j; a row that sees nothing attends to nothing
+        attention_mask_B1LL   bool, True where row i attends to column j; a row that sees nothing attends to nothing
         """
         context_BLD = F.scaled_dot_product_attention(
             self._split(self.query(query_BLD)),
             self._split(self.key(hiddens_BLD)),
             self._split(self.value(hiddens_BLD)),
-            attn_mask=visible_B1LL,
+            attn_mask=attention_mask_B1LL,
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         context_BLD = context_BLD.transpose(1, 2).flatten(2)
-        mixed_BLD = self.mix_norm(self.dropout(self.mix(context_BLD)) + query_BLD)
-        return self.narrow_norm(self.dropout(self.narrow(self.activation(self.widen(mixed_BLD)))) + mixed_BLD)
+        mixed_BLD = self.attention_norm(self.dropout(self.out_proj(context_BLD)) + query_BLD)
+        return self.output_norm(self.dropout(self.fc2(self.activation(self.fc1(mixed_BLD)))) + mixed_BLD)
 
     def _split(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, heads, L, D / heads)."""

@@ -19,10 +19,12 @@ IGNORED = -100
 
 _WORD_BITS = 13  # of a sort key: the word's number; the 18 bits above it are random
 _TOO_LONG = 2**30  # tokens; fits no budget
-_ENCODER, _FATE, _REPLACEMENT, _DECODER, _ROW = range(5)  # sub-addresses of a text's key, one for each purpose
+_ENCODER, _REPLACEMENT_DRAW, _REPLACEMENT, _DECODER, _ROW = range(
+    5
+)  # sub-addresses of a text's key, one for each purpose
 
 
-def budget(lengths_B: Tensor, ratio: float) -> Tensor:
+def num_to_mask(lengths_B: Tensor, ratio: float) -> Tensor:
     """(B,) int64: how many tokens to choose, max(1, round(ratio * length)); [CLS] and [SEP] count as tokens.
 
     lengths_B   int64, real tokens of each text
@@ -30,22 +32,22 @@ def budget(lengths_B: Tensor, ratio: float) -> Tensor:
     return (lengths_B.double() * ratio).round().long().clamp(min=1)
 
 
-def choose_words(words_BL: Tensor, budget_B: Tensor, keys_B: Tensor, sets: int) -> Tensor:
-    """(B, S, L) bool: `sets` draws per text of whole words that hold together at most `budget_B` tokens.
+def whole_word_masking(words_BL: Tensor, num_to_mask_B: Tensor, rng_key_B: Tensor, sets: int) -> Tensor:
+    """(B, S, L) bool: `sets` draws per text of whole words that hold together at most `num_to_mask_B` tokens.
 
     Words are taken in a random order; one that would overshoot the budget is skipped, and the walk goes on.
 
     words_BL    int16..int64, number of the word that a token belongs to, -1 for special tokens and pads
-    budget_B    int64, tokens to choose
-    keys_B      int64, `rng.key` of each text
+    num_to_mask_B    int64, tokens to choose
+    rng_key_B      int64, `rng.key` of each text
     raises      ValueError for texts of more than 8,192 tokens
     """
     if words_BL.shape[1] > 2**_WORD_BITS:
         raise ValueError(f"texts of {words_BL.shape[1]} tokens; masks are made for at most {2**_WORD_BITS}")
     word_BL, size_BW = _words(words_BL)
-    order_BSW = _shuffled(keys_B, sets, size_BW.shape[1])
+    order_BSW = _shuffled(rng_key_B, sets, size_BW.shape[1])
     size_BSW = size_BW.gather(1, order_BSW.flatten(1)).view_as(order_BSW)
-    taken_BSW = _fill(size_BSW.flatten(0, 1), budget_B.repeat_interleave(sets)).view_as(order_BSW)
+    taken_BSW = _fill(size_BSW.flatten(0, 1), num_to_mask_B.repeat_interleave(sets)).view_as(order_BSW)
     by_word_BSW = torch.empty_like(taken_BSW).scatter_(2, order_BSW, taken_BSW)
     chosen_BSL = by_word_BSW.gather(2, word_BL[:, None].expand(-1, sets, -1))
     return chosen_BSL.logical_and_((words_BL >= 0)[:, None])
@@ -55,7 +57,7 @@ def mask_tokens(
     ids_BL: Tensor,
     words_BL: Tensor,
     lengths_B: Tensor,
-    keys_B: Tensor,
+    rng_key_B: Tensor,
     ratio: float,
     mask_id: int,
     ordinary_ids_V: Tensor,
@@ -65,16 +67,20 @@ def mask_tokens(
     ordinary_ids_V   every id that is no special token; random tokens come from here
     returns          ids, and labels: the clean id where a token was chosen, -100 elsewhere
     """
-    chosen_BL = choose_words(words_BL, budget(lengths_B, ratio), hashed(keys_B, _ENCODER), sets=1)[:, 0]
+    chosen_BL = whole_word_masking(words_BL, num_to_mask(lengths_B, ratio), hashed(rng_key_B, _ENCODER), sets=1)[:, 0]
     position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-    fate_BL = uniform(hashed(keys_B, _FATE)[:, None], position_L)
-    random_BL = ordinary_ids_V[below(len(ordinary_ids_V), hashed(keys_B, _REPLACEMENT)[:, None], position_L)]
-    masked_BL = ids_BL.masked_fill(chosen_BL & (fate_BL < 0.8), mask_id)
-    masked_BL = torch.where(chosen_BL & (fate_BL >= 0.8) & (fate_BL < 0.9), random_BL.to(ids_BL.dtype), masked_BL)
-    return masked_BL, ids_BL.masked_fill(~chosen_BL, IGNORED)
+    replacement_draw_BL = uniform(hashed(rng_key_B, _REPLACEMENT_DRAW)[:, None], position_L)
+    random_BL = ordinary_ids_V[below(len(ordinary_ids_V), hashed(rng_key_B, _REPLACEMENT)[:, None], position_L)]
+    masked_input_ids_BL = ids_BL.masked_fill(chosen_BL & (replacement_draw_BL < 0.8), mask_id)
+    masked_input_ids_BL = torch.where(
+        chosen_BL & (replacement_draw_BL >= 0.8) & (replacement_draw_BL < 0.9),
+        random_BL.to(ids_BL.dtype),
+        masked_input_ids_BL,
+    )
+    return masked_input_ids_BL, ids_BL.masked_fill(~chosen_BL, IGNORED)
 
 
-def decoder_visibility(words_BL: Tensor, lengths_B: Tensor, keys_B: Tensor, ratio: float, sets: int) -> Tensor:
+def decoder_visibility(words_BL: Tensor, lengths_B: Tensor, rng_key_B: Tensor, ratio: float, sets: int) -> Tensor:
     """(B, 1, L, L) bool: True where row i of the decoder attends to column j.
 
     Each row hides the words of one of min(length, sets) draws, picked with replacement, and its own column. Column 0
@@ -85,9 +91,9 @@ def decoder_visibility(words_BL: Tensor, lengths_B: Tensor, keys_B: Tensor, rati
     B, L = words_BL.shape
     position_L = torch.arange(L, device=words_BL.device)
     draws = min(L, sets or L)
-    hidden_BSL = choose_words(words_BL, budget(lengths_B, ratio), hashed(keys_B, _DECODER), draws)
+    hidden_BSL = whole_word_masking(words_BL, num_to_mask(lengths_B, ratio), hashed(rng_key_B, _DECODER), draws)
     if sets:
-        pick_BL = below(lengths_B.clamp(1, sets)[:, None], hashed(keys_B, _ROW)[:, None], position_L)
+        pick_BL = below(lengths_B.clamp(1, sets)[:, None], hashed(rng_key_B, _ROW)[:, None], position_L)
         hidden_BSL = hidden_BSL[torch.arange(B, device=pick_BL.device)[:, None], pick_BL]
     visible_BLL = hidden_BSL.logical_not_()
     visible_BLL[:, :, 0] = True
@@ -98,22 +104,22 @@ def decoder_visibility(words_BL: Tensor, lengths_B: Tensor, keys_B: Tensor, rati
 
 def _words(words_BL: Tensor) -> tuple[Tensor, Tensor]:
     """Words numbered from 0 in each text (B, L), and their sizes in tokens (B, W); absent words fit no budget."""
-    real_BL = words_BL >= 0
-    starts_BL = real_BL.clone()
+    attention_mask_BL = words_BL >= 0
+    starts_BL = attention_mask_BL.clone()
     starts_BL[:, 1:] &= words_BL[:, 1:] != words_BL[:, :-1]
     word_BL = (starts_BL.cumsum(1) - 1).clamp_(min=0)
     # Fewer words than tokens make the sort cheaper; elsewhere asking for their number would make the device wait.
     width = int(word_BL.max()) + 1 if word_BL.is_cpu and word_BL.numel() else words_BL.shape[1]
     size_BW = torch.zeros(len(words_BL), width, dtype=torch.int32, device=words_BL.device)
-    size_BW.scatter_add_(1, word_BL, real_BL.int())
+    size_BW.scatter_add_(1, word_BL, attention_mask_BL.int())
     return word_BL, size_BW.masked_fill_(size_BW == 0, _TOO_LONG)
 
 
-def _shuffled(keys_B: Tensor, sets: int, words: int) -> Tensor:
+def _shuffled(rng_key_B: Tensor, sets: int, words: int) -> Tensor:
     """(B, S, W) int64: the word numbers in a random order for each set."""
-    pair_P = torch.arange((sets + 1) // 2, device=keys_B.device)
-    word_W = torch.arange(words, device=keys_B.device)
-    bits_BPW = hashed(keys_B[:, None, None], pair_P[:, None], word_W)
+    pair_P = torch.arange((sets + 1) // 2, device=rng_key_B.device)
+    word_W = torch.arange(words, device=rng_key_B.device)
+    bits_BPW = hashed(rng_key_B[:, None, None], pair_P[:, None], word_W)
     # 63 random bits serve two sets. The word's number in the low bits makes sorting the keys sort the words, ties too.
     random_BSW = torch.stack(((bits_BPW & 0x7FFF_FFFF).int(), (bits_BPW >> 32).int()), 2).flatten(1, 2)[:, :sets]
     keys_BSW = (random_BSW >> _WORD_BITS << _WORD_BITS) | word_W.int()

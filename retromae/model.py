@@ -38,26 +38,30 @@ class RetroMAE(nn.Module):
 
     def forward(
         self,
-        masked_BL: Tensor,
+        masked_input_ids_BL: Tensor,
         labels_BL: Tensor,
-        clean_BL: Tensor,
+        input_ids_BL: Tensor,
         words_BL: Tensor,
         lengths_B: Tensor,
-        keys_B: Tensor,
-        counted_B: Tensor,
+        rng_key_B: Tensor,
+        is_real_example_B: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of nats, fp32: the encoder's over its labels, the decoder's over its own, the words' over texts."""
         parts = self._parts
-        place_L = torch.arange(clean_BL.shape[1], device=clean_BL.device)
-        real_BL = place_L < lengths_B[:, None]
-        hidden_BLD = parts.base(input_ids=masked_BL, attention_mask=real_BL.long()).last_hidden_state
+        position_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
+        attention_mask_BL = position_L < lengths_B[:, None]
+        hidden_BLD = parts.base(
+            input_ids=masked_input_ids_BL, attention_mask=attention_mask_BL.long()
+        ).last_hidden_state
         guessed_BL = labels_BL != IGNORED
         encoder_nats = self._nats(hidden_BLD[guessed_BL], labels_BL[guessed_BL])
 
-        visible_B1LL = decoder_visibility(words_BL, lengths_B, keys_B, self._mask.decoder, self._mask.decoder_sets)
-        rebuilt_BLD = self._decode(cls_of(hidden_BLD), clean_BL, place_L, visible_B1LL)
-        inner_BL = (place_L > 0) & (place_L < lengths_B[:, None] - 1) & counted_B[:, None]
-        decoder_nats = self._nats(rebuilt_BLD[inner_BL], clean_BL[inner_BL])
+        attention_mask_B1LL = decoder_visibility(
+            words_BL, lengths_B, rng_key_B, self._mask.decoder, self._mask.decoder_sets
+        )
+        rebuilt_BLD = self._decode(cls_of(hidden_BLD), input_ids_BL, position_L, attention_mask_B1LL)
+        inner_BL = (position_L > 0) & (position_L < lengths_B[:, None] - 1) & is_real_example_B[:, None]
+        decoder_nats = self._nats(rebuilt_BLD[inner_BL], input_ids_BL[inner_BL])
 
         bag_nats = encoder_nats.new_zeros(())
         if self._bag_of_words:
@@ -66,24 +70,24 @@ class RetroMAE(nn.Module):
                 parts.head(hidden_BLD),
                 vocabulary.weight,
                 vocabulary.bias,
-                clean_BL,
-                (words_BL >= 0) & counted_B[:, None],
+                input_ids_BL,
+                (words_BL >= 0) & is_real_example_B[:, None],
             )
         return encoder_nats, decoder_nats, bag_nats
 
     def cls(self, ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, D): the vectors of unmasked texts."""
-        real_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
-        return cls_of(self._parts.base(input_ids=ids_BL, attention_mask=real_BL.long()).last_hidden_state)
+        attention_mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
+        return cls_of(self._parts.base(input_ids=ids_BL, attention_mask=attention_mask_BL.long()).last_hidden_state)
 
-    def _decode(self, cls_BD: Tensor, clean_BL: Tensor, place_L: Tensor, visible_B1LL: Tensor) -> Tensor:
+    def _decode(self, cls_BD: Tensor, input_ids_BL: Tensor, position_L: Tensor, attention_mask_B1LL: Tensor) -> Tensor:
         parts = self._parts
-        embedded_BLD = parts.embeddings(input_ids=clean_BL)
+        embedded_BLD = parts.embeddings(input_ids=input_ids_BL)
         if self.positions is not None:
-            position_LD = self.positions(place_L)
+            position_LD = self.positions(position_L)
             embedded_BLD = embedded_BLD + position_LD
         else:
-            position_LD = parts.positions(place_L + parts.first_position)  # type: ignore[misc]
+            position_LD = parts.positions(position_L + parts.first_position)  # type: ignore[misc]
         cls_B1D = cls_BD[:, None]
         hiddens_BLD = torch.cat([cls_B1D, embedded_BLD[:, 1:]], dim=1)
         if self._query == "positions":
@@ -92,7 +96,7 @@ class RetroMAE(nn.Module):
             query_BLD = parts.embeddings(inputs_embeds=cls_B1D.expand_as(embedded_BLD))
             if self.positions is not None:
                 query_BLD = query_BLD + position_LD
-        return self.decoder(query_BLD, hiddens_BLD, visible_B1LL)
+        return self.decoder(query_BLD, hiddens_BLD, attention_mask_B1LL)
 
     def _nats(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         vocabulary = self._parts.vocabulary

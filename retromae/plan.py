@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lodestar.planning.cost_model import memory, model_flops, seconds
-from lodestar.planning.plan import Missing, describe, encoder_shape, rows_and_steps
+from lodestar.planning.plan import PlanWarnings, describe, encoder_shape, rows_and_steps
 from retromae.config import HEAD_LOGITS, PretrainRecipe
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[str, Any]:
     """What `--plan` prints."""
-    missing = Missing([])
+    missing = PlanWarnings([])
     rows, steps = rows_and_steps(recipe.data.train, recipe.schedule, recipe.batch.global_size, missing)
     share = recipe.batch.plan(world_size)
     most, length = max(share.rows_per_rank), recipe.model.max_length

@@ -1,4 +1,4 @@
-"""What one step of pre-training is: shares of two losses, summed over micro-batches that need not know each other."""
+"""What one step of pre-training is: two losses, summed over micro-batches that need not know each other."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class PretrainStage:
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
         counts = torch.tensor([batch.encoder_labels, batch.decoder_labels, batch.rows], dtype=torch.float64)
         counts = sum_over_ranks(counts).float().clamp(min=1).to(self._device)
-        shares = torch.zeros(3, device=self._device)
+        local_losses = torch.zeros(3, device=self._device)
         for i, micro_batch in enumerate(batch.micro_batches):
             last = i == len(batch.micro_batches) - 1
             rng.seed_everything(self._seed, "dropout", step, self._rank, i)
             nats = engine.run(*micro_batch.tensors(self._device), last=last)
             parts = torch.stack(nats) / counts
             engine.backward(parts[0] + parts[1] + self._bag_of_words * parts[2], last=last)
-            shares += parts.detach()
-        loss = shares[0] + shares[1] + self._bag_of_words * shares[2]
-        scalars = {"loss": loss, "encoder_loss": shares[0], "decoder_loss": shares[1]}
-        return {**scalars, "bag_of_words_loss": shares[2]} if self._bag_of_words else scalars
+            local_losses += parts.detach()
+        loss = local_losses[0] + local_losses[1] + self._bag_of_words * local_losses[2]
+        scalars = {"loss": loss, "encoder_loss": local_losses[0], "decoder_loss": local_losses[1]}
+        return {**scalars, "bag_of_words_loss": local_losses[2]} if self._bag_of_words else scalars

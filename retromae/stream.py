@@ -15,7 +15,7 @@ from torch import Tensor
 from lodestar import rng
 from lodestar.errors import DataError
 from retromae.collate import Collate, StepBatch
-from retromae.tokenization import Tokenise
+from retromae.tokenization import Tokenize
 
 WINDOW = 64
 """Batches that are shuffled among themselves."""
@@ -28,11 +28,11 @@ class FromStream:
         self,
         source: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]],
         check: Callable[[str, Mapping[str, Any]], Any],
-        tokenise: Tokenise,
+        tokenize: Tokenize,
         global_size: int,
         seed: int,
     ) -> None:
-        self._source, self._check, self._tokenise = source, check, tokenise
+        self._source, self._check, self._tokenise = source, check, tokenize
         self._size, self._seed = WINDOW * global_size, seed
         self._rows: list[Mapping[str, Any]] = []
         self._window = -1

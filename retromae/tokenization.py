@@ -26,7 +26,7 @@ FEATURES = datasets.Features(
 )
 
 
-class Tokenise:
+class Tokenize:
     """Batches of texts -> token ids and, for each token, the number of its word (-1 for special tokens)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, split: bool) -> None:
@@ -79,7 +79,7 @@ class _Check:
 
 
 def settings(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
-    """Everything besides the texts that decides what tokenising makes of them."""
+    """Everything besides the texts that decides what tokenizing makes of them."""
     return {
         "stage": "pretrain",
         "field": data.field,

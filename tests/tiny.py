@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from contrastive.negatives import Identity
+from contrastive.negatives import NegativeMask
 
 WORDS = [
     "shuffle",
@@ -205,17 +205,17 @@ def beir_folder(folder: Path, count: int = 12) -> Path:
     return folder
 
 
-def distinct_texts(queries: int, passages: int, device: str = "cpu") -> Identity:
+def distinct_texts(queries: int, passages: int, device: str = "cpu") -> NegativeMask:
     """Query i is answered by passage i, and no two texts are equal."""
     place, hashes = torch.arange(queries, device=device), torch.arange(passages, device=device)
-    return Identity(
+    return NegativeMask(
         anchor_B=-1 - place,
         answer_B=place,
-        kin_B=-1 - place,
+        same_query_B=-1 - place,
         candidate_M=hashes,
         owner_M=hashes + passages,
-        own_B=place,
-        alone_B=torch.zeros(queries, dtype=torch.bool, device=device),
+        positive_index_B=place,
+        in_row_only_B=torch.zeros(queries, dtype=torch.bool, device=device),
         start_B=place,
         end_B=place,
     )

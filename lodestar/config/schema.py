@@ -17,7 +17,7 @@ NEUTRAL = (
 )  # fmt: skip
 """Keys and sections that do not change what training computes; of data.train the content and the weights do."""
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
@@ -38,7 +38,7 @@ class Model(Section):
     """A folder or hub name; none: the encoder's own."""
     max_length: Annotated[int, Field(ge=8)] = 512
     """Tokens of one text, [CLS] and [SEP] included."""
-    dropout: Share | None = None
+    dropout: Fraction | None = None
     """Replaces the dropout rates of the encoder's configuration; none: as they are."""
     random_weights: bool = False
     """Start from the encoder's configuration alone, with random weights."""
@@ -64,7 +64,7 @@ class Optim(Section):
     """muon: matrices of the hidden layers by Muon, everything else by AdamW."""
     lr: Positive
     """Peak learning rate of AdamW."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled; biases and norms are left out."""
@@ -72,7 +72,7 @@ class Optim(Section):
     """Largest norm of the gradient of the whole batch; 0: no clipping."""
     muon_lr: Positive = 0.02
     """Peak learning rate of Muon, in units of spectral norm."""
-    muon_momentum: Share = 0.95
+    muon_momentum: Fraction = 0.95
 
     @model_validator(mode="after")
     def _muon_is_not_clipped(self) -> Optim:
@@ -86,12 +86,12 @@ class Schedule(Section):
     """Passes over the data; give either this or steps."""
     steps: Count | None = None
     """Optimizer steps."""
-    warmup_ratio: Share = 0.1
-    """Share of all steps in which the learning rate rises to its peak."""
+    warmup_ratio: Fraction = 0.1
+    """Fraction of all steps in which the learning rate rises to its peak."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
     """How it falls after that."""
-    floor: Share = 0.0
-    """Share of the peak that is left at the end."""
+    floor: Fraction = 0.0
+    """Fraction of the peak that is left at the end."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Schedule:

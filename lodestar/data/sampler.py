@@ -12,7 +12,7 @@ from lodestar import rng
 
 
 @dataclass(frozen=True)
-class Order:
+class ShuffledSampler:
     """Which rows make the global batch of a step; epochs follow one another without a gap, each row once in each."""
 
     rows: int
@@ -31,7 +31,7 @@ class Order:
         return epochs, result
 
 
-class Mixture:
+class DatasetMixture:
     """Which of several data sets a step draws its batch from: by weight, as a pure function of the step."""
 
     def __init__(self, shares: Sequence[float], steps: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Texts from files: tokenised once into an Arrow cache, put in order by arithmetic, loaded step by step.
+"""Texts from files: tokenized once into an Arrow cache, put in order by arithmetic, loaded step by step.
 
 Rows of an epoch are shuffled by address, so the rows of any step are known without reading those before it, and any
 number of loader workers or ranks sees the same batches.
@@ -25,14 +25,14 @@ from lodestar.errors import DataError
 from lodestar.files import damage, sync, write_manifest
 
 ABANDONED_SECONDS = 7 * 24 * 3600
-"""Age at which the draft of a run that was killed is deleted."""
+"""Age at which the unfinished cache of a run that was killed is deleted."""
 
 
-# --- the tokenised cache ---------------------------------------------------------------------
+# --- the tokenized cache ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetStats:
     """What became of the texts; nothing is cut or dropped without being counted here."""
 
     fingerprint: str
@@ -43,31 +43,31 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Tokenised rows, mapped from the disk."""
+class TokenizedDataset:
+    """Tokenized rows, mapped from the disk."""
 
     rows: datasets.Dataset
-    facts: Facts
+    facts: DatasetStats
 
 
-def tokenised(
+def tokenized(
     sources: Sequence[Source],
     *,
     cache_dir: Path,
     settings: Mapping[str, Any],
-    tokenise: Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]],
+    tokenize: Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]],
     check: Callable[[str, Row], Row | None],
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
     first_on_node: bool = True,
-) -> Corpus:
-    """The sources' rows, checked and tokenised; from the cache if the same content met the same settings before.
+) -> TokenizedDataset:
+    """The sources' rows, checked and tokenized; from the cache if the same content met the same settings before.
 
     settings       everything besides the content that decides the result
     check          (where, row) -> the columns to keep, none to drop the row; raises DataError
     row_features   types of those columns: never guessed from the first rows of a file
-    tokenise       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    tokenize       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
     first_on_node  this process checks every byte of the cache, and builds it anew where one is wrong
     """
     contents = [source.fingerprint for source in sources]
@@ -77,22 +77,22 @@ def tokenised(
         print(f"warning: data.cache_dir: {folder}: {wrong}; built anew", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
     if not folder.exists():
-        _build(folder, sources, contents, tokenise, check, row_features, features, processes)
-    facts = Facts(**json.loads((folder / "facts.json").read_text()))
-    return Corpus(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), facts)
+        _build(folder, sources, contents, tokenize, check, row_features, features, processes)
+    facts = DatasetStats(**json.loads((folder / "facts.json").read_text()))
+    return TokenizedDataset(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), facts)
 
 
 def _build(
     folder: Path,
     sources: Sequence[Source],
     contents: Sequence[str],
-    tokenise: Callable[..., Any],
+    tokenize: Callable[..., Any],
     check: Callable[[str, Row], Row | None],
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
 ) -> None:
-    draft = _own_draft(folder)
+    tmp = _own_tmp(folder)
     given = 0
 
     def rows() -> Iterator[Row]:
@@ -109,46 +109,46 @@ def _build(
                 )
 
     try:
-        shards = list(_in_shards(rows(), row_features, draft / "raw"))
+        shards = list(_in_shards(rows(), row_features, tmp / "raw"))
         if not shards:
             raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
         raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
         table = raw.map(
-            tokenise,
+            tokenize,
             batched=True,
             remove_columns=raw.column_names,
             num_proc=processes if processes > 1 and len(raw) > 2000 else None,
             features=features,
-            cache_file_name=str(draft / "mapped.arrow"),
-            desc="tokenising",
+            cache_file_name=str(tmp / "mapped.arrow"),
+            desc="tokenizing",
         )
         counted: Any = table.select_columns(["tokens", "truncated"]).with_format("numpy")
         tokens = sum(int(batch["tokens"].sum()) for batch in counted.iter(100_000))
         truncated = sum(int(batch["truncated"].sum()) for batch in counted.iter(100_000))
-        table.save_to_disk(str(draft / "rows"))
-        for path in (draft / "raw", *draft.glob("mapped*.arrow")):
+        table.save_to_disk(str(tmp / "rows"))
+        for path in (tmp / "raw", *tmp.glob("mapped*.arrow")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        facts = Facts(folder.name, len(table), tokens, truncated, given - len(raw))
-        (draft / "facts.json").write_text(json.dumps(asdict(facts)))
-        write_manifest(draft)
+        facts = DatasetStats(folder.name, len(table), tokens, truncated, given - len(raw))
+        (tmp / "facts.json").write_text(json.dumps(asdict(facts)))
+        write_manifest(tmp)
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)
         raise
     try:
-        draft.rename(folder)  # whole or absent
+        tmp.rename(folder)  # whole or absent
     except OSError:  # another run on this cache was quicker
-        shutil.rmtree(draft)
+        shutil.rmtree(tmp)
     sync(folder.parent)
 
 
-def _own_draft(folder: Path) -> Path:
+def _own_tmp(folder: Path) -> Path:
     """An empty folder of this process alone, because other runs and nodes may build the same; old ones go."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(".*.draft"):
+    for abandoned in folder.parent.glob(".*.tmp"):
         with suppress(OSError):
             if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
                 shutil.rmtree(abandoned)
-    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".draft", dir=folder.parent))
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
 
 
 def _in_shards(

@@ -97,7 +97,8 @@ def choose_device(local_rank: int) -> torch.device:
         if here > gpus:
             raise LaunchError(
                 f"environment: {here} processes on a node that shows {gpus} GPUs (start as many as there are GPUs)",
-                told_here=local_rank == gpus,  # where the launcher sets no LOCAL_WORLD_SIZE, only those beyond know it
+                print_on_this_rank=local_rank
+                == gpus,  # where the launcher sets no LOCAL_WORLD_SIZE, only those beyond know it
             )
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -13,15 +13,15 @@ from transformers.utils import logging as transformers_logging
 from lodestar.config import loader
 from lodestar.distributed.collectives import require_same
 from lodestar.distributed.runtime import Placement, Runtime, joined
-from lodestar.distributed.watchdog import roll_call
+from lodestar.distributed.watchdog import watchdog
 
 
 @contextmanager
-def together(placement: Placement, timeout_minutes: float, recipe: BaseModel) -> Iterator[Runtime]:
+def distributed_session(placement: Placement, timeout_minutes: float, recipe: BaseModel) -> Iterator[Runtime]:
     """The group of all ranks, which brings the same recipe on each and notices who is lost; libraries speak on the
     first alone."""
     quiet(placement.rank == 0)
-    with joined(placement, timeout_minutes=timeout_minutes) as runtime, roll_call(runtime, timeout_minutes):
+    with joined(placement, timeout_minutes=timeout_minutes) as runtime, watchdog(runtime, timeout_minutes):
         require_same(loader.flat(recipe, without=["data.cache_dir"]), "recipe")
         yield runtime
 

@@ -1,6 +1,6 @@
-"""Who is still there: ranks that were lost are named, by the collective that fails or, where none does, by a watch.
+"""Who is still there: ranks that were lost are named, by the collective that fails or, where none does, by a heartbeat.
 
-A watch of our own, because limits on collectives do not reach the groups that DeepSpeed makes.
+A watchdog of our own, because limits on collectives do not reach the groups that DeepSpeed makes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Peer(NamedTuple):
 
 
 @contextmanager
-def roll_call(runtime: Runtime, timeout_minutes: float) -> Iterator[None]:
+def watchdog(runtime: Runtime, timeout_minutes: float) -> Iterator[None]:
     """Ends this process with one line that names the ranks that are gone, as soon as a collective inside fails, or when
     a neighbour has not answered for so long."""
     if runtime.world_size == 1:
@@ -47,11 +47,11 @@ def roll_call(runtime: Runtime, timeout_minutes: float) -> Iterator[None]:
     with socket.create_server(("", 0), backlog=runtime.world_size) as here:
         peers = gather_objects(Peer(runtime.rank, socket.gethostname(), own_address(), here.getsockname()[1]))
         done = threading.Event()
-        threading.Thread(target=_answer, args=(here, done), daemon=True).start()
+        threading.Thread(target=_answer_heartbeats, args=(here, done), daemon=True).start()
         heard = all(gather_objects(peers[(runtime.rank + 1) % len(peers)].answers()))
         if heard:  # else a firewall lies between them: nothing can be told
             limit = 60 * timeout_minutes
-            threading.Thread(target=_watch, args=(peers, runtime.rank, done, limit), daemon=True).start()
+            threading.Thread(target=_check_neighbour, args=(peers, runtime.rank, done, limit), daemon=True).start()
         try:
             yield
         except RuntimeError as error:
@@ -62,14 +62,14 @@ def roll_call(runtime: Runtime, timeout_minutes: float) -> Iterator[None]:
             done.set()
 
 
-def _answer(here: socket.socket, done: threading.Event) -> None:
+def _answer_heartbeats(here: socket.socket, done: threading.Event) -> None:
     """Say that this process runs; the kernel alone would take calls for one that was stopped."""
     while not done.is_set():
         with suppress(OSError), here.accept()[0] as asked:
             asked.sendall(b".")
 
 
-def _watch(peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
+def _check_neighbour(peers: list[Peer], rank: int, done: threading.Event, limit: float) -> None:
     """Ask the next rank now and then; a chain of neighbours covers all of them."""
     neighbour = peers[(rank + 1) % len(peers)]
     heard = time.monotonic()
@@ -79,7 +79,7 @@ def _watch(peers: list[Peer], rank: int, done: threading.Event, limit: float) ->
         elif time.monotonic() - heard > limit and not done.wait(PATIENCE_SECONDS) and not neighbour.answers():
             # the collective had the time to tell it itself
             error = _lost(peers, rank)
-            if error.told_here:
+            if error.print_on_this_rank:
                 print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(error.exit_code)
 
@@ -95,5 +95,5 @@ def _lost(peers: list[Peer], rank: int) -> PeerLostError:
     what = f"lost rank{'s' * (len(gone) > 1)} {', '.join(gone)}" if gone else f"a collective failed, but {unknown}"
     return PeerLostError(
         f"rank {rank} ({me.host}, {me.address}): {what} (see what ended there; the same command goes on)",
-        told_here=rank == min(peer.rank for peer in here if peer.address == me.address),
+        print_on_this_rank=rank == min(peer.rank for peer in here if peer.address == me.address),
     )

@@ -134,9 +134,9 @@ SPARSE_VOCABULARY = 0.9
 
 
 def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool = False) -> Loaded:
-    """An encoder in fp32 by one of transformers' Auto classes, from a file or, if the recipe says so, from chance.
+    """An encoder in fp32 by one of transformers' Auto classes, from a file or randomly initialised, as the recipe says.
 
-    random_head   the tensors outside the base model may be missing from the file and start from chance
+    random_head   the tensors outside the base model may be missing from the file and start randomly initialised
     Raises ModelError where a tensor is missing, has another shape, or is not what the file holds.
     """
     folder, config = find_folder(model.encoder), _config(model)
@@ -147,7 +147,9 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
     rng.seed_everything(seed, "weights")
     if model.random_weights:
         encoder = auto_class.from_config(config, dtype=torch.float32, **extra)
-        loaded = Loaded(encoder, 0, len(list(encoder.parameters())), "chance (model.random_weights)")
+        loaded = Loaded(
+            encoder, 0, len(list(encoder.parameters())), "nothing: randomly initialised (model.random_weights)"
+        )
     else:
         loaded = _from_file(folder, config, auto_class, extra, random_head)
     _check_length(model, loaded.model)
@@ -172,7 +174,7 @@ def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any]
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ModelError(
-            f"model.encoder: {folder}: has no weights (set model.random_weights: true to start from chance)"
+            f"model.encoder: {folder}: has no weights (set model.random_weights: true to start randomly initialised)"
         )
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # what it would warn of is an error below

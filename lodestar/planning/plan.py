@@ -18,12 +18,12 @@ Found = TypeVar("Found")
 
 
 @dataclass
-class Missing:
+class PlanWarnings:
     """What a plan did not find; a run would refuse to start, a plan goes on without it."""
 
     lines: list[str]
 
-    def instead(self, value: Found, look: Callable[[], Found], note: str) -> Found:
+    def or_default(self, value: Found, look: Callable[[], Found], note: str) -> Found:
         """What `look` finds, or `value` and a line that says so."""
         try:
             return look()
@@ -32,9 +32,9 @@ class Missing:
             return value
 
 
-def encoder_shape(model: Model, missing: Missing) -> EncoderShape:
+def encoder_shape(model: Model, missing: PlanWarnings) -> EncoderShape:
     """The shape in the encoder's folder, or in the hub's cache on this machine, or else BERT-base's."""
-    return missing.instead(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
+    return missing.or_default(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
 
 
 def _shape_in(model: Model) -> EncoderShape:
@@ -67,10 +67,10 @@ def _shape_in(model: Model) -> EncoderShape:
 
 
 def rows_and_steps(
-    train: Sequence[str], schedule: Schedule, global_size: int, missing: Missing
+    train: Sequence[str], schedule: Schedule, global_size: int, missing: PlanWarnings
 ) -> tuple[int | None, int | None]:
     """(rows, steps), as far as they can be known without reading more than lines."""
-    rows = missing.instead(None, lambda: count_rows(find_sources(train)), "rows are not known")
+    rows = missing.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, global_size) if rows is not None else None)
     return rows, steps
 
@@ -97,7 +97,7 @@ def describe(
     seconds: Callable[[Device], Seconds],
     device: str | None,
     checkpoint_bytes: int,
-    missing: Missing,
+    missing: PlanWarnings,
     **more: Any,
 ) -> dict[str, Any]:
     """The plan as one object, ready for JSON; with a `device`, also whether it fits there and what a step takes."""

@@ -66,15 +66,15 @@ class Mark(NamedTuple):
 
 def page(path: Path, title: str, parts: Iterable[str]) -> Path:
     """Write the file, whole or not at all; `parts` are markup."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>\n",
         encoding="utf-8",
     )
-    return draft.replace(path)
+    return tmp.replace(path)
 
 
 def escape(value: object) -> Html:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 
-class Meter:
+class Throughput:
     """Adds up what a rank has done since it was last read."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -37,9 +37,9 @@ class Tracker:
         """Forget lines after `step`, and a last line that was torn: they will be written again."""
         if self._path is not None and self._path.is_file():
             kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-            draft = self._path.with_suffix(".draft")
-            draft.write_text("".join(_line(values) for values in kept), encoding="utf-8")
-            draft.rename(self._path)
+            tmp = self._path.with_suffix(".tmp")
+            tmp.write_text("".join(_line(values) for values in kept), encoding="utf-8")
+            tmp.rename(self._path)
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One line; numbers go to the trackers too. A number that is not finite becomes null."""

@@ -20,19 +20,19 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.training.engine import autocast
 from lodestar.training.synthetic import generated
-from lodestar.training.task import Kind, Prepared
+from lodestar.training.task import TaskSpec, TrainingTask
 
 _ONEDNN = "could not create a primitive"
 """What oneDNN says on a CPU without memory left."""
 
 
-def with_largest_micro_size(recipe: Any, runtime: Runtime, kind: Kind) -> Any:
+def with_largest_micro_size(recipe: Any, runtime: Runtime, spec: TaskSpec) -> Any:
     """The recipe with `batch.micro_size` as a number: what the run folder's recipe says, or else found by trial."""
     most = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).rows_per_rank)
     found = on_main(lambda: _found_before(recipe))
     if found == AUTO:
-        with generated(recipe, runtime, kind, micro_size=1, steps=1) as (made, prepared):
-            found = largest(lambda rows: _fits(made, prepared, runtime, kind, rows, most), most)
+        with generated(recipe, runtime, spec, micro_size=1, steps=1) as (made, task):
+            found = largest(lambda rows: _fits(made, task, runtime, spec, rows, most), most)
         found = min(gather_counts(found))
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -68,18 +68,18 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def _fits(recipe: Any, prepared: Prepared, runtime: Runtime, kind: Kind, rows: int, most: int) -> bool:
+def _fits(recipe: Any, task: TrainingTask, runtime: Runtime, spec: TaskSpec, rows: int, most: int) -> bool:
     """Whether forward and backward of the longest micro-batches of `rows` rows fit beside what else a run needs."""
     sized = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": rows})})
-    planned = kind.plan(sized, runtime.world_size, None)
+    planned = spec.plan(sized, runtime.world_size, None)
     if runtime.device.type == "cpu" and planned["peak_memory_bytes"] > runtime.memory_bytes():
         return False  # the kernel would lend more than there is, and end the process when it is used
-    module = prepared.module.to(runtime.device).train()
+    module = task.module.to(runtime.device).train()
     parts = {**planned["memory"], "weights": 0, "activations": 0}
     others_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters()))  # gradients come by trial
     kept = max(1, int(getattr(recipe.batch, "keep_graph", 0)))
     plan = BatchPlan(min(most, max(2, kept) * rows), 1, rows)
-    collate: Any = prepared.collate
+    collate: Any = task.collate
     micro_batches = replace(collate, plan=plan, rank=0)(0).micro_batches
     held = micro_batches if plan.passes == 1 else micro_batches[-kept:]  # by length: the last are the longest
     try:

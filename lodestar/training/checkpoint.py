@@ -21,7 +21,8 @@ from lodestar.files import MANIFEST, damage, sync, write_manifest
 
 NEEDED = ("state.json", "weights.safetensors", "optimizer.safetensors")
 _NAME = re.compile(r"step-(\d{8,})")
-_SET_ASIDE = "replaced-"
+ARCHIVED = "archived-"
+_NOT_RENAMED = (".", ARCHIVED, "replaced-")  # the last as versions before 0.2 named archived ones
 
 
 def write(
@@ -29,15 +30,15 @@ def write(
 ) -> Path:
     """Commit a checkpoint: `NAME.safetensors` for each group of tensors, and `state.json` with the values."""
     final = directory / f"step-{step:08d}"
-    draft = directory / f".{final.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    tmp = directory / f".{final.name}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
     for name, group in tensors.items():
-        save_file({key: value.contiguous() for key, value in group.items()}, draft / f"{name}.safetensors")
-    (draft / "state.json").write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
-    write_manifest(draft, step=step)
+        save_file({key: value.contiguous() for key, value in group.items()}, tmp / f"{name}.safetensors")
+    (tmp / "state.json").write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
+    write_manifest(tmp, step=step)
     shutil.rmtree(final, ignore_errors=True)
-    draft.rename(final)
+    tmp.rename(final)
     sync(directory)
     return final
 
@@ -57,8 +58,17 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return {Path(n).stem: load_file(folder / n) for n in NEEDED if n.endswith(".safetensors")}, values
 
 
+def with_new_names(tensors: Mapping[str, Tensor], new_names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors whose names begin as a key of `new_names` does, under the names that they have today."""
+    found = {}
+    for name, tensor in tensors.items():
+        before = next((each for each in new_names if name.startswith(each)), "")
+        found[new_names.get(before, "") + name[len(before) :]] = tensor
+    return found
+
+
 def steps(directory: Path) -> list[int]:
-    """Steps of the committed checkpoints in a folder, ascending; drafts are not looked at."""
+    """Steps of the committed checkpoints in a folder, ascending; temporary files are not looked at."""
     return [step for step, folder in _named(directory) if (folder / MANIFEST).is_file()]
 
 
@@ -95,23 +105,23 @@ def find(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
 
 
 def _renamed(directory: Path) -> list[Path]:
-    """Folders that hold what a checkpoint holds under other names; neither drafts nor those that were set aside."""
+    """Folders that hold what a checkpoint holds under other names; neither unfinished nor archived ones."""
     if not directory.is_dir():
         return []
     others = (path for path in directory.iterdir() if path.is_dir() and not _NAME.fullmatch(path.name))
     return sorted(
         path
         for path in others
-        if not path.name.startswith((".", _SET_ASIDE)) and any((path / name).exists() for name in (MANIFEST, *NEEDED))
+        if not path.name.startswith(_NOT_RENAMED) and any((path / name).exists() for name in (MANIFEST, *NEEDED))
     )
 
 
-def set_aside(directory: Path, above: int) -> list[str]:
+def archive(directory: Path, above: int) -> list[str]:
     """Rename the checkpoints above a step, which a run that starts there would take for its own; their new names."""
     names = []
     for step, folder in _named(directory):
         if step > above:
-            name = f"{_SET_ASIDE}{folder.name}"
+            name = f"{ARCHIVED}{folder.name}"
             shutil.rmtree(directory / name, ignore_errors=True)
             folder.rename(directory / name)
             names.append(name)

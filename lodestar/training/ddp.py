@@ -60,9 +60,9 @@ class DdpEngine:
         with self._local(last):
             return self._wrapped(*inputs)
 
-    def backward(self, share: Tensor, *, last: bool) -> None:
+    def backward(self, local_loss: Tensor, *, last: bool) -> None:
         with self._local(last):
-            (share * (self._world_size * self._scale)).backward()
+            (local_loss * (self._world_size * self._scale)).backward()
 
     def step(self, lr_factor: float) -> StepReport:
         parameters = [p for p in self._names if p.grad is not None]

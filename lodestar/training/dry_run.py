@@ -17,7 +17,7 @@ from lodestar.config.schema import AUTO
 from lodestar.data.loader import step_batches
 from lodestar.distributed.collectives import gather_objects
 from lodestar.distributed.runtime import Placement, Runtime
-from lodestar.distributed.session import together
+from lodestar.distributed.session import distributed_session
 from lodestar.planning.plan import in_words
 from lodestar.reporting.throughput import peak_memory_bytes
 from lodestar.training import checkpoint
@@ -26,25 +26,25 @@ from lodestar.training.build_engine import build
 from lodestar.training.engine import Engine
 from lodestar.training.loop import Progress, StepDone, fit
 from lodestar.training.synthetic import generated
-from lodestar.training.task import Kind
+from lodestar.training.task import TaskSpec
 
 
-def rehearse(recipe: Any, placement: Placement, kind: Kind, steps: int) -> int:
+def rehearse(recipe: Any, placement: Placement, spec: TaskSpec, steps: int) -> int:
     """Take `steps` steps on all ranks, print what they cost, and leave nothing behind."""
-    with together(placement, recipe.engine.timeout_minutes, recipe) as runtime:
+    with distributed_session(placement, recipe.engine.timeout_minutes, recipe) as runtime:
         if recipe.batch.micro_size == AUTO:
-            recipe = with_largest_micro_size(recipe, runtime, kind)
-        with generated(recipe, runtime, kind, micro_size=recipe.batch.micro_size, steps=steps) as (made, prepared):
-            engine = build(prepared.module, runtime, made.engine, made.optim, made.precision)
+            recipe = with_largest_micro_size(recipe, runtime, spec)
+        with generated(recipe, runtime, spec, micro_size=recipe.batch.micro_size, steps=steps) as (made, task):
+            engine = build(task.module, runtime, made.engine, made.optim, made.precision)
             waiting = _Waiting()
             watch = _Watch(runtime, waiting)
-            assert prepared.collate is not None
+            assert task.collate is not None
             batches = step_batches(
-                prepared.collate, start=0, total=steps, workers=prepared.workers, pin=runtime.device.type == "cuda"
+                task.collate, start=0, total=steps, workers=task.workers, pin=runtime.device.type == "cuda"
             )
             with closing(batches):  # ends the workers
                 fit(
-                    prepared.stage,
+                    task.stage,
                     engine,
                     waiting.over(batches),
                     progress=Progress(steps),
@@ -54,7 +54,7 @@ def rehearse(recipe: Any, placement: Placement, kind: Kind, steps: int) -> int:
             saved = _save(engine, runtime)
         found = gather_objects({**watch.found(), **saved})
         if runtime.is_main:
-            planned = kind.plan(recipe, runtime.world_size, None)
+            planned = spec.plan(recipe, runtime.world_size, None)
             print(in_words(_report(found, planned, steps, runtime.device.type == "cuda")))
     return 0
 

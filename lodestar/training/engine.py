@@ -1,7 +1,7 @@
-"""What runs a model on the hardware: forward, backward of a share, one optimizer step over all ranks.
+"""What runs a model on the hardware: forward, backward of a local loss, one optimizer step over all ranks.
 
-A stage returns its share of the global loss; the engine sums gradients over ranks. Both engines average, so both
-multiply the share by the world size first; no other file does.
+A stage returns its local loss, summed over ranks the loss of the global batch; the engine sums gradients over ranks.
+Both engines average, so both multiply it by the world size first; no other file does.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Engine(Protocol):
         """The model's forward; `last`: the backward of this one is the step's last."""
         ...
 
-    def backward(self, share: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's share of the loss; the last one sums over ranks."""
+    def backward(self, local_loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's local loss; the last one sums over ranks."""
         ...
 
     def step(self, lr_factor: float) -> StepReport:

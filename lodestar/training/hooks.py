@@ -15,7 +15,7 @@ import torch
 from lodestar.config.schema import Checkpoint
 from lodestar.distributed.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
 from lodestar.errors import TrainingError
-from lodestar.reporting.throughput import Console, Meter
+from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.training import checkpoint
 from lodestar.training.engine import Engine
@@ -42,34 +42,35 @@ class LogHook(_Quiet):
         self,
         tracker: Tracker,
         console: Console,
-        meter: Meter,
+        throughput: Throughput,
         *,
         every: int,
         peak_lr: float,
         rows_per_epoch: int,
         rows_per_step: int,
-        give_up_after: int,
+        max_consecutive_nonfinite_steps: int,
     ) -> None:
-        self._tracker, self._console, self._meter = tracker, console, meter
-        self._every, self._peak_lr, self._give_up_after = every, peak_lr, give_up_after
+        self._tracker, self._console, self._throughput = tracker, console, throughput
+        self._every, self._peak_lr = every, peak_lr
+        self._max_consecutive_nonfinite_steps = max_consecutive_nonfinite_steps
         self._epochs_per_step = rows_per_step / rows_per_epoch if rows_per_epoch else math.nan
         self._streak: torch.Tensor | float = 0.0
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
         batch, report = done.batch, done.report
-        self._meter.add(samples=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
+        self._throughput.add(samples=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
         self._streak = (self._streak + report.skipped) * report.skipped
         if progress.step % self._every == 0 or progress.done:
             self._log(progress, done)
 
     def _log(self, progress: Progress, done: StepDone[Any]) -> None:
-        names = list(done.shares)
-        shares = sum_over_ranks(torch.stack([done.shares[name].detach().float() for name in names])).tolist()
-        rates = _global_rates(self._meter.read(), done.report.grad_norm.device)
+        names = list(done.scalars)
+        scalars = sum_over_ranks(torch.stack([done.scalars[name].detach().float() for name in names])).tolist()
+        rates = _global_rates(self._throughput.read(), done.report.grad_norm.device)
         line = {
             "step": progress.step,
             "epoch": progress.step * self._epochs_per_step,
-            **dict(zip(names, shares, strict=True)),
+            **dict(zip(names, scalars, strict=True)),
             "lr": self._peak_lr * done.lr_factor,
             "grad_norm": float(done.report.grad_norm),
             **rates,
@@ -78,7 +79,7 @@ class LogHook(_Quiet):
         progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", "lr")}
         self._tracker.log(line)
         self._console.update(progress.step, loss=line["loss"], texts_per_second=line["samples_per_second"])
-        if float(self._streak) >= self._give_up_after:
+        if float(self._streak) >= self._max_consecutive_nonfinite_steps:
             raise TrainingError(
                 f"step {progress.step}: the gradient was not finite {int(self._streak)} times in a row "
                 "(lower optim.lr, or look for damaged texts; the last checkpoint is good)"

@@ -27,7 +27,7 @@ OneBatch = TypeVar("OneBatch", bound=Batch)
 
 class Stage(Protocol[AnyBatch]):
     def backward(self, batch: AnyBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
-        """Leave the gradient of this rank's share of a whole step in the engine.
+        """Leave the gradient of this rank's part of a whole step in the engine.
 
         Returns scalars on the device whose sums over ranks are those of the global batch; `loss` is one of them.
         """
@@ -55,10 +55,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepDone(Generic[OneBatch]):
-    """What hooks are shown after a step: local shares and the engine's report, still on the device."""
+    """What hooks are shown after a step: local scalars and the engine's report, still on the device."""
 
     batch: OneBatch
-    shares: Mapping[str, Tensor]
+    scalars: Mapping[str, Tensor]
     report: StepReport
     lr_factor: float
 
@@ -89,8 +89,8 @@ def fit(
     while not progress.done and progress.stop is None:
         batch = next(batches)
         lr_factor = lr_factor_at(progress.step)
-        shares = stage.backward(batch, engine, progress.step)
-        done = StepDone(batch, shares, engine.step(lr_factor), lr_factor)
+        scalars = stage.backward(batch, engine, progress.step)
+        done = StepDone(batch, scalars, engine.step(lr_factor), lr_factor)
         progress.step += 1
         progress.skipped = progress.skipped + done.report.skipped
         for hook in hooks:

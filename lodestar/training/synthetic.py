@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lodestar.distributed.collectives import agreed, once_per_node
 from lodestar.distributed.runtime import Runtime
-from lodestar.training.task import Kind, Prepared
+from lodestar.training.task import TaskSpec, TrainingTask
 
 
 def generated_text(tokens: int, number: int) -> str:
@@ -32,17 +32,17 @@ class LongestFirst:
     global_size: int
 
     def batch(self, number: int, part: range) -> tuple[Tensor, Tensor]:
-        """As `lodestar.data.sampler.Order`."""
+        """As `lodestar.data.sampler.ShuffledSampler`."""
         rows = torch.arange(part.start, part.stop) + min(number, 1) * self.global_size
         return torch.zeros_like(rows), rows
 
 
-Trial = tuple[Any, Prepared]
-"""A recipe, and what its stage has prepared."""
+Trial = tuple[Any, TrainingTask]
+"""A recipe, and what its stage has task."""
 
 
 @contextmanager
-def generated(recipe: Any, runtime: Runtime, kind: Kind, *, micro_size: int, steps: int) -> Iterator[Trial]:
+def generated(recipe: Any, runtime: Runtime, spec: TaskSpec, *, micro_size: int, steps: int) -> Iterator[Trial]:
     """A run like the recipe's on generated rows: a batch of the longest, then one of all lengths.
 
     Nothing else is touched: it lives in a folder of its own in run.output_dir, which is gone afterwards.
@@ -54,7 +54,7 @@ def generated(recipe: Any, runtime: Runtime, kind: Kind, *, micro_size: int, ste
         folder.mkdir(parents=True, exist_ok=True)
         lengths = [1.0] * size + [1 - i % 8 / 8 for i in range(size)]
         with file.open("w", encoding="utf-8") as lines:
-            lines.writelines(json.dumps(kind.generate(recipe, each, i)) + "\n" for i, each in enumerate(lengths))
+            lines.writelines(json.dumps(spec.generate(recipe, each, i)) + "\n" for i, each in enumerate(lengths))
 
     try:
         once_per_node(lambda: write() if runtime.local_rank == 0 else None, runtime.local_rank)
@@ -71,8 +71,8 @@ def generated(recipe: Any, runtime: Runtime, kind: Kind, *, micro_size: int, ste
             }
         )
         with agreed():
-            prepared = kind.prepare(made, runtime)
-        yield made, replace(prepared, collate=_in_generated_order(prepared.collate, size))
+            task = spec.build_task(made, runtime)
+        yield made, replace(task, collate=_in_generated_order(task.collate, size))
     finally:
         if runtime.local_rank == 0:
             rmtree(folder, ignore_errors=True)

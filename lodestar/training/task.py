@@ -41,7 +41,7 @@ class Recipe(Protocol):
 
 
 @dataclass
-class Prepared:
+class TrainingTask:
     """What a stage brings to a run."""
 
     module: nn.Module
@@ -61,15 +61,17 @@ class Prepared:
     """first step -> batches"""
     facts: dict[str, Any] = field(default_factory=dict)
     """What became of the data; goes to summary.json."""
+    new_names: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of parameter names that checkpoints of earlier versions have, and what they are today."""
     keep_best: str | None = None
     """A metric: the result is the best evaluated model, not the last."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class TaskSpec:
     """A kind of training: all that `lodestar` needs to know of a stage."""
 
-    prepare: Callable[[Any, Runtime], Prepared]
+    build_task: Callable[[Any, Runtime], TrainingTask]
     generate: Callable[[Any, float, int], dict[str, Any]]
     """(recipe, share of the largest length, number) -> a row of generated text like no other."""
     plan: Callable[[Any, int, str | None], dict[str, Any]]

@@ -20,11 +20,11 @@ from lodestar.config.schema import AUTO, NEUTRAL
 from lodestar.data.loader import step_batches
 from lodestar.distributed.collectives import agreed, barrier, from_main, on_main
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
-from lodestar.distributed.session import together
+from lodestar.distributed.session import distributed_session
 from lodestar.errors import CheckpointError, ConfigError, DataError
 from lodestar.files import locked, make_folder, replacing
 from lodestar.planning.plan import in_words
-from lodestar.reporting.throughput import Console, Meter
+from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.reporting.training_report import write_report
 from lodestar.training import checkpoint
@@ -34,7 +34,7 @@ from lodestar.training.engine import Engine, Resumed
 from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
-from lodestar.training.task import Kind, Prepared, Recipe
+from lodestar.training.task import Recipe, TaskSpec, TrainingTask
 
 _KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train"}
 """The recipe's names for what a checkpoint says of its run."""
@@ -42,16 +42,20 @@ STOPPED = 3
 """Exit code of a run that was asked to stop; the same command goes on from where it was."""
 
 
-def train(recipe: Any, placement: Placement, kind: Kind) -> int:
+def train(recipe: Any, placement: Placement, spec: TaskSpec) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
     minutes = recipe.engine.timeout_minutes
-    with StopHook(placement.world_size) as stop, together(placement, minutes, recipe) as runtime, ExitStack() as held:
+    with (
+        StopHook(placement.world_size) as stop,
+        distributed_session(placement, minutes, recipe) as runtime,
+        ExitStack() as held,
+    ):
         folder = Path(recipe.run.output_dir)
         on_main(lambda: _claim(folder, held))
         if recipe.batch.micro_size == AUTO:
-            recipe = with_largest_micro_size(recipe, runtime, kind)
-        plan = on_main(lambda: in_words(kind.plan(recipe, runtime.world_size, None)))
-        return _Session(recipe, runtime, plan).run(kind.prepare, stop)
+            recipe = with_largest_micro_size(recipe, runtime, spec)
+        plan = on_main(lambda: in_words(spec.plan(recipe, runtime.world_size, None)))
+        return Trainer(recipe, runtime, plan).run(spec.build_task, stop)
 
 
 def _claim(folder: Path, held: ExitStack) -> None:
@@ -60,7 +64,7 @@ def _claim(folder: Path, held: ExitStack) -> None:
     held.enter_context(locked(folder, "run.output_dir"))
 
 
-class _Session:
+class Trainer:
     def __init__(self, recipe: Recipe, runtime: Runtime, plan: str = "") -> None:
         self.recipe, self.runtime, self.plan = recipe, runtime, plan
         self.folder = Path(recipe.run.output_dir)
@@ -69,55 +73,55 @@ class _Session:
         self.changes: list[dict[str, Any]] = []
         """Of the recipe, by those who went on with this run."""
 
-    def run(self, prepare: Callable[[Any, Runtime], Prepared], stop: StopHook) -> int:
+    def run(self, build_task: Callable[[Any, Runtime], TrainingTask], stop: StopHook) -> int:
         recipe, runtime = self.recipe, self.runtime
         on_main(lambda: make_folder(self.folder, "run.output_dir"))
         on_main(self._check_allowed)
         with agreed():
-            prepared = prepare(recipe, runtime)
-        progress = Progress(prepared.total_steps)
+            task = build_task(recipe, runtime)
+        progress = Progress(task.total_steps)
         with agreed():
-            if not prepared.total_steps:
+            if not task.total_steps:
                 raise DataError(
-                    f"schedule.epochs: {recipe.schedule.epochs} x {prepared.rows} rows do not fill one batch of "
+                    f"schedule.epochs: {recipe.schedule.epochs} x {task.rows} rows do not fill one batch of "
                     f"{recipe.batch.global_size} (lower batch.global_size, or raise schedule.epochs)"
                 )
-            resumed = self._find_checkpoint(prepared, progress)
+            resumed = self._find_checkpoint(task, progress)
         if progress.done and self._is_finished(progress):
             self._say(
                 f"{self.folder}: all {progress.total_steps} steps are done; the model lies in {self.folder / 'model'}"
             )
             return 0
-        engine = build(prepared.module, runtime, recipe.engine, recipe.optim, recipe.precision)
+        engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
         if resumed is not None:
             with agreed():
                 engine.resume(resumed)
             self._say(f"goes on from step {progress.step} of {progress.total_steps}")
         if runtime.is_main:
-            self._open_folder(prepared, progress)
-        self._train(prepared, engine, progress, stop)
+            self._open_folder(task, progress)
+        self._train(task, engine, progress, stop)
         if progress.stop is not None:
             self._say(f"stopped by {progress.stop} at step {progress.step}; the same command goes on from here")
         return STOPPED if progress.stop is not None else 0
 
-    def _train(self, prepared: Prepared, engine: Engine, progress: Progress, stop: StopHook) -> None:
+    def _train(self, task: TrainingTask, engine: Engine, progress: Progress, stop: StopHook) -> None:
         recipe, main = self.recipe, self.runtime.is_main
         if main and (earlier := self._earlier_summary()):
             self._write("summary.json", {**earlier, "stopped_by": None})  # it runs again; a kill leaves it so
         tracker = self._tracker(progress)
         console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
-        hooks: list[Hook] = [self._log_hook(prepared, tracker, console)]
-        if prepared.evaluate is not None:
-            hooks.append(self._evaluate_hook(prepared, engine, tracker, console))
-        identity = {**prepared.identity, "recipe": loader.flat(recipe), "changes": self.changes}
+        hooks: list[Hook] = [self._log_hook(task, tracker, console)]
+        if task.evaluate is not None:
+            hooks.append(self._evaluate_hook(task, engine, tracker, console))
+        identity = {**task.identity, "recipe": loader.flat(recipe), "changes": self.changes}
         hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
         hooks.insert(-1, stop)
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
-        batches = self._batches(prepared, progress)
+        batches = self._batches(task, progress)
         try:
             fit(
-                prepared.stage,
+                task.stage,
                 engine,
                 batches,
                 progress=progress,
@@ -127,41 +131,41 @@ class _Session:
                 hooks=hooks,
             )
             if progress.stop is None:
-                self._finish(prepared, engine, progress)
+                self._finish(task, engine, progress)
         finally:
             batches.close()
             tracker.close()
         if main:
-            self._summarise(prepared, progress)
+            self._summarise(task, progress)
         barrier()
 
-    def _batches(self, prepared: Prepared, progress: Progress) -> Generator[Any]:
-        if prepared.stream is not None:
-            return prepared.stream(progress.step)
-        assert prepared.collate is not None
+    def _batches(self, task: TrainingTask, progress: Progress) -> Generator[Any]:
+        if task.stream is not None:
+            return task.stream(progress.step)
+        assert task.collate is not None
         return step_batches(
-            prepared.collate,
+            task.collate,
             start=progress.step,
             total=progress.total_steps,
-            workers=prepared.workers,
+            workers=task.workers,
             pin=self.runtime.device.type == "cuda",
         )
 
     # --- before ---
 
-    def _open_folder(self, prepared: Prepared, progress: Progress) -> None:
+    def _open_folder(self, task: TrainingTask, progress: Progress) -> None:
         """Leave nothing there that an earlier run could be taken for this one by."""
-        for name in checkpoint.set_aside(self.checkpoints, progress.step):
-            self._say(f"warning: {self.checkpoints}: {name}: set aside, for this run starts at step {progress.step}")
+        for name in checkpoint.archive(self.checkpoints, progress.step):
+            self._say(f"warning: {self.checkpoints}: {name}: archived, for this run starts at step {progress.step}")
         best = self.folder / "best.json"
         if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
             best.unlink()
         self._write("config.yaml", loader.dump(self.recipe))  # type: ignore[arg-type]
-        data = prepared.identity.get("data")
+        data = task.identity.get("data")
         facts = environment(self.runtime, self.recipe.run.output_dir)
         self._write("environment.json", {**facts, "data": data, "changes": self.changes})
 
-    def _find_checkpoint(self, prepared: Prepared, progress: Progress) -> Resumed | None:
+    def _find_checkpoint(self, task: TrainingTask, progress: Progress) -> Resumed | None:
         """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
         found, passed = on_main(lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume))
         for line in passed:
@@ -169,21 +173,21 @@ class _Session:
         if found is None:
             return None
         tensors, values = checkpoint.read(found)
-        self._check_changes(found, values, prepared.identity)
+        self._check_changes(found, values, task.identity)
         progress.step, progress.skipped = values["step"], values["skipped"]
         if progress.step > progress.total_steps:
             raise CheckpointError(
                 f"schedule: {progress.total_steps} steps, but {found} has taken {progress.step} (raise them, or choose "
                 "another run.output_dir)"
             )
-        weights = tensors["weights"]
+        weights, optimizer = (checkpoint.with_new_names(tensors[n], task.new_names) for n in ("weights", "optimizer"))
         with torch.no_grad():
-            for name, parameter in prepared.module.named_parameters():
+            for name, parameter in task.module.named_parameters():
                 if name not in weights or weights[name].shape != parameter.shape:
                     raise CheckpointError(f"{found}: {name}: missing or of another shape: it belongs to another model")
                 parameter.copy_(weights[name])
         updates = progress.step - int(progress.skipped)
-        return Resumed(weights, tensors["optimizer"], updates, values.get("engine", {}))
+        return Resumed(weights, optimizer, updates, values.get("engine", {}))
 
     def _check_allowed(self) -> None:
         """ConfigError where checkpoint.allow_change names no key of the recipe."""
@@ -235,26 +239,26 @@ class _Session:
         tracker.resume_at(progress.step)
         return tracker
 
-    def _log_hook(self, prepared: Prepared, tracker: Tracker, console: Console) -> LogHook:
+    def _log_hook(self, task: TrainingTask, tracker: Tracker, console: Console) -> LogHook:
         return LogHook(
             tracker,
             console,
-            Meter(),
+            Throughput(),
             every=self.recipe.track.log_every,
             peak_lr=self.recipe.optim.lr,
-            rows_per_epoch=prepared.rows or 0,
+            rows_per_epoch=task.rows or 0,
             rows_per_step=self.recipe.batch.global_size,
-            give_up_after=self.recipe.engine.give_up_after,
+            max_consecutive_nonfinite_steps=self.recipe.engine.give_up_after,
         )
 
-    def _evaluate_hook(self, prepared: Prepared, engine: Engine, tracker: Tracker, console: Console) -> EvaluateHook:
+    def _evaluate_hook(self, task: TrainingTask, engine: Engine, tracker: Tracker, console: Console) -> EvaluateHook:
         def evaluate(step: int) -> dict[str, Any]:
-            assert prepared.evaluate is not None
+            assert task.evaluate is not None
             engine.module.eval()
-            found = prepared.evaluate(engine)
+            found = task.evaluate(engine)
             engine.module.train()
-            if prepared.keep_best is not None:
-                self._keep_if_best(prepared, engine, step, found)
+            if task.keep_best is not None:
+                self._keep_if_best(task, engine, step, found)
             return found
 
         section = self.recipe.evaluate
@@ -262,31 +266,31 @@ class _Session:
 
     # --- after ---
 
-    def _keep_if_best(self, prepared: Prepared, engine: Engine, step: int, found: Mapping[str, Any]) -> None:
-        metric = prepared.keep_best or ""
+    def _keep_if_best(self, task: TrainingTask, engine: Engine, step: int, found: Mapping[str, Any]) -> None:
+        metric = task.keep_best or ""
         if metric not in found:
             known = ", ".join(name for name in found if name != "evaluation")
             raise DataError(f"evaluate.keep_best: {metric}: not a metric (one of {known})")
         record = self.folder / "best.json"
         best = from_main(json.loads(record.read_text()) if record.is_file() else None)
         if best is None or best["metric"] != metric or found[metric] > best["value"] or best["step"] == step:
-            self._export(prepared, engine, {"steps": step, **found})
+            self._export(task, engine, {"steps": step, **found})
             if self.runtime.is_main:
                 self._write("best.json", {"metric": metric, "value": found[metric], "step": step})
         barrier()
 
-    def _finish(self, prepared: Prepared, engine: Engine, progress: Progress) -> None:
-        if prepared.keep_best is None or not from_main((self.folder / "best.json").is_file()):
-            self._export(prepared, engine, {"steps": progress.step, **progress.final})
+    def _finish(self, task: TrainingTask, engine: Engine, progress: Progress) -> None:
+        if task.keep_best is None or not from_main((self.folder / "best.json").is_file()):
+            self._export(task, engine, {"steps": progress.step, **progress.final})
 
-    def _export(self, prepared: Prepared, engine: Engine, facts: Mapping[str, Any]) -> None:
+    def _export(self, task: TrainingTask, engine: Engine, facts: Mapping[str, Any]) -> None:
         weights = engine.weights()
         if self.runtime.is_main:
-            with replacing(self.folder / "model") as draft:
-                prepared.export(weights, draft, {**prepared.facts, **facts})
+            with replacing(self.folder / "model") as tmp:
+                task.export(weights, tmp, {**task.facts, **facts})
         barrier()
 
-    def _summarise(self, prepared: Prepared, progress: Progress) -> None:
+    def _summarise(self, task: TrainingTask, progress: Progress) -> None:
         earlier = self._earlier_summary()
         went_on = earlier.get("steps", 0) < progress.step
         self._write(
@@ -297,7 +301,7 @@ class _Session:
                 "steps": progress.step,
                 "total_steps": progress.total_steps,
                 "skipped": int(progress.skipped),
-                **prepared.facts,
+                **task.facts,
                 "seconds": (earlier.get("seconds", 0.0) if went_on else 0.0) + self.clock.seconds(),
                 "final": progress.final,
             },
@@ -307,9 +311,9 @@ class _Session:
     def _write(self, name: str, value: Mapping[str, Any] | str) -> None:
         """A text, or an object as JSON; whole or absent."""
         text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        draft = self.folder / f".{name}.draft"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(self.folder / name)
+        tmp = self.folder / f".{name}.tmp"
+        tmp.write_text(text, encoding="utf-8")
+        tmp.replace(self.folder / name)
 
     def _say(self, line: str) -> None:
         if self.runtime.is_main:

@@ -46,7 +46,7 @@ class ZeroEngine:
         self._muon, self._half = optim.name == "muon", precision == "fp16"
         parameter_groups = optims.groups(module, optim)
         config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # unused: shares are summed by us
+            "train_micro_batch_size_per_gpu": 1,  # unused: local losses are summed by us
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.clip_norm,
             "zero_optimization": {"stage": section.zero_stage, "reduce_scatter": optim.name != "muon"},
@@ -70,10 +70,10 @@ class ZeroEngine:
     def run(self, *inputs: Any, last: bool) -> Any:
         return self._engine(*inputs)
 
-    def backward(self, share: Tensor, *, last: bool) -> None:
+    def backward(self, local_loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         with optims.muon_in_fp32(self._muon_fp32):  # ZeRO-1 and 2 orthogonalise here
-            self._engine.backward(share * self._world_size, scale_wrt_gas=False)
+            self._engine.backward(local_loss * self._world_size, scale_wrt_gas=False)
 
     def step(self, lr_factor: float) -> StepReport:
         for group in self._engine.optimizer.param_groups:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def kept(file: Path | None, rows: int, make: Callable[[], Tensor]) -> Tensor:
+def cached(file: Path | None, rows: int, make: Callable[[], Tensor]) -> Tensor:
     """(N, D) fp32 from a safetensors file; made, and put there, where there are none, damaged ones or not `rows`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -32,11 +32,11 @@ def kept(file: Path | None, rows: int, make: Callable[[], Tensor]) -> Tensor:
         except (SafetensorError, KeyError):
             pass
     made_ND = make()
-    draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
+    tmp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": made_ND.contiguous()}, draft)
-        draft.replace(file)
+        save_file({"embeddings": made_ND.contiguous()}, tmp)
+        tmp.replace(file)
     except (OSError, SafetensorError) as error:  # the latter is what save_file makes of the former
         print(f"warning: {file}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
     return made_ND

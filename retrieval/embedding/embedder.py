@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lodestar.data.readers import Source
 from lodestar.errors import ConfigError, LodestarError, ModelError
-from retrieval.embedding.cache import file_for, kept
+from retrieval.embedding.cache import cached, file_for
 
 if TYPE_CHECKING:
     import torch
@@ -363,7 +363,7 @@ def _serve(connection: Connection, path: str, device: str, threads: int, prompts
         connection.send(error)
 
 
-KEPT_ROWS = 100_000
+CACHE_SHARD_ROWS = 100_000
 """Of a file of kept embeddings; what an interrupted run has to do again on each rank."""
 
 
@@ -389,9 +389,9 @@ def embed(
     size = world_size()
     with agreed():
         own, how = texts[rank() :: size], {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
-        parts = [own[start : start + KEPT_ROWS] for start in range(0, len(own), KEPT_ROWS)] or [own]
+        parts = [own[start : start + CACHE_SHARD_ROWS] for start in range(0, len(own), CACHE_SHARD_ROWS)] or [own]
         found = [
-            kept(
+            cached(
                 file_for(folder, role, precision, texts=part) if folder else None,
                 len(part),
                 partial(_embedded, model, part, role, how),

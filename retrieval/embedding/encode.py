@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lodestar.cli import door
+from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import ConfigError, DataError
 from lodestar.files import make_folder
-from lodestar.planning.plan import Missing
+from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import EncodeRecipe
 from retrieval.embedding.embedder import Embedder, Role, fingerprint
 from retrieval.embedding.shards import (
@@ -55,13 +55,13 @@ TIMEOUT_MINUTES = 24 * 60.0
 # --- numbers ---------------------------------------------------------------------------------
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     """What `--plan` prints."""
-    missing = Missing([])
-    rows = missing.instead(None, lambda: count_rows(find_sources(files_of(recipe), "texts")), "rows are not known")
+    missing = PlanWarnings([])
+    rows = missing.or_default(None, lambda: count_rows(find_sources(files_of(recipe), "texts")), "rows are not known")
     width = recipe.output.width
     config = Path(recipe.model) / "config.json"
     if width is None and config.is_file():
@@ -81,9 +81,9 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
 
 
 def run(recipe: EncodeRecipe, placement: Placement) -> int:
-    from lodestar.distributed.session import together
+    from lodestar.distributed.session import distributed_session
 
-    with together(placement, TIMEOUT_MINUTES, recipe) as runtime:
+    with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
         encode(recipe, runtime)
     return 0
 
@@ -181,4 +181,4 @@ def _make(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return door(argv, usage="Embed a corpus with a trained model.", schema=EncodeRecipe, plan=plan, run=run)
+    return entry_point(argv, usage="Embed a corpus with a trained model.", schema=EncodeRecipe, plan=plan, run=run)

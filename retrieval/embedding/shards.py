@@ -81,7 +81,7 @@ def shard_file(output: Output, number: int) -> Path:
 
 def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: dict[str, str]) -> None:
     """Whole or absent; `facts` stand in its header."""
-    draft = path.with_name(f".{path.name}.draft")
+    tmp = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet
@@ -89,7 +89,7 @@ def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: d
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), vectors_ND.shape[1])
         table = pa.table({"id": list(ids), "embedding": column})
         try:
-            parquet.write_table(table.replace_schema_metadata(facts), draft)
+            parquet.write_table(table.replace_schema_metadata(facts), tmp)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written: {error} (make room, or name another folder)") from None
     else:
@@ -97,13 +97,13 @@ def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: d
         from safetensors.numpy import save_file
 
         try:
-            save_file({"embeddings": vectors_ND}, draft, {**facts, "ids": json.dumps(list(ids))})
+            save_file({"embeddings": vectors_ND}, tmp, {**facts, "ids": json.dumps(list(ids))})
         except SafetensorError as error:
             if "header" not in str(error).lower():
                 raise ConfigError(f"{path}: cannot be written: {error} (make room, or name another folder)") from None
             reason = f"{len(ids):,} ids do not go into a file's header, which ends at 100 MB"
             raise ConfigError(f"encode.shard_rows: {reason} (fewer rows, or output.format: parquet)") from None
-    draft.replace(path)
+    tmp.replace(path)
 
 
 def read_shard(path: Path) -> tuple[list[str], np.ndarray]:
@@ -176,6 +176,6 @@ def _ranges(recipe: EncodeRecipe, key: str, embed: Callable[[list[str]], np.ndar
 
 
 def _write(path: Path, value: Any) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(value, indent=2 if isinstance(value, dict) else None) + "\n", encoding="utf-8")
-    draft.replace(path)
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(json.dumps(value, indent=2 if isinstance(value, dict) else None) + "\n", encoding="utf-8")
+    tmp.replace(path)

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lodestar.cli import door
+from lodestar.cli import entry_point
 from lodestar.distributed.runtime import Placement
 from lodestar.files import make_folder
-from lodestar.planning.plan import Missing
+from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.embedder import Prompts, check_folder, embed
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.results import Result, Row, about, counts, show_all, show_differences, write_json
@@ -110,16 +110,16 @@ def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Pa
     return write_json(folder, {**about(beir.name, retrieval(beir, split).facts), "rows": list(rows)})
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
-    missing = Missing([])
+    missing = PlanWarnings([])
     for path in recipe.labelled.values():
-        missing.instead(None, partial(check_folder, path), "it cannot be measured")
+        missing.or_default(None, partial(check_folder, path), "it cannot be measured")
     found: dict[str, Any] = {"world_size": world_size, "models": ", ".join(recipe.labelled)}
     read = {
-        name: missing.instead(None, partial(section.read, name), "not counted")
+        name: missing.or_default(None, partial(section.read, name), "not counted")
         for name, section in recipe.all_tasks.items()
     }
     tasks = {name: task for name, task in read.items() if task}
@@ -140,12 +140,12 @@ def run(recipe: EvaluateRecipe, placement: Placement) -> int:
     import torch
 
     from lodestar.distributed.collectives import agreed
-    from lodestar.distributed.session import together
+    from lodestar.distributed.session import distributed_session
     from retrieval.evaluation.report import write_report
 
     work = Path(recipe.output_dir) / "embeddings.work" if recipe.output_dir else None
     views: dict[str, list[View]] = {}
-    with together(placement, TIMEOUT_MINUTES, recipe) as runtime:
+    with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
         if recipe.output_dir:
             with agreed():
                 make_folder(recipe.output_dir, "output_dir")
@@ -193,4 +193,4 @@ def read_tasks(recipe: EvaluateRecipe) -> dict[str, Task]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     usage = "Measure models: retrieval, classification, clustering, STS, pair classification."
-    return door(argv, usage=usage, schema=EvaluateRecipe, plan=plan, run=run)
+    return entry_point(argv, usage=usage, schema=EvaluateRecipe, plan=plan, run=run)

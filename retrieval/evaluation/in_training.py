@@ -1,4 +1,4 @@
-"""Retrieval during training: texts embedded by all ranks, tokenised once, measured on a BEIR folder."""
+"""Retrieval during training: texts embedded by all ranks, tokenized once, measured on a BEIR folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Embed = Callable[[Tensor, Tensor], Tensor]
 """(B, L) ids, (B,) lengths -> (B, D) unit vectors, fp32."""
 
 
-class Probe:
+class InTrainingEvaluator:
     """A BEIR folder, and the numbers that an encoder reaches on it."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Probe:
         mine = dealt[self._runtime.rank]
         parts = []
         for run in cut(mine, -(-len(dealt[0]) // self._batch_size)):
-            chosen = list(run) or by_length[:1]  # sharded parameters are gathered by all ranks together
+            chosen = list(run) or by_length[:1]  # sharded parameters are gathered by all ranks distributed_session
             rows = padded([ids[i] for i in chosen], self._fill)  # type: ignore[arg-type]
             lengths = torch.tensor([len(ids[i]) for i in chosen])
             parts.append(embed(rows.to(device), lengths.to(device))[: len(run)].float())

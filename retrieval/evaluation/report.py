@@ -70,13 +70,13 @@ def view(
     """Look at a model's embeddings and what `retrieval.evaluation.metrics.search` found by them; rows as in `beir`."""
     import torch
 
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     row_of = {document_id: row for row, document_id in enumerate(beir.document_ids)}
     positive, hardest, negative, ranked = [], [], [], []
     for q, query_id in enumerate(beir.query_ids):
         grades = {row_of[document_id]: grade for document_id, grade in beir.relevant[query_id].items()}
         own = [row for row, grade in grades.items() if grade > 0]
-        drawn = [row for row in (chance.randrange(len(row_of)) for _ in range(_NEGATIVES)) if row not in grades]
+        drawn = [row for row in (rng.randrange(len(row_of)) for _ in range(_NEGATIVES)) if row not in grades]
         scores = (document_ND[own + drawn].float() @ query_QD[q].float()).tolist()
         positive += scores[: len(own)]
         negative += scores[len(own) :]
@@ -87,7 +87,7 @@ def view(
         ranked.append(_ranked(beir, q, dict(zip(own, scores, strict=False)), found, other))
     ranked.sort(key=lambda each: (each.ndcg, each.margin))
 
-    queries = sorted(chance.sample(range(len(beir.queries)), min(len(beir.queries), _MAP_POINTS // 4)))
+    queries = sorted(rng.sample(range(len(beir.queries)), min(len(beir.queries), _MAP_POINTS // 4)))
     answers = [
         (q, row_of[document_id])
         for q in queries
@@ -95,7 +95,7 @@ def view(
         if grade > 0
     ][: _MAP_POINTS // 4]
     room = _MAP_POINTS - len(queries)
-    drawn = chance.sample(range(len(row_of)), min(len(row_of), room))
+    drawn = rng.sample(range(len(row_of)), min(len(row_of), room))
     rows = list(dict.fromkeys([row for _, row in answers] + drawn))[:room]
     place = {row: len(queries) + i for i, row in enumerate(rows)}
     return View(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval.evaluation.significance import Bootstrap, paired_bootstrap
-from retrieval.evaluation.tasks import COLUMNS, Measured
+from retrieval.evaluation.tasks import COLUMNS, TaskResult
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class Result:
     items: dict[str, NDArray[Any]] = field(default_factory=dict)
     """(I,) for each model, where the task's first metric is a mean over items."""
 
-    def add(self, label: str, found: Measured) -> None:
+    def add(self, label: str, found: TaskResult) -> None:
         self.rows.append({"model": label, **found.metrics})
         if found.item_I is not None:
             self.items[label] = found.item_I
@@ -131,9 +131,9 @@ def write_json(folder: str | Path, content: Mapping[str, Any]) -> Path:
     """`evaluation.json` in the folder; a reader sees the old one or the new one."""
     path = Path(folder) / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tmp.replace(path)
     return path
 
 

@@ -35,10 +35,10 @@ def paired_bootstrap(
 
     delta_I = np.asarray(other_I, float) - np.asarray(first_I, float)  # ValueError where the items differ in number
     items, found = len(delta_I), float(delta_I.mean())
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     rows = max(1, (1 << 22) // items)  # resamples at once: 32 MB of item numbers
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
-    mean_R = np.concatenate([delta_I[chance.integers(items, size=(size, items))].mean(1) for size in sizes])
+    mean_R = np.concatenate([delta_I[rng.integers(items, size=(size, items))].mean(1) for size in sizes])
     low, high = np.quantile(mean_R, [0.025, 0.975])
     as_far = int((np.abs(mean_R - found) >= abs(found) - 1e-12).sum())
     return {"difference": found, "low": float(low), "high": float(high), "p": (1 + as_far) / (1 + resamples)}

@@ -47,7 +47,7 @@ COLUMNS = {
 """What tables show of each kind, by heading; the first is what stands for the task among several."""
 
 
-class Measured(NamedTuple):
+class TaskResult(NamedTuple):
     metrics: dict[str, float]
     item_I: NDArray[Any] | None = None
     """The first metric of each item, where the metric is their mean; what a paired bootstrap draws from."""
@@ -65,7 +65,7 @@ class Task:
     """`kind`, and how much there is of what."""
     texts: Sequence[str]
     """All that is embedded."""
-    measure: Callable[[Embed, torch.device], Measured] = field(repr=False)
+    measure: Callable[[Embed, torch.device], TaskResult] = field(repr=False)
     """(a model's Embed, the device that searches) -> its metrics; every rank must call."""
     beir: Beir | None = field(default=None, repr=False)
 
@@ -96,7 +96,7 @@ def retrieval(beir: Beir, split: str = "test") -> Task:
     from retrieval.embedding.exact_search import search_together
     from retrieval.evaluation.bm25 import POOL
 
-    def measure(embed: Embed, device: torch.device) -> Measured:
+    def measure(embed: Embed, device: torch.device) -> TaskResult:
         query_QD, document_ND = embed(beir.queries, "query"), embed(beir.documents, "document")
         found = measure_run(beir, search_together(query_QD, document_ND, POOL, device))
         return found._replace(vectors=(query_QD, document_ND))
@@ -105,14 +105,14 @@ def retrieval(beir: Beir, split: str = "test") -> Task:
     return Task({"kind": "retrieval", "split": split, **counts}, beir.queries + beir.documents, measure, beir)
 
 
-def measure_run(beir: Beir, run: Run) -> Measured:
+def measure_run(beir: Beir, run: Run) -> TaskResult:
     """The metrics of the first 100 documents, ordered as trec_eval would."""
     from retrieval.evaluation.metrics import as_run, metrics_per_query, trec_order
 
     scores_QK, index_QK = run
     ranked = trec_order(as_run(beir, scores_QK[:, :100], index_QK[:, :100]))
     found = metrics_per_query(ranked, beir.relevant)
-    return Measured({name: float(value_Q.mean()) for name, value_Q in found.items()}, found["ndcg_at_10"], run)
+    return TaskResult({name: float(value_Q.mean()) for name, value_Q in found.items()}, found["ndcg_at_10"], run)
 
 
 # --- classification and clustering -----------------------------------------------------------
@@ -161,7 +161,7 @@ class Classification(_Labelled):
         train_EM, labels_I = place.reshape(chosen_EM.shape), np.array(test_labels)
         train_labels = np.array(labels)[needed]
 
-        def measure(embed: Embed, _: torch.device) -> Measured:
+        def measure(embed: Embed, _: torch.device) -> TaskResult:
             x_ND = embed(every, "text").numpy()
             train_ND, test_ID = x_ND[: len(needed)], x_ND[len(needed) :]
             return classify(train_ND, train_labels, train_EM, test_ID, labels_I, seed=self.seed)
@@ -199,7 +199,7 @@ def classify(
     labels_I: NDArray[Any],
     *,
     seed: int,
-) -> Measured:
+) -> TaskResult:
     """`accuracy` and `macro_f1`, means over experiments; per item the share of experiments that were right.
 
     mteb's `AbsTaskClassification`: logistic regression of at most 100 iterations.
@@ -215,7 +215,7 @@ def classify(
         right.append(predicted_I == labels_I)
         f1.append(f1_score(labels_I, predicted_I, average="macro"))
     right_I = np.mean(right, axis=0)
-    return Measured({"accuracy": float(right_I.mean()), "macro_f1": float(np.mean(f1))}, right_I)
+    return TaskResult({"accuracy": float(right_I.mean()), "macro_f1": float(np.mean(f1))}, right_I)
 
 
 class Clustering(_Labelled):
@@ -234,7 +234,7 @@ class Clustering(_Labelled):
         )
 
 
-def cluster(x_ND: NDArray[Any], labels: Sequence[str], *, seed: int) -> Measured:
+def cluster(x_ND: NDArray[Any], labels: Sequence[str], *, seed: int) -> TaskResult:
     """`v_measure`. mteb's `ClusteringEvaluator`: MiniBatchKMeans in batches of 500.
 
     V-measure is of all texts together, no mean over items: nothing for a paired bootstrap to draw from.
@@ -243,7 +243,7 @@ def cluster(x_ND: NDArray[Any], labels: Sequence[str], *, seed: int) -> Measured
     from sklearn.metrics import v_measure_score
 
     means = MiniBatchKMeans(len(set(labels)), batch_size=500, n_init="auto", random_state=seed)
-    return Measured({"v_measure": float(v_measure_score(labels, means.fit_predict(x_ND)))})
+    return TaskResult({"v_measure": float(v_measure_score(labels, means.fit_predict(x_ND)))})
 
 
 # --- pairs -----------------------------------------------------------------------------------
@@ -255,7 +255,9 @@ class _Pairs(Section):
     """The field of a row that holds its first text."""
     sentence2: str = "sentence2"
 
-    def task(self, kind: str, label: str, field: str, score: Callable[[NDArray[Any], NDArray[Any]], Measured]) -> Task:
+    def task(
+        self, kind: str, label: str, field: str, score: Callable[[NDArray[Any], NDArray[Any]], TaskResult]
+    ) -> Task:
         """`score` of the pairs' cosines and the numbers of `field`."""
         import numpy as np
 
@@ -265,7 +267,7 @@ class _Pairs(Section):
         if not rows or not np.ptp(value_I) > 0:
             raise DataError(f"{self.data}: {field}: all are equal, or not all are numbers (nothing to tell apart)")
 
-        def measure(embed: Embed, _: torch.device) -> Measured:
+        def measure(embed: Embed, _: torch.device) -> TaskResult:
             from sklearn.metrics.pairwise import paired_cosine_distances
 
             x_ND = embed(first + second, "text").numpy()
@@ -285,11 +287,11 @@ class Sts(_Pairs):
         return self.task(self.kind, label, self.score, spearman)
 
 
-def spearman(cosine_I: NDArray[Any], score_I: NDArray[Any]) -> Measured:
+def spearman(cosine_I: NDArray[Any], score_I: NDArray[Any]) -> TaskResult:
     """`spearman`, of all pairs together: no mean over items. `cosine_spearman` of mteb's `AbsTaskSTS`."""
     from scipy.stats import spearmanr
 
-    return Measured({"spearman": float(spearmanr(score_I, cosine_I)[0])})  # type: ignore[arg-type]
+    return TaskResult({"spearman": float(spearmanr(score_I, cosine_I)[0])})  # type: ignore[arg-type]
 
 
 class PairClassification(_Pairs):
@@ -303,10 +305,10 @@ class PairClassification(_Pairs):
         for place, row in _rows(self.data, f"tasks.{label}.data"):
             if row.get(self.label) not in (0, 1):
                 raise DataError(f"{place}: {self.label}: must be 0 or 1, got {row.get(self.label)!r} (mend the row)")
-        return self.task(self.kind, label, self.label, tell_apart)
+        return self.task(self.kind, label, self.label, pair_classification_scores)
 
 
-def tell_apart(cosine_I: NDArray[Any], label_I: NDArray[Any]) -> Measured:
+def pair_classification_scores(cosine_I: NDArray[Any], label_I: NDArray[Any]) -> TaskResult:
     """`average_precision`, and `best_f1` over thresholds; of all pairs together: no mean over items.
 
     `cosine_ap` and `cosine_f1` of mteb's `AbsTaskPairClassification`, which does not try to take all pairs.
@@ -317,7 +319,7 @@ def tell_apart(cosine_I: NDArray[Any], label_I: NDArray[Any]) -> Measured:
     precision, recall, _ = precision_recall_curve(label_I, cosine_I)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     found = {"average_precision": average_precision_score(label_I, cosine_I), "best_f1": f1[1:].max()}
-    return Measured({name: float(value) for name, value in found.items()})
+    return TaskResult({name: float(value) for name, value in found.items()})
 
 
 AnyTask = Annotated[Retrieval | Classification | Clustering | Sts | PairClassification, Field(discriminator="kind")]

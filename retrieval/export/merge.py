@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
-from lodestar.cli import door
+from lodestar.cli import entry_point
 from lodestar.config.loader import Section
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import ModelError
@@ -170,15 +170,15 @@ def merge(
     from retrieval.embedding.embedder import load_model
 
     shares = _shares(weights)
-    with replacing(Path(output)) as draft:
-        shutil.copytree(paths[0], draft, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
+    with replacing(Path(output)) as tmp:
+        shutil.copytree(paths[0], tmp, ignore=shutil.ignore_patterns(*LEFT_BEHIND), dirs_exist_ok=True)
         for file in sorted({held.file for held in tensors[0].values()}):
             names = [name for name, held in tensors[0].items() if held.file == file]
             means = {tensors[0][name].name: _mean([each.get(name) for each in tensors], shares) for name in names}
-            save_file(means, draft / file.relative_to(paths[0]), metadata={"format": "pt"})
-        _write_prompts(draft / "config_sentence_transformers.json", prompts or {})
-        (draft / "README.md").write_text(_card(paths, shares), encoding="utf-8")
-        load_model(draft, "cpu")
+            save_file(means, tmp / file.relative_to(paths[0]), metadata={"format": "pt"})
+        _write_prompts(tmp / "config_sentence_transformers.json", prompts or {})
+        (tmp / "README.md").write_text(_card(paths, shares), encoding="utf-8")
+        load_model(tmp, "cpu")
 
 
 def _shares(weights: Sequence[float]) -> list[float]:
@@ -222,7 +222,7 @@ def _card(paths: Sequence[Path], shares: Sequence[float]) -> str:
     )
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def plan(recipe: MergeRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
@@ -251,4 +251,4 @@ def run(recipe: MergeRecipe, placement: Placement) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return door(argv, usage="Average the weights of trained models.", schema=MergeRecipe, plan=plan, run=run)
+    return entry_point(argv, usage="Average the weights of trained models.", schema=MergeRecipe, plan=plan, run=run)

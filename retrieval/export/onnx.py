@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lodestar.cli import door
+from lodestar.cli import entry_point
 from lodestar.config.loader import Section
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import ConfigError, LaunchError, ModelError
@@ -65,19 +65,19 @@ def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> d
     model = load_model(path, "cpu").float()
     about = _describe(path, model)
     found: dict[str, Any] = {}
-    with replacing(Path(folder)) as draft, _quiet():
-        _write_tokenizer(model, draft, about["max_length"])
-        _write_fp32(path, model, draft / FP32)
+    with replacing(Path(folder)) as tmp, _quiet():
+        _write_tokenizer(model, tmp, about["max_length"])
+        _write_fp32(path, model, tmp / FP32)
         if int8:
             # unsigned: signed weights saturate on CPUs without VNNI (docs/export.md)
-            quantize_dynamic(draft / FP32, draft / INT8, weight_type=QuantType.QUInt8, per_channel=True)
-        (draft / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tokenizer = Tokenizer.from_file(str(draft / "tokenizer.json"))
+            quantize_dynamic(tmp / FP32, tmp / INT8, weight_type=QuantType.QUInt8, per_channel=True)
+        (tmp / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tokenizer = Tokenizer.from_file(str(tmp / "tokenizer.json"))
         expected_ND = encode_texts(model, SAMPLE, "query").vectors_ND.numpy()
         for name in [FP32, INT8] if int8 else [FP32]:
-            session = onnxruntime.InferenceSession(draft / name)
+            session = onnxruntime.InferenceSession(tmp / name)
             got_ND = embed_onnx(session, tokenizer, SAMPLE, about["prompts"]["query"])
-            files = draft.glob(f"{name}*")
+            files = tmp.glob(f"{name}*")
             found[name] = {
                 "bytes": sum(file.stat().st_size for file in files),
                 "largest_difference": float(abs(got_ND - expected_ND).max()),
@@ -198,7 +198,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
@@ -226,4 +226,4 @@ def run(recipe: ExportRecipe, placement: Placement) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return door(argv, usage="Export a trained model to ONNX.", schema=ExportRecipe, plan=plan, run=run)
+    return entry_point(argv, usage="Export a trained model to ONNX.", schema=ExportRecipe, plan=plan, run=run)

@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lodestar.cli import door
+from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources, read_json, read_rows
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, ModelError
 from lodestar.files import make_folder
-from lodestar.planning.plan import Missing
+from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import EncodeRecipe, Output
 from retrieval.embedding.embedder import Role, check_folder, fingerprint
 from retrieval.embedding.encode import TIMEOUT_MINUTES, encode
@@ -137,12 +137,12 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
         for number, block in enumerate(_blocks(read_training(recipe), size)):
             part, blocks = _part(parts, number), number + 1
             if number % runtime.world_size == runtime.rank and not part.is_file():
-                draft = part.with_suffix(".draft")
-                with draft.open("w", encoding="utf-8") as file:
+                tmp = part.with_suffix(".tmp")
+                with tmp.open("w", encoding="utf-8") as file:
                     candidates, first = counts["candidates"], number * size
                     for row in _mined(recipe, runtime, folder, rows_of, candidates, first, block, teacher):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                draft.replace(part)
+                tmp.replace(part)
     barrier()
     on_main(lambda: _join(recipe, [_part(parts, number) for number in range(blocks)]))
 
@@ -273,8 +273,8 @@ def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
     output = Path(recipe.output)
     if absent := [part for part in parts if not part.is_file()]:
         raise DataError(f"{absent[0]}: is not there (name an output in a folder that all nodes see)")
-    draft, rows, negatives, short = output.with_name(f".{output.name}.draft"), 0, 0, 0
-    with draft.open("w", encoding="utf-8") as file:
+    tmp, rows, negatives, short = output.with_name(f".{output.name}.tmp"), 0, 0, 0
+    with tmp.open("w", encoding="utf-8") as file:
         for part in parts:
             for line in part.open(encoding="utf-8"):
                 found = len(json.loads(line)["neg"])
@@ -282,19 +282,19 @@ def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
                 file.write(line)
     if not rows:
         raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
-    draft.replace(output)
+    tmp.replace(output)
     print(f"{output}: {rows:,} rows with {negatives / rows:.1f} negatives each, {short:,} with fewer than asked for")
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
     """What `--plan` prints."""
-    corpus, missing = _corpus(recipe), Missing([])
+    corpus, missing = _corpus(recipe), PlanWarnings([])
 
     def count(files: Sequence[str], name: str) -> int | None:
-        return missing.instead(None, lambda: count_rows(find_sources(files, name)), "rows are not known")
+        return missing.or_default(None, lambda: count_rows(find_sources(files, name)), "rows are not known")
 
     queries = count(recipe.data, "data")
     return {
@@ -312,16 +312,16 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
 
 def run(recipe: MineRecipe, placement: Placement) -> int:
-    from lodestar.distributed.session import together
+    from lodestar.distributed.session import distributed_session
 
     try:
         import faiss  # noqa: F401
     except ImportError:
         raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
-    with together(placement, TIMEOUT_MINUTES, recipe) as runtime:
+    with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
         mine(recipe, runtime)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return door(argv, usage="Find hard negatives with a trained model.", schema=MineRecipe, plan=plan, run=run)
+    return entry_point(argv, usage="Find hard negatives with a trained model.", schema=MineRecipe, plan=plan, run=run)

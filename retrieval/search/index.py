@@ -13,14 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lodestar.cli import door
+from lodestar.cli import entry_point
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count
 from lodestar.data.readers import Source, count_rows, find_sources, read_rows
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, LaunchError
 from lodestar.files import make_folder
-from lodestar.planning.plan import Missing
+from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import Encode, EncodeRecipe, Output
 from retrieval.embedding.embedder import Prompts
 from retrieval.embedding.encode import encode
@@ -129,12 +129,12 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
-    missing = Missing([])
-    rows = missing.instead(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
+    missing = PlanWarnings([])
+    rows = missing.or_default(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
     check(recipe.store, recipe.model, prompts=recipe.prompts)
     record = read_record(record_path(recipe.store))
     return {
@@ -163,4 +163,4 @@ def run(recipe: IndexRecipe, placement: Placement) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return door(argv, usage="Put a corpus into a vector database.", schema=IndexRecipe, plan=plan, run=run)
+    return entry_point(argv, usage="Put a corpus into a vector database.", schema=IndexRecipe, plan=plan, run=run)

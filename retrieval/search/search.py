@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lodestar.cli import Parser
 from lodestar.errors import ConfigError, DataError, LodestarError
 from lodestar.planning.plan import in_words
-from retrieval.embedding.cache import file_for, kept
+from retrieval.embedding.cache import cached, file_for
 from retrieval.embedding.embedder import fingerprint
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Searcher:
 
         self.model, self.documents = model, list(documents)
         texts = [document.full for document in self.documents]
-        self.document_ND = kept(
+        self.document_ND = cached(
             cache,
             len(texts),
             lambda: embed(model, texts, "document", batch_tokens=batch_tokens, progress=progress),
@@ -136,7 +136,7 @@ def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
     return file_for(folder, fingerprint(str(model_folder)), texts=texts)
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def default_corpus(model_folder: Path) -> str:

@@ -50,7 +50,7 @@ class Record(Section):
     prompts: Prompts = {}
 
 
-class Found(NamedTuple):
+class SearchHit(NamedTuple):
     score: float
     row: Row
 
@@ -60,7 +60,7 @@ class Store(Protocol):
         """Rows that are there by their id are replaced; ids within `rows` differ."""
         ...
 
-    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[Found]:
+    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[SearchHit]:
         """The k best rows, best first, among those whose fields equal all of `where`."""
         ...
 
@@ -170,7 +170,7 @@ class LanceStore:
         arrow = self._pa.Table.from_pylist(filled, schema=self._table.schema)
         self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(arrow)
 
-    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[Found]:
+    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[SearchHit]:
         names = set(self._table.schema.names) - {"vector"}
         if where.keys() - names:
             return []
@@ -179,7 +179,7 @@ class LanceStore:
             quoted = {name: value.replace("'", "''") for name, value in where.items()}
             query = query.where(" AND ".join(f"`{name}` = '{value}'" for name, value in quoted.items()), prefilter=True)
         found = [{name: value for name, value in row.items() if value is not None} for row in query.to_list()]
-        return [Found(1 - row.pop("_distance"), row) for row in found]
+        return [SearchHit(1 - row.pop("_distance"), row) for row in found]
 
     def count(self) -> int:
         return self._table.count_rows()
@@ -207,13 +207,13 @@ class QdrantStore:
         batch = self._qdrant.models.Batch(ids=ids, vectors=vectors_ND.tolist(), payloads=[dict(row) for row in rows])
         self._open.upsert(self._name, batch)
 
-    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[Found]:
+    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[SearchHit]:
         models = self._qdrant.models
         equal = [models.FieldCondition(key=name, match=models.MatchValue(value=value)) for name, value in where.items()]
         found = self._open.query_points(
             self._name, vector_D.tolist(), limit=k, query_filter=models.Filter(must=equal) if equal else None
         )
-        return [Found(point.score, point.payload) for point in found.points]
+        return [SearchHit(point.score, point.payload) for point in found.points]
 
     def count(self) -> int:
         return self._open.count(self._name).count
@@ -250,7 +250,7 @@ class FaissStore:
         self._index.remove_ids(numbers_N)
         self._index.add_with_ids(self._np.ascontiguousarray(vectors_ND, self._np.float32), numbers_N)
 
-    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[Found]:
+    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[SearchHit]:
         params = None
         if where:
             equal = " AND ".join(f"json_extract(row, '$.{name}') = ?" for name in where)
@@ -259,7 +259,7 @@ class FaissStore:
         scores_K, numbers_K = (x[0].tolist() for x in self._index.search(vector_D[None], k, params=params))
         get = "SELECT row FROM rows WHERE number = ?"
         return [
-            Found(score, json.loads(self._rows.execute(get, (number,)).fetchone()[0]))
+            SearchHit(score, json.loads(self._rows.execute(get, (number,)).fetchone()[0]))
             for score, number in zip(scores_K, numbers_K, strict=True)
             if number >= 0  # -1: there are fewer than k
         ]
@@ -269,9 +269,9 @@ class FaissStore:
 
     def close(self) -> None:
         if self._changed:
-            draft = self._path.with_suffix(".draft")
-            self._faiss.write_index(self._index, str(draft))
-            draft.replace(self._path)
+            tmp = self._path.with_suffix(".tmp")
+            self._faiss.write_index(self._index, str(tmp))
+            tmp.replace(self._path)
             self._rows.commit()  # last: rows without a vector would never be found
         self._rows.close()
 

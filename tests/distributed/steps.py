@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive.config import FinetuneRecipe
-from contrastive.task import prepare as prepare_finetune
+from contrastive.task import build_task as build_finetune_task
 from lodestar.config import loader
 from lodestar.config.schema import BatchPlan
 from lodestar.distributed.runtime import Runtime
 from lodestar.training.build_engine import build
-from lodestar.training.task import Prepared
+from lodestar.training.task import TrainingTask
 from retromae.config import PretrainRecipe
 from retromae.masks import IGNORED, decoder_visibility
-from retromae.task import prepare as prepare_pretrain
+from retromae.task import build_task as build_pretrain_task
 from tests import tiny
 
 ROWS = 19  # divides by none of the world sizes
@@ -52,10 +52,10 @@ engine: {{kind: ddp, zero3_persistence_threshold: 0}}
     return loader.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
 
 
-def prepared(made: Any, rank: int, size: int) -> tuple[Prepared, Runtime]:
+def built(made: Any, rank: int, size: int) -> tuple[TrainingTask, Runtime]:
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
-    prepare = prepare_pretrain if isinstance(made, PretrainRecipe) else prepare_finetune
-    return prepare(made, runtime), runtime
+    build_task = build_pretrain_task if isinstance(made, PretrainRecipe) else build_finetune_task
+    return build_task(made, runtime), runtime
 
 
 def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Outcome:
@@ -69,7 +69,7 @@ def one_step(rank: int, size: int, made: Any) -> tuple[Outcome, dict[str, float]
     """
     from lodestar.distributed.collectives import sum_over_ranks
 
-    ready, runtime = prepared(made, rank, size)
+    ready, runtime = built(made, rank, size)
     engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
     engine.module.train()
     assert ready.collate is not None
@@ -92,22 +92,22 @@ def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> li
 def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
     """RetroMAE's loss on the whole batch at once, in fp64, with torch's own cross-entropy on whole logits."""
     made = recipe("pretrain", folder, *overrides, f"batch.micro_size={ROWS}")
-    ready, _ = prepared(made, 0, 1)
+    ready, _ = built(made, 0, 1)
     assert ready.collate is not None
     (batch,) = ready.collate(0).micro_batches
     model: Any = ready.module.double().eval()
-    place = torch.arange(batch.clean_BL.shape[1])
+    place = torch.arange(batch.input_ids_BL.shape[1])
     attention = (place < batch.lengths_B[:, None]).long()
-    out = model.encoder(input_ids=batch.masked_BL, attention_mask=attention, output_hidden_states=True)
+    out = model.encoder(input_ids=batch.masked_input_ids_BL, attention_mask=attention, output_hidden_states=True)
     first = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORED)
     visible = decoder_visibility(
-        batch.words_BL, batch.lengths_B, batch.keys_B, made.mask.decoder, made.mask.decoder_sets
+        batch.words_BL, batch.lengths_B, batch.rng_key_B, made.mask.decoder, made.mask.decoder_sets
     )
-    rebuilt = model._decode(out.hidden_states[-1][:, 0], batch.clean_BL, place, visible)
-    labels = batch.clean_BL.masked_fill((place == 0) | (place >= batch.lengths_B[:, None] - 1), IGNORED)
+    rebuilt = model._decode(out.hidden_states[-1][:, 0], batch.input_ids_BL, place, visible)
+    labels = batch.input_ids_BL.masked_fill((place == 0) | (place >= batch.lengths_B[:, None] - 1), IGNORED)
     second = F.cross_entropy(model.encoder.cls(rebuilt).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     third = torch.zeros((), dtype=torch.float64)
-    for logits, ids, words in zip(out.logits, batch.clean_BL, batch.words_BL, strict=True):
+    for logits, ids, words in zip(out.logits, batch.input_ids_BL, batch.words_BL, strict=True):
         largest = logits[words >= 0].amax(0).log_softmax(0)
         third = third - largest[ids[words >= 0].unique()].mean() / ROWS
     return _outcome(model, first + second + made.loss.bag_of_words * third)
@@ -116,7 +116,7 @@ def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
 def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     """InfoNCE on the whole score matrix, in fp64."""
     made = recipe("finetune", folder, *overrides, f"batch.micro_size={ROWS}")
-    ready, _ = prepared(made, 0, 1)
+    ready, _ = built(made, 0, 1)
     assert ready.collate is not None
     batch = ready.collate(0)
     model: Any = ready.module.double().eval()

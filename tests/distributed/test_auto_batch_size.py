@@ -16,7 +16,7 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.distributed.testing import run_world
 from lodestar.training.auto_batch_size import largest, with_largest_micro_size
 from lodestar.training.synthetic import generated
-from lodestar.training.task import Kind
+from lodestar.training.task import TaskSpec
 from retromae import cli as pretrain
 from retromae import task as of_pretrain
 from tests.distributed import steps
@@ -24,8 +24,8 @@ from tests.distributed import steps
 ROWS = 4000
 OVERRIDES = (f"batch.global_size={ROWS}", "batch.micro_size=auto", "model.max_length=32")
 KINDS = {
-    "pretrain": Kind(of_pretrain.prepare, of_pretrain.generate, pretrain.plan),
-    "finetune": Kind(of_finetune.prepare, of_finetune.generate, finetune.plan),
+    "pretrain": TaskSpec(of_pretrain.build_task, of_pretrain.generate, pretrain.plan),
+    "finetune": TaskSpec(of_finetune.build_task, of_finetune.generate, finetune.plan),
 }
 
 

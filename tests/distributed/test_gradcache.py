@@ -1,4 +1,4 @@
-"""The cached step gives what going back through all graphs at once gives, whatever else the recipe asks for."""
+"""GradCache gives what going back through all graphs at once gives, whatever else the recipe asks for."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_other_dropout_in_the_second_pass_would_be_seen(folder: Path):
 def _reductions(rank: int, size: int, folder: Path, keep: str) -> tuple[int, int]:
     """How often the gradient is reduced in one step of DDP, and over how many micro-batches."""
     made = steps.recipe("finetune", folder, "batch.micro_size=3", keep)
-    ready, runtime = steps.prepared(made, rank, size)
+    ready, runtime = steps.built(made, rank, size)
     engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
     assert isinstance(engine, DdpEngine) and ready.collate is not None
     reduced: list[int] = []

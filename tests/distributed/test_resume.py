@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lodestar.distributed.runtime import Placement
 from lodestar.distributed.testing import run_world
-from lodestar.training.trainer import _Session
+from lodestar.training.trainer import Trainer
 from tests import tiny
 from tests.distributed import steps
 
@@ -25,8 +25,8 @@ def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, 
 
     made = steps.recipe(stage, folder, *overrides)
     placement = Placement(rank, size, rank)
-    session = _Session(made, Runtime(placement.rank, placement.world_size, placement.local_rank, choose_device(rank)))
-    prepare = steps.prepare_pretrain if stage == "pretrain" else steps.prepare_finetune
+    session = Trainer(made, Runtime(placement.rank, placement.world_size, placement.local_rank, choose_device(rank)))
+    build_task = steps.build_pretrain_task if stage == "pretrain" else steps.build_finetune_task
     if stop_after is not None:
 
         def stop(self: hooks.StopHook, progress: Any, done: Any) -> None:
@@ -34,7 +34,7 @@ def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, 
 
         hooks.StopHook.after_step = stop  # type: ignore[method-assign]
     with hooks.StopHook(size) as stopped:
-        return session.run(prepare, stopped)
+        return session.run(build_task, stopped)
 
 
 OPTIONS = {

@@ -12,27 +12,27 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForMaskedLM
 
 from contrastive.config import FinetuneRecipe
-from contrastive.task import prepare as prepare_finetune
+from contrastive.task import build_task as build_finetune_task
 from lodestar.config import loader
 from lodestar.distributed.runtime import Runtime
 from lodestar.distributed.testing import run_world
 from lodestar.training.hooks import StopHook
-from lodestar.training.trainer import _Session
+from lodestar.training.trainer import Trainer
 from retromae.config import PretrainRecipe
-from retromae.task import prepare as prepare_pretrain
+from retromae.task import build_task as build_pretrain_task
 from tests import tiny
 
 STAGES: dict[str, Any] = {
-    "pretrain": (PretrainRecipe, prepare_pretrain),
-    "finetune": (FinetuneRecipe, prepare_finetune),
+    "pretrain": (PretrainRecipe, build_pretrain_task),
+    "finetune": (FinetuneRecipe, build_finetune_task),
 }
 
 
 def train(rank: int, size: int, stage: str, path: Path, overrides: tuple[str, ...]) -> int:
-    schema, prepare = STAGES[stage]
+    schema, build_task = STAGES[stage]
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
     with StopHook(size) as stop:
-        return _Session(loader.load(schema, path, overrides), runtime).run(prepare, stop)
+        return Trainer(loader.load(schema, path, overrides), runtime).run(build_task, stop)
 
 
 def recipe(folder: Path, stage: str, encoder: Path) -> Path:

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from contrastive.model import Tower
+from contrastive.model import BiEncoder
 from retrieval.evaluation.beir import read_beir
 from tests import tiny
 
@@ -138,13 +138,13 @@ def test_what_training_asked_of_the_tokenizer_is_no_part_of_the_model(pretrained
 
 
 def test_the_model_gives_the_trainers_embeddings_to_the_last_bit(finetuned: Path) -> None:
-    """By sentence-transformers, by transformers and [CLS], and by the tower that was trained."""
+    """By sentence-transformers, by transformers and [CLS], and by the bi-encoder that was trained."""
     texts = tiny.texts(9, seed=5)
     model = SentenceTransformer(str(finetuned / "model"), device="cpu")
     assert model.max_seq_length == 32 and model.prompts["query"] == INSTRUCTION
     tokenizer = AutoTokenizer.from_pretrained(finetuned / "model")
     plain = AutoModel.from_pretrained(finetuned / "model").eval()
-    tower = Tower(plain, 1.0)
+    tower = BiEncoder(plain, 1.0)
     for prompt, encode in ((INSTRUCTION, model.encode_query), ("", model.encode_document)):
         # one batch in sentence-transformers' order, so that all three multiply matrices of the same shape
         by_length = sorted(texts, key=lambda text: -len(prompt + text))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrastive.loss import contrastive_share
+from contrastive.loss import contrastive_local_loss
 from lodestar.distributed.runtime import Placement, Runtime, joined
 from lodestar.training.build_engine import build
 from retrieval.embedding.embedder import Embedder
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def step_on(device: str, stage: str, folder: Path, *overrides: str) -> steps.Outcome:
     made = steps.recipe(stage, folder, *overrides)
-    ready, _ = steps.prepared(made, 0, 1)
+    ready, _ = steps.built(made, 0, 1)
     runtime = Runtime(0, 1, 0, torch.device(device))
     stage_on_device: Any = ready.stage
     stage_on_device._device = runtime.device
@@ -61,7 +61,7 @@ def test_the_loss_holds_no_more_than_a_tile_of_scores() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     q.requires_grad_(), d.requires_grad_()
-    contrastive_share(q, d, d[:queries], identity, temperature=0.01, weight=1 / queries).value.backward()
+    contrastive_local_loss(q, d, d[:queries], identity, temperature=0.01, weight=1 / queries).value.backward()
     grown = torch.cuda.max_memory_allocated() - before
     assert grown < 8 * (64 << 20)  # the whole matrix would take 512 MiB, and its gradient as much
 

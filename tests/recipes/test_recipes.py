@@ -1,4 +1,4 @@
-"""Every recipe loads and plans, and every command of the README is one that its door understands."""
+"""Every recipe loads and plans, and every command of the README is one that its command understands."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from retrieval.search import index, search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]
-DOORS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
-OTHER_DOORS: dict[str, Any] = {
+COMMANDS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
+OTHER_COMMANDS: dict[str, Any] = {
     "encode": encode.main,
     "evaluate": evaluate.main,
     "export": export.main,
@@ -32,7 +32,9 @@ OTHER_DOORS: dict[str, Any] = {
     "mine": mine.main,
 }
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
-OF_TRAINING, OF_USE = ([path for path in RECIPES if path.parent.name in doors] for doors in (DOORS, OTHER_DOORS))
+OF_TRAINING, OF_USE = (
+    [path for path in RECIPES if path.parent.name in commands] for commands in (COMMANDS, OTHER_COMMANDS)
+)
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -42,15 +44,15 @@ def devices(recipe: Path) -> int:
     return int(found[1]) if found else 2
 
 
-def planned(door: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    assert door([*argv, "--json"]) == 0
+def planned(command: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert command([*argv, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("recipe", OF_TRAINING, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_of_training_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for size in (1, devices(recipe), 1000):
-        plan = planned(DOORS[recipe.parent.name], ["--config", str(recipe), "--plan", str(size)], capsys)
+        plan = planned(COMMANDS[recipe.parent.name], ["--config", str(recipe), "--plan", str(size)], capsys)
         assert plan["world_size"] == size
         assert sum(plan["rows_per_rank"]) == plan["global_size"] and len(plan["rows_per_rank"]) == size
         assert plan["peak_memory_bytes"] == sum(plan["memory"].values()) > 0
@@ -58,7 +60,7 @@ def test_every_recipe_of_training_loads_and_plans(recipe: Path, capsys: pytest.C
 
 @pytest.mark.parametrize("recipe", OF_USE, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_of_use_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "model" in " ".join(planned(OTHER_DOORS[recipe.parent.name], ["--config", str(recipe), "--plan"], capsys))
+    assert "model" in " ".join(planned(OTHER_COMMANDS[recipe.parent.name], ["--config", str(recipe), "--plan"], capsys))
 
 
 def test_no_recipe_is_left_out() -> None:
@@ -128,8 +130,8 @@ def test_every_command_of_the_documents_is_understood(
     arguments = words[words.index(script) + 1 :]
     if script == "launch/search.py":
         search._parse(arguments)
-    elif door := (DOORS | OTHER_DOORS).get(Path(script).stem):
-        planned(door, [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
+    elif command := (COMMANDS | OTHER_COMMANDS).get(Path(script).stem):
+        planned(command, [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
 
 
 def test_the_documents_hold_commands() -> None:

@@ -40,7 +40,7 @@ def run_folder(folder: Path, steps: int = 40) -> Path:
         parts = {"encoder_loss": 2.0 / step**0.2, "decoder_loss": None if step == 7 else 30.0 if step == 20 else 3.0}
         speed = {"samples_per_second": 90.0 + step % 3, "tokens_per_second": 900.0 + step % 5, "padding_share": 0.25}
         more = {"temperature": 0.05 - step / 1e4, "peak_memory_bytes": 2**30 + step, "skipped": int(step > 9)}
-        rates = {"lr": 1e-3 / step, "grad_norm": 1.5 + math.sin(step), "hidden_pairs": float(step)}
+        rates = {"lr": 1e-3 / step, "grad_norm": 1.5 + math.sin(step), "masked_false_negatives": float(step)}
         lines.append({"step": step, "epoch": step / 10, "loss": 5.0, **parts, **speed, **more, **rates})
     lines.append({"step": steps, "evaluation": "words", "ndcg_at_10": 0.3456, "mrr_at_100": 0.2})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -70,7 +70,7 @@ def test_a_run_is_shown_whole(tmp_path: Path) -> None:
         "Speed in tokens",
         "Peak memory",
     )
-    for title in (*curves, "Skipped steps", "Hidden pairs", "Metrics at 10", "Metrics at 100"):
+    for title in (*curves, "Skipped steps", "Masked false negatives", "Metrics at 10", "Metrics at 100"):
         assert f"<figure><h3>{title}</h3>" in text, title
     assert text.count("<figure>") == text.count("<svg") == 11
     for field in (
@@ -79,7 +79,7 @@ def test_a_run_is_shown_whole(tmp_path: Path) -> None:
         "lr",
         "grad_norm",
         "samples_per_second",
-        "hidden_pairs",
+        "masked_false_negatives",
         "mrr_at_100",
     ):
         assert (

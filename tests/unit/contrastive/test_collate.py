@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from contrastive.collate import Collate, DataSet, StepBatch
-from contrastive.tokenization import FEATURES, Tokenise
+from contrastive.tokenization import FEATURES, Tokenize
 from lodestar.config.schema import BatchPlan
 from lodestar.data.readers import find_sources
-from lodestar.data.sampler import Mixture, Order
-from lodestar.data.token_cache import tokenised
+from lodestar.data.sampler import DatasetMixture, ShuffledSampler
+from lodestar.data.token_cache import tokenized
 from lodestar.data.training_examples import ROW_FEATURES, check_row, content_hash
 from lodestar.errors import DataError
 from tests import tiny
@@ -25,16 +25,16 @@ TOKENIZER = tiny.tokenizer("bert")
 def table(rows: list[dict[str, Any]], query: str = "", passage: str = "") -> datasets.Dataset:
     kept = [check_row(f"f:{i}", row) for i, row in enumerate(rows, 1)]
     columns = {name: [row[name] for row in kept if row] for name in kept[0] or {}}
-    return datasets.Dataset.from_dict(Tokenise(TOKENIZER, query, passage, 32, 32)(columns), features=FEATURES)
+    return datasets.Dataset.from_dict(Tokenize(TOKENIZER, query, passage, 32, 32)(columns), features=FEATURES)
 
 
 def step(
     rows: list[dict[str, Any]], *, negatives: int = 1, number: int = 0, rank: int = 0, size: int = 1, batch: int = 0
 ) -> StepBatch:
     batch = batch or len(rows)
-    chosen = DataSet(table(rows), Order(len(rows), batch, 5), True)
+    chosen = DataSet(table(rows), ShuffledSampler(len(rows), batch, 5), True)
     plan = BatchPlan(batch, size, 4)
-    return Collate([chosen], Mixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
+    return Collate([chosen], DatasetMixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
 
 
 def texts(batch: StepBatch) -> list[str]:
@@ -183,11 +183,11 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 @pytest.mark.parametrize("rows", [BARE + LATER, LATER[::-1] + BARE], ids=["bare first", "bare last"])
 def test_rows_of_all_kinds_may_be_mixed_in_any_order(rows: list[dict[str, Any]], suffix: str, tmp_path: Path) -> None:
     """Columns were typed by the first thousand rows."""
-    found = tokenised(
+    found = tokenized(
         find_sources([str(write(rows, tmp_path / f"a.{suffix}"))]),
         cache_dir=tmp_path / "cache",
         settings={},
-        tokenise=Tokenise(TOKENIZER, "search: ", "", 32, 32),
+        tokenize=Tokenize(TOKENIZER, "search: ", "", 32, 32),
         check=check_row,
         row_features=ROW_FEATURES,
         features=FEATURES,

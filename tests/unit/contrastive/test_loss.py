@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive.loss import Share, contrastive_share, distillation_share, info_nce, matryoshka
-from contrastive.negatives import Identity
+from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, info_nce, matryoshka
+from contrastive.negatives import NegativeMask
 
 B, M, D = 7, 19, 5
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-13}
@@ -23,24 +23,24 @@ def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1).to(dtype)
 
 
-def distinct(positive_B: Tensor, passages: int = M) -> Identity:
+def distinct(positive_B: Tensor, passages: int = M) -> NegativeMask:
     """No two texts are equal; query i, hash 1000 + i, is answered by its positive, hash 1 + its place."""
     query_B = 1000 + torch.arange(len(positive_B))
     nowhere_B = torch.zeros(len(positive_B), dtype=torch.int64)
-    return Identity(
+    return NegativeMask(
         anchor_B=query_B,
         answer_B=1 + positive_B,
-        kin_B=query_B,
+        same_query_B=query_B,
         candidate_M=1 + torch.arange(passages),
         owner_M=torch.full((passages,), -1).index_copy(0, positive_B, query_B),
-        own_B=positive_B,
-        alone_B=nowhere_B.bool(),
+        positive_index_B=positive_B,
+        in_row_only_B=nowhere_B.bool(),
         start_B=nowhere_B,
         end_B=nowhere_B,
     )
 
 
-def with_equal_texts(positive_B: Tensor, rules: str = "psq") -> Identity:
+def with_equal_texts(positive_B: Tensor, rules: str = "psq") -> NegativeMask:
     """The rules that hide something: (p)ositive's text again, the query it(s)elf, a positive of an equal (q)uery."""
     identity = distinct(positive_B)
     passage_M, query_B, owner_M = identity.candidate_M.clone(), identity.anchor_B.clone(), identity.owner_M.clone()
@@ -55,30 +55,30 @@ def with_equal_texts(positive_B: Tensor, rules: str = "psq") -> Identity:
     return replace(
         identity,
         anchor_B=query_B,
-        kin_B=query_B,
+        same_query_B=query_B,
         answer_B=passage_M[positive_B],
         candidate_M=passage_M,
         owner_M=owner_M,
     )
 
 
-def hidden_by_loops(identity: Identity) -> Tensor:
+def hidden_by_loops(identity: NegativeMask) -> Tensor:
     """The rule, word for word."""
-    hidden_BM = torch.zeros(len(identity.own_B), len(identity.candidate_M), dtype=torch.bool)
-    for i, own in enumerate(identity.own_B.tolist()):
+    not_negative_BM = torch.zeros(len(identity.positive_index_B), len(identity.candidate_M), dtype=torch.bool)
+    for i, own in enumerate(identity.positive_index_B.tolist()):
         for m in range(len(identity.candidate_M)):
             if m == own:
                 continue
             equal = identity.candidate_M[m] in (identity.answer_B[i], identity.anchor_B[i])
-            of_its_kin = identity.owner_M[m] == identity.kin_B[i]
-            outside = identity.alone_B[i] and not identity.start_B[i] <= m < identity.end_B[i]
-            hidden_BM[i, m] = bool(equal or of_its_kin or outside)
-    return hidden_BM
+            of_its_kin = identity.owner_M[m] == identity.same_query_B[i]
+            outside = identity.in_row_only_B[i] and not identity.start_B[i] <= m < identity.end_B[i]
+            not_negative_BM[i, m] = bool(equal or of_its_kin or outside)
+    return not_negative_BM
 
 
-def share_of(q_BD: Tensor, d_MD: Tensor, identity: Identity, **more: Any) -> Share:
+def share_of(q_BD: Tensor, d_MD: Tensor, identity: NegativeMask, **more: Any) -> LocalLoss:
     """From queries to passages: each is answered by its own candidate."""
-    return contrastive_share(q_BD, d_MD, d_MD[identity.own_B], identity, **more)
+    return contrastive_local_loss(q_BD, d_MD, d_MD[identity.positive_index_B], identity, **more)
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,15 +90,17 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 
 def by_reference(
-    q_BD: Tensor, d_MD: Tensor, positive_B: Tensor, hidden_BM: Tensor | None = None, temperature: float = 0.1
+    q_BD: Tensor, d_MD: Tensor, positive_B: Tensor, not_negative_BM: Tensor | None = None, temperature: float = 0.1
 ) -> list[Tensor]:
     """Mean loss and its gradients, with all scores held."""
     q_BD, d_MD = q_BD.clone().requires_grad_(), d_MD.clone().requires_grad_()
-    nats_B = info_nce(q_BD, d_MD, positive_B, temperature=temperature, hidden_BM=hidden_BM)
+    nats_B = info_nce(q_BD, d_MD, positive_B, temperature=temperature, not_negative_BM=not_negative_BM)
     return gradients(nats_B.mean(), q_BD, d_MD)
 
 
-def by_tiles(q_BD: Tensor, d_MD: Tensor, identity: Identity, rows: int = 3, temperature: float = 0.1) -> list[Tensor]:
+def by_tiles(
+    q_BD: Tensor, d_MD: Tensor, identity: NegativeMask, rows: int = 3, temperature: float = 0.1
+) -> list[Tensor]:
     """The same in tiles of at most so many rows."""
     q_BD, d_MD = q_BD.clone().requires_grad_(), d_MD.clone().requires_grad_()
     tile_bytes = rows * len(d_MD) * q_BD.element_size()
@@ -118,7 +120,7 @@ def test_two_queries_and_two_passages_by_hand():
     torch.testing.assert_close(nats_B, torch.tensor(by_hand))
     share = share_of(q_BD, d_MD, distinct(torch.arange(2), 2), temperature=0.5, weight=0.5)
     torch.testing.assert_close(share.value, torch.tensor(by_hand).mean())
-    assert (share.hidden, share.negatives, share.correct) == (0, 2, 2)
+    assert (share.masked, share.negatives, share.correct) == (0, 2, 2)
 
 
 def test_equal_scores_give_the_logarithm_of_the_number_of_passages():
@@ -136,7 +138,7 @@ def test_the_order_of_passages_does_not_matter(tiled: bool):
     place_M = order_M.argsort()
     identity = with_equal_texts(positive_B)
     candidate_M, owner_M = identity.candidate_M[order_M], identity.owner_M[order_M]
-    moved = replace(identity, candidate_M=candidate_M, owner_M=owner_M, own_B=place_M[positive_B])
+    moved = replace(identity, candidate_M=candidate_M, owner_M=owner_M, positive_index_B=place_M[positive_B])
     if tiled:
         there, here = (
             by_tiles(q_BD, d_MD[order_M], moved),
@@ -156,7 +158,7 @@ def test_the_order_of_passages_does_not_matter(tiled: bool):
 def test_tiles_give_the_plain_loss_and_its_gradients(rows: int, rules: str):
     q_BD, d_MD, positive_B = problem()
     identity = with_equal_texts(positive_B, rules)
-    reference = by_reference(q_BD, d_MD, positive_B, identity.hidden())
+    reference = by_reference(q_BD, d_MD, positive_B, identity.not_negative())
     torch.testing.assert_close(by_tiles(q_BD, d_MD, identity, rows), reference, **TIGHT)
 
 
@@ -167,8 +169,8 @@ def test_gradients_agree_with_finite_differences(rules: str):
     weight_B = torch.linspace(0.1, 1.0, B, dtype=torch.float64)
 
     def plain(q_BD: Tensor, d_MD: Tensor) -> Tensor:
-        hidden_BM = identity.hidden()
-        return (weight_B * info_nce(q_BD, d_MD, positive_B, temperature=0.3, hidden_BM=hidden_BM)).sum()
+        not_negative_BM = identity.not_negative()
+        return (weight_B * info_nce(q_BD, d_MD, positive_B, temperature=0.3, not_negative_BM=not_negative_BM)).sum()
 
     def tiled(q_BD: Tensor, d_MD: Tensor) -> Tensor:
         # the factor 2 is an upstream gradient that is not 1
@@ -200,7 +202,7 @@ def test_a_rank_without_queries_adds_nothing():
     share = share_of(q_BD, d_MD, distinct(empty), temperature=0.01, weight=1 / B)
     value, dq_BD, dd_MD = gradients(share.value, q_BD, d_MD)
     assert value == 0 and dq_BD.shape == (0, D) and not dd_MD.any()
-    assert share.hidden == share.negatives == share.correct == 0
+    assert share.masked == share.negatives == share.correct == 0
 
 
 def test_nobody_has_any_row():
@@ -234,10 +236,12 @@ def test_only_the_wanted_gradients_are_taken():
 
 def test_answers_need_not_be_candidates():
     """Queries against queries: each one's own place is no negative, its answer comes from elsewhere."""
-    q_BD, answer_BD, own_B = unit(B, D, seed=0), unit(B, D, seed=1), torch.arange(B)
-    identity = replace(distinct(own_B, B), owner_M=torch.full((B,), -1))
+    q_BD, answer_BD, positive_index_B = unit(B, D, seed=0), unit(B, D, seed=1), torch.arange(B)
+    identity = replace(distinct(positive_index_B, B), owner_M=torch.full((B,), -1))
     inputs = [q_BD.clone().requires_grad_(), answer_BD.clone().requires_grad_()]
-    share = contrastive_share(inputs[0], inputs[0], inputs[1], identity, temperature=0.1, weight=1.0, tile_bytes=200)
+    share = contrastive_local_loss(
+        inputs[0], inputs[0], inputs[1], identity, temperature=0.1, weight=1.0, tile_bytes=200
+    )
     found = gradients(share.value, *inputs)
     nats = torch.zeros((), dtype=torch.float64)
     for i in range(B):
@@ -266,11 +270,11 @@ def test_the_gradient_of_the_temperature_agrees_with_finite_differences(rules: s
 def test_equal_texts_are_no_negatives(rules: str):
     q_BD, d_MD, positive_B = problem()
     identity = with_equal_texts(positive_B, rules)
-    hidden_BM = hidden_by_loops(identity)
-    assert hidden_BM.any() and torch.equal(identity.hidden(), hidden_BM)
-    assert torch.equal(identity.touched(), hidden_BM.any(1))
+    not_negative_BM = hidden_by_loops(identity)
+    assert not_negative_BM.any() and torch.equal(identity.not_negative(), not_negative_BM)
+    assert torch.equal(identity.has_duplicates(), not_negative_BM.any(1))
     found = by_tiles(q_BD, d_MD, identity)
-    torch.testing.assert_close(found, by_reference(q_BD, d_MD, positive_B, hidden_BM), **TIGHT)
+    torch.testing.assert_close(found, by_reference(q_BD, d_MD, positive_B, not_negative_BM), **TIGHT)
     # negative control: without the rule all three differ by far more than rounding
     for with_rule, without in zip(found, by_tiles(q_BD, d_MD, distinct(positive_B)), strict=True):
         assert (with_rule - without).abs().max() > 1e-6
@@ -281,47 +285,47 @@ def test_random_collisions_are_hidden_as_the_loops_say():
         draw = torch.Generator().manual_seed(seed)
         positive_B = torch.randperm(M, generator=draw)[:B]
         start_B = (positive_B - 1).clamp(min=0)
-        identity = Identity(
+        identity = NegativeMask(
             anchor_B=torch.randint(0, 30, (B,), generator=draw),
             answer_B=torch.randint(0, 30, (B,), generator=draw),
-            kin_B=torch.randint(0, 30, (B,), generator=draw),
+            same_query_B=torch.randint(0, 30, (B,), generator=draw),
             candidate_M=torch.randint(0, 30, (M,), generator=draw),
             owner_M=torch.randint(-1, 30, (M,), generator=draw),
-            own_B=positive_B,
-            alone_B=torch.rand(B, generator=draw) < 0.3,
+            positive_index_B=positive_B,
+            in_row_only_B=torch.rand(B, generator=draw) < 0.3,
             start_B=start_B,
             end_B=start_B + 4,
         )
-        hidden_BM = hidden_by_loops(identity)
-        assert torch.equal(identity.hidden(), hidden_BM)
+        not_negative_BM = hidden_by_loops(identity)
+        assert torch.equal(identity.not_negative(), not_negative_BM)
         q_BD, d_MD, _ = problem(seed)
-        reference = by_reference(q_BD, d_MD, positive_B, hidden_BM)
+        reference = by_reference(q_BD, d_MD, positive_B, not_negative_BM)
         torch.testing.assert_close(by_tiles(q_BD, d_MD, identity), reference, **TIGHT)
 
 
 def test_queries_that_are_alone_see_only_their_own_passages():
     q_BD, d_MD, positive_B = problem()
-    alone_B = torch.tensor([True, False, True, True, False, True, True])
-    identity = replace(distinct(positive_B), alone_B=alone_B, start_B=positive_B, end_B=positive_B + 2)
-    hidden_BM = hidden_by_loops(identity)
-    assert hidden_BM.sum(1).tolist() == [M - 2 if alone else 0 for alone in alone_B]
+    in_row_only_B = torch.tensor([True, False, True, True, False, True, True])
+    identity = replace(distinct(positive_B), in_row_only_B=in_row_only_B, start_B=positive_B, end_B=positive_B + 2)
+    not_negative_BM = hidden_by_loops(identity)
+    assert not_negative_BM.sum(1).tolist() == [M - 2 if alone else 0 for alone in in_row_only_B]
     found = by_tiles(q_BD, d_MD, identity)
-    torch.testing.assert_close(found, by_reference(q_BD, d_MD, positive_B, hidden_BM), **TIGHT)
+    torch.testing.assert_close(found, by_reference(q_BD, d_MD, positive_B, not_negative_BM), **TIGHT)
     assert not torch.allclose(found[1], by_tiles(q_BD, d_MD, distinct(positive_B))[1])
 
 
 def test_pairs_are_counted():
     q_BD, d_MD, positive_B = problem()
-    alone_B = torch.arange(B) == 1
+    in_row_only_B = torch.arange(B) == 1
     identity = with_equal_texts(positive_B)
-    identity = replace(identity, alone_B=alone_B, start_B=positive_B, end_B=positive_B + 2)
-    hidden_BM = hidden_by_loops(identity)
-    scores_BM = (q_BD @ d_MD.T).masked_fill(hidden_BM, -torch.inf)
+    identity = replace(identity, in_row_only_B=in_row_only_B, start_B=positive_B, end_B=positive_B + 2)
+    not_negative_BM = hidden_by_loops(identity)
+    scores_BM = (q_BD @ d_MD.T).masked_fill(not_negative_BM, -torch.inf)
     share = share_of(q_BD, d_MD, identity, temperature=0.1, weight=1 / B, tile_bytes=400)
     # by hand: 1 sees its text again beside it (the other place lies outside), 4 sees it at two places;
     # 2 sees itself, 3 and 5 see each other's positives
-    assert share.hidden == 1 + 2 + 1 + 2
-    assert share.negatives == B * (M - 1) - (hidden_BM.sum())
+    assert share.masked == 1 + 2 + 1 + 2
+    assert share.negatives == B * (M - 1) - (not_negative_BM.sum())
     assert share.correct == (scores_BM.argmax(1) == positive_B).sum()
     assert not any(count.requires_grad for count in share[1:])
 
@@ -363,11 +367,11 @@ def test_a_query_that_is_nearly_right_keeps_an_exact_gradient():
 def test_bf16_embeddings_are_multiplied_in_fp32_whatever_autocast_says():
     q_BD, d_MD, positive_B = problem()
     q_BD, d_MD, identity = q_BD.bfloat16(), d_MD.bfloat16(), with_equal_texts(positive_B)
-    hidden_BM = identity.hidden()
-    reference = by_reference(q_BD.double(), d_MD.double(), positive_B, hidden_BM, temperature=0.01)
+    not_negative_BM = identity.not_negative()
+    reference = by_reference(q_BD.double(), d_MD.double(), positive_B, not_negative_BM, temperature=0.01)
     with torch.autocast("cpu", torch.bfloat16):
         found = by_tiles(q_BD, d_MD, identity, temperature=0.01)
-        plain = by_reference(q_BD, d_MD, positive_B, hidden_BM, temperature=0.01)
+        plain = by_reference(q_BD, d_MD, positive_B, not_negative_BM, temperature=0.01)
     for value in (found[0], plain[0]):
         # fp32 scores carry 6e-8 / 0.01; a bf16 product would miss the loss by 1e-2 and more
         assert value.dtype == torch.float32
@@ -396,14 +400,14 @@ def test_no_more_than_a_tile_of_scores_is_held(rules: str):
     owner_M = torch.full((M,), -1)
     nowhere_B = torch.zeros(64, dtype=torch.int64)
     texts_M = torch.arange(M) // 2 if rules else torch.arange(M)
-    identity = Identity(
+    identity = NegativeMask(
         anchor_B=1000 + torch.arange(64),
         answer_B=texts_M[positive_B],
-        kin_B=1000 + torch.arange(64),
+        same_query_B=1000 + torch.arange(64),
         candidate_M=texts_M,
         owner_M=owner_M,
-        own_B=positive_B,
-        alone_B=nowhere_B.bool(),
+        positive_index_B=positive_B,
+        in_row_only_B=nowhere_B.bool(),
         start_B=nowhere_B,
         end_B=nowhere_B,
     )
@@ -452,7 +456,7 @@ def test_distillation_is_the_divergence_from_the_teacher_over_each_row():
     q_BD, group_BGD = unit(4, D, seed=0).requires_grad_(), unit(4, 3, D, seed=1).requires_grad_()
 
     def share(q_BD: Tensor, group_BGD: Tensor) -> Tensor:
-        return distillation_share(q_BD, group_BGD, TEACHER_BG, temperature=0.2, weight=0.25, valid_BG=VALID_BG)
+        return distillation_local_loss(q_BD, group_BGD, TEACHER_BG, temperature=0.2, weight=0.25, valid_BG=VALID_BG)
 
     reference = gradients(0.25 * kl_by_loops(q_BD, group_BGD, 0.2), q_BD, group_BGD)
     found = gradients(share(q_BD, group_BGD), q_BD, group_BGD)
@@ -464,18 +468,18 @@ def test_distillation_is_the_divergence_from_the_teacher_over_each_row():
 def test_distillation_is_nothing_where_the_student_agrees_or_no_teacher_is():
     q_BD, group_BGD = unit(4, D, seed=0), unit(4, 3, D, seed=1)
     scores_BG = torch.einsum("bd,bgd->bg", q_BD, group_BGD) / 0.2
-    assert distillation_share(q_BD, group_BGD, scores_BG, temperature=0.2, weight=1.0).abs() < 1e-14
+    assert distillation_local_loss(q_BD, group_BGD, scores_BG, temperature=0.2, weight=1.0).abs() < 1e-14
     none_BG = torch.full((4, 3), NAN)
-    assert distillation_share(q_BD, group_BGD, none_BG, temperature=0.2, weight=1.0) == 0
-    assert distillation_share(q_BD[:0], group_BGD[:0], none_BG[:0], temperature=0.2, weight=1.0) == 0
+    assert distillation_local_loss(q_BD, group_BGD, none_BG, temperature=0.2, weight=1.0) == 0
+    assert distillation_local_loss(q_BD[:0], group_BGD[:0], none_BG[:0], temperature=0.2, weight=1.0) == 0
 
 
 def test_distillation_weights_rows_and_stays_in_fp32_under_autocast():
     q_BD, group_BGD = unit(4, D, seed=0), unit(4, 3, D, seed=1)
     weight_B = torch.tensor([1.0, 2.0, 0.0, 0.0])
-    alone = distillation_share(q_BD[:1], group_BGD[:1], TEACHER_BG[:1], temperature=0.01, weight=1.0)
+    alone = distillation_local_loss(q_BD[:1], group_BGD[:1], TEACHER_BG[:1], temperature=0.01, weight=1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = distillation_share(q_BD.float(), group_BGD.float(), TEACHER_BG, temperature=0.01, weight=weight_B)
+        found = distillation_local_loss(q_BD.float(), group_BGD.float(), TEACHER_BG, temperature=0.01, weight=weight_B)
     # fp32 scores carry 6e-8 / 0.01
     torch.testing.assert_close(found.double(), alone, rtol=2e-5, atol=0.0)
 

@@ -11,12 +11,12 @@ import torch
 
 from lodestar.config.schema import BatchPlan
 from lodestar.data.readers import find_sources, stream_rows
-from lodestar.data.sampler import Order
+from lodestar.data.sampler import ShuffledSampler
 from lodestar.errors import DataError
 from retromae.collate import Collate, StepBatch
 from retromae.masks import IGNORED, decoder_visibility
 from retromae.stream import FromStream
-from retromae.tokenization import Tokenise, check
+from retromae.tokenization import Tokenize, check
 from tests import tiny
 
 TEXTS = tiny.texts(60, seed=9)
@@ -24,7 +24,7 @@ LONG = tiny.texts(60, seed=9, longest=90)  # in short texts a share of 0.3 round
 
 
 def rows_of(family: str, texts: list[str], *, max_length: int = 512, split: bool = False) -> dict[str, list[Any]]:
-    return Tokenise(tiny.tokenizer(family), max_length=max_length, split=split)({"text": texts})
+    return Tokenize(tiny.tokenizer(family), max_length=max_length, split=split)({"text": texts})
 
 
 class Held:
@@ -40,7 +40,7 @@ def step(
 ) -> StepBatch:
     plan = BatchPlan(60, size, micro_size)
     held = Held(rows_of(family, texts))
-    return Collate(held, Order(60, 60, 3), plan, rank, 3, tiny.tokenizer(family), 0.3)(number)
+    return Collate(held, ShuffledSampler(60, 60, 3), plan, rank, 3, tiny.tokenizer(family), 0.3)(number)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -63,9 +63,9 @@ def test_the_shares_of_masked_tokens_are_those_of_the_recipe(family: str) -> Non
         (batch,) = step(family, number=number, texts=LONG).micro_batches
         labelled = batch.labels_BL != IGNORED
         assert not labelled[batch.words_BL < 0].any()
-        assert batch.labels_BL[labelled].equal(batch.clean_BL[labelled])
+        assert batch.labels_BL[labelled].equal(batch.input_ids_BL[labelled])
         guessed, ordinary = guessed + int(labelled.sum()), ordinary + int((batch.words_BL >= 0).sum())
-        seen = decoder_visibility(batch.words_BL, batch.lengths_B, batch.keys_B, 0.5, 0)[:, 0]
+        seen = decoder_visibility(batch.words_BL, batch.lengths_B, batch.rng_key_B, 0.5, 0)[:, 0]
         for text, length in enumerate(batch.lengths_B.tolist()):
             rows = torch.arange(1, length - 1)
             others = ~seen[text, rows][:, rows] & ~torch.eye(len(rows), dtype=torch.bool)
@@ -83,7 +83,7 @@ def test_a_text_has_the_same_masks_on_any_rank_in_any_micro_batch(size: int) -> 
         found = set()
         for micro in batch.micro_batches:
             for masked, clean, length, key in zip(
-                micro.masked_BL, micro.clean_BL, micro.lengths_B, micro.keys_B, strict=True
+                micro.masked_input_ids_BL, micro.input_ids_BL, micro.lengths_B, micro.rng_key_B, strict=True
             ):
                 found.add((tuple(masked[:length].tolist()), tuple(clean[:length].tolist()), int(key)))
         return found
@@ -98,18 +98,18 @@ def test_a_text_has_the_same_masks_on_any_rank_in_any_micro_batch(size: int) -> 
 
 
 def test_another_step_draws_other_masks() -> None:
-    first, second = (step("bert", number=number).micro_batches[0].keys_B.sort().values for number in (0, 1))
+    first, second = (step("bert", number=number).micro_batches[0].rng_key_B.sort().values for number in (0, 1))
     assert not first.equal(second)
 
 
 def test_a_rank_without_a_text_takes_part_with_one_that_does_not_count() -> None:
     plan = BatchPlan(2, 3, 4)
-    collate = Collate(Held(rows_of("bert", TEXTS)), Order(60, 2, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3)
+    collate = Collate(Held(rows_of("bert", TEXTS)), ShuffledSampler(60, 2, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3)
     assert len(plan.rows(0)) == 0
     batch = collate(0)
     assert (batch.rows, batch.tokens, batch.encoder_labels, batch.decoder_labels) == (0, 0, 0, 0)
     (micro,) = batch.micro_batches
-    assert not micro.counted_B.any() and (micro.labels_BL == IGNORED).all()
+    assert not micro.is_real_example_B.any() and (micro.labels_BL == IGNORED).all()
 
 
 def test_long_texts_are_cut_and_counted_or_split_without_loss() -> None:
@@ -143,8 +143,8 @@ def test_a_stream_reads_rows_whose_columns_come_late(tmp_path: Path) -> None:
     sources = find_sources([str(tiny.write_jsonl(tmp_path / "a.jsonl", rows))])
 
     def read() -> list[Any]:
-        tokenise = Tokenise(tiny.tokenizer("bert"), max_length=64, split=False)
-        stream = FromStream(lambda: stream_rows(sources), check("text"), tokenise, 8, 1)
+        tokenize = Tokenize(tiny.tokenizer("bert"), max_length=64, split=False)
+        stream = FromStream(lambda: stream_rows(sources), check("text"), tokenize, 8, 1)
         return list(islice(stream._endless(), len(rows)))
 
     assert len(read()) == len(rows)

@@ -50,10 +50,10 @@ def by_loops(layer: Decoder, query: Tensor, hiddens: Tensor, visible: Tensor, ow
                 total = sum(math.exp(score) for score in scores)
                 values = (layer.value(hiddens[b, j])[part] * math.exp(s) for j, s in zip(columns, scores, strict=True))
                 context.append(sum(values, torch.zeros(size, dtype=query.dtype)) / total)
-            mixed = norm(layer.mix(torch.cat(context)) + query[b, i], layer.mix_norm)
-            wide = layer.widen(mixed)
+            mixed = norm(layer.out_proj(torch.cat(context)) + query[b, i], layer.attention_norm)
+            wide = layer.fc1(mixed)
             wide = wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
-            out[b, i] = norm(layer.narrow(wide) + mixed, layer.narrow_norm)
+            out[b, i] = norm(layer.fc2(wide) + mixed, layer.output_norm)
     return out
 
 
@@ -114,9 +114,9 @@ def test_weights_start_normal_and_biases_at_zero() -> None:
 def test_a_decoder_takes_its_measures_from_any_family(family: str, dropouts: dict, eps: dict) -> None:
     measures = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "initializer_range": 0.03}
     layer = Decoder.for_encoder(AutoConfig.for_model(family, **measures, **dropouts, **eps))
-    assert (layer.heads, layer.widen.weight.shape) == (2, (40, 24))
+    assert (layer.heads, layer.fc1.weight.shape) == (2, (40, 24))
     assert (layer.dropout.p, layer.attention_dropout) == (0.2, 0.3)
-    assert layer.mix_norm.eps == layer.narrow_norm.eps == 1e-7
+    assert layer.attention_norm.eps == layer.output_norm.eps == 1e-7
 
 
 def test_a_configuration_without_a_measure_is_an_error_of_one_line() -> None:

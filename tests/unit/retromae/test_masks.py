@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lodestar.rng import hashed, key
-from retromae.masks import _DECODER, _ROW, IGNORED, budget, choose_words, decoder_visibility, mask_tokens
+from retromae.masks import _DECODER, _ROW, IGNORED, decoder_visibility, mask_tokens, num_to_mask, whole_word_masking
 
 MASK_ID, FIRST_ORDINARY, VOCABULARY = 4, 5, 1000
 ORDINARY = torch.arange(FIRST_ORDINARY, VOCABULARY)
@@ -25,7 +25,7 @@ def a_text(rng: random.Random, length: int, longest_word: int) -> list[int]:
 
 
 def a_batch(seed: int, texts: int, longest: int, longest_word: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """words_BL, lengths_B, keys_B of texts of 3 to `longest` tokens."""
+    """words_BL, lengths_B, rng_key_B of texts of 3 to `longest` tokens."""
     rng = random.Random(seed)
     rows = [a_text(rng, rng.randint(3, longest), longest_word) for _ in range(texts)]
     width = max(map(len, rows))
@@ -64,8 +64,8 @@ def walk(words_L: list[int], room: int, order: list[int], *, stop_at_the_first_o
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_words_are_chosen_as_by_a_walk_in_the_same_order(longest_word: int, ratio: float) -> None:
     words, lengths, keys = a_batch(1, texts=12, longest=70, longest_word=longest_word)
-    room = budget(lengths, ratio)
-    chosen = choose_words(words, room, keys, sets=5)
+    room = num_to_mask(lengths, ratio)
+    chosen = whole_word_masking(words, room, keys, sets=5)
     expected, careless = [], []
     for row, r, k in zip(words.tolist(), room.tolist(), keys, strict=True):
         orders = [random_order(k, draw, max(row) + 1) for draw in range(5)]
@@ -78,28 +78,28 @@ def test_words_are_chosen_as_by_a_walk_in_the_same_order(longest_word: int, rati
 def test_the_budget_is_rounded_as_python_does_and_at_least_one() -> None:
     lengths = torch.arange(2, 513)
     for ratio in (0.15, 0.3, 0.5):
-        assert budget(lengths, ratio).tolist() == [max(1, round(ratio * n)) for n in lengths.tolist()]
+        assert num_to_mask(lengths, ratio).tolist() == [max(1, round(ratio * n)) for n in lengths.tolist()]
 
 
 def test_special_tokens_and_pads_are_never_chosen_and_words_only_whole() -> None:
     words, lengths, keys = a_batch(2, texts=40, longest=90)
-    chosen = choose_words(words, budget(lengths, 0.5), keys, sets=8)
+    chosen = whole_word_masking(words, num_to_mask(lengths, 0.5), keys, sets=8)
     assert not chosen[(words < 0)[:, None].expand_as(chosen)].any()
     same_word = (words[:, 1:] == words[:, :-1])[:, None].expand(-1, 8, -1)
     torch.testing.assert_close(chosen[:, :, 1:][same_word], chosen[:, :, :-1][same_word])
-    assert (chosen.sum(2) <= budget(lengths, 0.5)[:, None]).all()
+    assert (chosen.sum(2) <= num_to_mask(lengths, 0.5)[:, None]).all()
 
 
 def test_the_budget_is_met_where_short_words_abound() -> None:
     words, lengths, keys = a_batch(3, texts=40, longest=200, longest_word=1)
-    chosen = choose_words(words, budget(lengths, 0.3), keys, sets=3)
-    assert torch.equal(chosen.sum(2), budget(lengths, 0.3)[:, None].expand(-1, 3))
+    chosen = whole_word_masking(words, num_to_mask(lengths, 0.3), keys, sets=3)
+    assert torch.equal(chosen.sum(2), num_to_mask(lengths, 0.3)[:, None].expand(-1, 3))
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_the_ratio_holds_over_a_corpus(ratio: float) -> None:
     words, lengths, keys = a_batch(4, texts=300, longest=300)
-    chosen = choose_words(words, budget(lengths, ratio), keys, sets=4)
+    chosen = whole_word_masking(words, num_to_mask(lengths, ratio), keys, sets=4)
     assert int(chosen.sum()) / (4 * int(lengths.sum())) == pytest.approx(ratio, rel=0.01)
 
 
@@ -107,7 +107,7 @@ def test_each_word_is_as_likely_and_sets_are_independent() -> None:
     texts, length, sets = 1000, 34, 4
     words = torch.tensor([[-1, *range(length - 2), -1]]).expand(texts, -1)
     keys = torch.tensor([key(5, i) for i in range(texts)])
-    chosen = choose_words(words, torch.full((texts,), 16), keys, sets)[:, :, 1:-1].double()
+    chosen = whole_word_masking(words, torch.full((texts,), 16), keys, sets)[:, :, 1:-1].double()
     # 4,000 draws at 1/2 have a standard deviation of 0.008: five of them.
     assert (chosen.mean((0, 1)) - 0.5).abs().max() < 0.04
     for other in range(1, sets):
@@ -138,13 +138,13 @@ def test_a_text_gets_the_same_masks_in_any_batch_and_padding() -> None:
 def test_word_numbers_may_start_anywhere() -> None:
     words, lengths, keys = a_batch(7, texts=5, longest=40)
     shifted = torch.where(words < 0, words, words + 1000)
-    room = budget(lengths, 0.5)
-    assert torch.equal(choose_words(shifted, room, keys, 3), choose_words(words, room, keys, 3))
+    room = num_to_mask(lengths, 0.5)
+    assert torch.equal(whole_word_masking(shifted, room, keys, 3), whole_word_masking(words, room, keys, 3))
 
 
 def test_a_text_beyond_the_limit_is_an_error() -> None:
     with pytest.raises(ValueError, match="8193 tokens"):
-        choose_words(torch.zeros(1, 8193, dtype=torch.int16), torch.tensor([1]), torch.tensor([0]), 1)
+        whole_word_masking(torch.zeros(1, 8193, dtype=torch.int16), torch.tensor([1]), torch.tensor([0]), 1)
 
 
 def test_of_the_chosen_tokens_80_percent_are_masked_10_random_and_10_kept() -> None:

@@ -20,8 +20,8 @@ import torch
 
 from lodestar.data.loader import cut, padded, step_batches
 from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
-from lodestar.data.sampler import Mixture, Order
-from lodestar.data.token_cache import Corpus, tokenised
+from lodestar.data.sampler import DatasetMixture, ShuffledSampler
+from lodestar.data.token_cache import TokenizedDataset, tokenized
 from lodestar.errors import DataError
 from lodestar.files import replacing
 from tests import tiny
@@ -34,7 +34,7 @@ ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
 calls = 0
 
 
-def tokenise(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def tokenize(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     global calls
     calls += 1
     lengths = [len(text) for text in columns["text"]]
@@ -47,10 +47,10 @@ def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {"text": row["text"]} if row["text"] else None
 
 
-def build(tmp_path: Path, *names: str, **settings: Any) -> Corpus:
-    return tokenised(
+def build(tmp_path: Path, *names: str, **settings: Any) -> TokenizedDataset:
+    return tokenized(
         find_sources([str(tmp_path / name) for name in names]),
-        cache_dir=tmp_path / "cache", settings=settings, tokenise=tokenise, check=check,
+        cache_dir=tmp_path / "cache", settings=settings, tokenize=tokenize, check=check,
         row_features=ROW_FEATURES, features=FEATURES, processes=1,
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_
     assert build(tmp_path, "a.jsonl", max_length=3).facts.fingerprint != first.facts.fingerprint and calls > before
     tiny.pretrain_file(tmp_path / "a.jsonl", 11)
     assert build(tmp_path, "a.jsonl").facts.rows == 11
-    assert not list((tmp_path / "cache").glob(".*"))  # no draft is left
+    assert not list((tmp_path / "cache").glob(".*"))  # nothing unfinished is left
 
 
 def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_source_that_cannot_be_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_an_epoch_holds_each_row_once_and_the_next_in_another_order() -> None:
-    order = Order(rows=23, global_size=7, seed=1)
+    order = ShuffledSampler(rows=23, global_size=7, seed=1)
     drawn = [order.batch(step, range(7)) for step in range(23)]  # 7 epochs
     epochs, rows = (torch.cat([pair[i] for pair in drawn]) for i in range(2))
     for epoch in range(7):
@@ -120,21 +120,21 @@ def test_an_epoch_holds_each_row_once_and_the_next_in_another_order() -> None:
 
 
 def test_ranks_hold_parts_of_the_same_batch() -> None:
-    order = Order(rows=50, global_size=9, seed=1)
+    order = ShuffledSampler(rows=50, global_size=9, seed=1)
     whole = order.batch(4, range(9))[1].tolist()
     assert [*order.batch(4, range(4))[1].tolist(), *order.batch(4, range(4, 9))[1].tolist()] == whole
-    assert Order(rows=50, global_size=9, seed=2).batch(4, range(9))[1].tolist() != whole
+    assert ShuffledSampler(rows=50, global_size=9, seed=2).batch(4, range(9))[1].tolist() != whole
 
 
 def test_a_mixture_draws_by_weight_and_counts_what_it_drew() -> None:
-    mixture = Mixture([1.0, 3.0], steps=4000, seed=5)
+    mixture = DatasetMixture([1.0, 3.0], steps=4000, seed=5)
     drawn = [mixture.at(step) for step in range(4000)]
     assert abs(sum(which for which, _ in drawn) / 4000 - 0.75) < 0.03
     for which in (0, 1):
         assert [number for chosen, number in drawn if chosen == which] == list(
             range(sum(chosen == which for chosen, _ in drawn))
         )
-    assert drawn == [Mixture([1.0, 3.0], steps=4000, seed=5).at(step) for step in range(4000)]
+    assert drawn == [DatasetMixture([1.0, 3.0], steps=4000, seed=5).at(step) for step in range(4000)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -155,10 +155,10 @@ def test_rows_are_padded_to_a_multiple_of_8_and_cut_evenly() -> None:
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     for content in ("old", "new"):
-        with replacing(folder) as draft:
-            (draft / "file").write_text(content)
-    with pytest.raises(ZeroDivisionError), replacing(folder) as draft:
-        (draft / "file").write_text("torn")
+        with replacing(folder) as tmp:
+            (tmp / "file").write_text(content)
+    with pytest.raises(ZeroDivisionError), replacing(folder) as tmp:
+        (tmp / "file").write_text("torn")
         raise ZeroDivisionError
     assert (folder / "file").read_text() == "new"
 
@@ -173,13 +173,13 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_p
         return check(where, row)
 
     sources = find_sources([str(path)])
-    options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenise": tokenise, "features": FEATURES}
+    options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenize": tokenize, "features": FEATURES}
     options |= {"row_features": ROW_FEATURES, "processes": 1}
     with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
-        tokenised(sources, check=growing, **options)
+        tokenized(sources, check=growing, **options)
     assert list((tmp_path / "cache").iterdir()) == []
     tiny.pretrain_file(path, 40)
-    assert tokenised(sources, check=check, **options).facts.rows == 40
+    assert tokenized(sources, check=check, **options).facts.rows == 40
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "missing", "no manifest", "emptied"])

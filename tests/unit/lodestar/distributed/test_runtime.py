@@ -12,7 +12,7 @@ from lodestar import rng
 from lodestar.config.schema import Track
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import LaunchError
-from lodestar.reporting.throughput import Console, Meter
+from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker, read_metrics
 from lodestar.training.schedule import lr_factor
 
@@ -82,7 +82,7 @@ def test_the_other_shapes() -> None:
 
 def test_a_meter_reads_rates_and_starts_anew() -> None:
     times = iter([0.0, 2.0, 2.0, 3.0, 3.0])
-    meter = Meter(lambda: next(times))
+    meter = Throughput(lambda: next(times))
     for _ in range(2):
         meter.add(samples=5, tokens=60, padded_tokens=80)
     found = meter.read()

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModel, BertConfig
 
 from contrastive.gradcache import graph_bytes
-from contrastive.model import Tower
+from contrastive.model import BiEncoder
 from lodestar.config.schema import Engine
 from lodestar.planning.cost_model import (
     BERT_BASE,
@@ -24,7 +24,7 @@ def test_activations_are_what_autograd_keeps(precision: str, width: int, feed_fo
         vocab_size=100, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
         num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    tower = Tower(AutoModel.from_config(config), 0.1)
+    tower = BiEncoder(AutoModel.from_config(config), 0.1)
     shape = EncoderShape(layers, width, feed_forward, 100, 512)
 
     def held(rows: int) -> int:

@@ -59,7 +59,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
 
 def test_a_draft_is_no_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 5)
-    write(tmp_path, 10).rename(tmp_path / ".step-00000010.draft")
+    write(tmp_path, 10).rename(tmp_path / ".step-00000010.tmp")
     (tmp_path / "step-00000020").mkdir()  # no manifest: torn
     assert checkpoint.steps(tmp_path) == [5]
     assert write(tmp_path, 10).is_dir() and checkpoint.steps(tmp_path) == [5, 10]
@@ -114,9 +114,9 @@ def test_a_damaged_one_is_passed_over_for_the_one_before(how: str, tmp_path: Pat
 
 
 def test_neither_drafts_nor_what_was_set_aside_keep_a_run_from_starting(tmp_path: Path) -> None:
-    write(tmp_path, 5).rename(tmp_path / ".step-00000005.draft")
+    write(tmp_path, 5).rename(tmp_path / ".step-00000005.tmp")
     write(tmp_path, 10)
-    checkpoint.set_aside(tmp_path, 0)
+    checkpoint.archive(tmp_path, 0)
     assert checkpoint.find(tmp_path, "auto") == (None, [])
 
 

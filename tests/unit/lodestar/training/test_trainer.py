@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from lodestar.errors import CheckpointError, ConfigError, DataError, TrainingErr
 from lodestar.files import locked
 from lodestar.training import checkpoint
 from lodestar.training.hooks import StopHook
-from lodestar.training.task import Prepared
-from lodestar.training.trainer import _Session
+from lodestar.training.task import TrainingTask
+from lodestar.training.trainer import Trainer
 from tests import tiny
 from tests.distributed import steps
 
@@ -28,15 +29,15 @@ def train(folder: Path, *overrides: str, stage: str = "finetune", poison: Any = 
     """A run alone, in this process; its folder."""
     made = steps.recipe(stage, folder, "checkpoint.every_steps=2", "checkpoint.keep=2", *overrides)
 
-    def prepare(recipe: Any, runtime: Runtime) -> Prepared:
-        prepared = (steps.prepare_finetune if stage == "finetune" else steps.prepare_pretrain)(recipe, runtime)
+    def build_task(recipe: Any, runtime: Runtime) -> TrainingTask:
+        built = (steps.build_finetune_task if stage == "finetune" else steps.build_pretrain_task)(recipe, runtime)
         if poison is not None:
-            inner = prepared.stage.backward
-            prepared.stage.backward = lambda batch, engine, step: poison(inner, batch, engine, step)  # type: ignore[method-assign]
-        return prepared
+            inner = built.stage.backward
+            built.stage.backward = lambda batch, engine, step: poison(inner, batch, engine, step)  # type: ignore[method-assign]
+        return built
 
     with StopHook(1) as stop:
-        assert _Session(made, Runtime(0, 1, 0, torch.device("cpu"))).run(prepare, stop) == 0
+        assert Trainer(made, Runtime(0, 1, 0, torch.device("cpu"))).run(build_task, stop) == 0
     return Path(made.run.output_dir)
 
 
@@ -45,7 +46,7 @@ def test_a_fresh_start_sets_aside_what_an_earlier_run_saved(tmp_path: Path) -> N
     assert checkpoint.steps(folder / "checkpoints") == [6, 8]
     train(tmp_path, "schedule.steps=4", "checkpoint.resume=none")
     assert checkpoint.steps(folder / "checkpoints") == [2, 4]  # its own: not pruned for higher ones
-    assert (folder / "checkpoints/replaced-step-00000008/manifest.json").is_file()
+    assert (folder / "checkpoints/archived-step-00000008/manifest.json").is_file()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 
 
@@ -193,3 +194,15 @@ def test_a_run_folder_is_one_jobs_alone_and_free_again_after_a_crash(tmp_path: P
         process.wait()
     with locked(tmp_path, "run.output_dir"):
         pass
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_checkpoint_of_version_0_1_goes_on_as_it_did_there(stage: str, tmp_path: Path) -> None:
+    """The decoder's parameters had other names then, and the checkpoint held no recipe."""
+    old = Path(__file__).parents[3] / "data/checkpoints_0.1" / stage
+    shutil.copytree(old / "step-00000002", tmp_path / f"runs/{stage}/checkpoints/step-00000002")
+    folder = train(tmp_path, "schedule.steps=4", "track.log_every=1", stage=stage)
+    losses = {line["step"]: line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").open())}
+    assert losses == pytest.approx(
+        {int(k): v for k, v in json.loads((old / "losses.json").read_text()).items()}, rel=1e-5
+    )

@@ -1,4 +1,4 @@
-"""The evaluation of trained models, and its door."""
+"""The evaluation of trained models, and its command."""
 
 from __future__ import annotations
 

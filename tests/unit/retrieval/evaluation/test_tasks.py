@@ -20,7 +20,7 @@ from retrieval.embedding.embedder import embed, load_model
 from retrieval.evaluation.compare import main, measure
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.significance import Bootstrap, paired_bootstrap
-from retrieval.evaluation.tasks import AnyTask, classify, cluster, spearman, tell_apart, undersample
+from retrieval.evaluation.tasks import AnyTask, classify, cluster, pair_classification_scores, spearman, undersample
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -141,9 +141,9 @@ def test_pairs_are_measured_as_counted_by_hand():
     assert spearman(np.array([0.1, 0.2, 0.3, 0.9]), score_I).metrics == {"spearman": pytest.approx(1)}
     assert spearman(np.array([0.9, 0.3, 0.2, 0.1]), score_I).metrics == {"spearman": pytest.approx(-1)}
     # by falling cosine 1 0 1 0: precision at the two positives is 1 and 2/3; best F1 takes the first three
-    found = tell_apart(np.array([0.1, 0.5, 0.6, 0.9]), label_I).metrics
+    found = pair_classification_scores(np.array([0.1, 0.5, 0.6, 0.9]), label_I).metrics
     assert found == {"average_precision": pytest.approx(5 / 6), "best_f1": pytest.approx(0.8)}
-    assert tell_apart(np.array([0.9, 0.5, 0.6, 0.1]), label_I).metrics["average_precision"] < 0.5
+    assert pair_classification_scores(np.array([0.9, 0.5, 0.6, 0.1]), label_I).metrics["average_precision"] < 0.5
 
 
 def test_a_task_is_a_function_of_its_seed(model_folder, data):
@@ -197,7 +197,7 @@ def test_equal_models_do_not_differ_better_ones_do_and_pairing_is_what_shows_it(
         paired_bootstrap([0.0, 1.0], [1.0, 0.0, 1.0])
 
 
-# --- the door --------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------
 
 
 def test_the_door_puts_all_tasks_into_one_table_and_one_json(model_folder, data, tmp_path, capsys):

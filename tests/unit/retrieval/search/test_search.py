@@ -1,4 +1,4 @@
-"""Questions to a model: the searcher, its cache, and its door."""
+"""Questions to a model: the searcher, its cache, and its command."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_corpus_is_embedded_once_and_read_back_to_the_last_bit(model_folder):
             parameter.zero_()  # who embeds again, embeds otherwise
     again = Searcher(model, DOCUMENTS, cache=cache)
     assert torch.equal(again.document_ND, first.document_ND)
-    assert [path.name for path in cache.parent.iterdir()] == [cache.name]  # and no draft stays
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]  # and nothing unfinished
 
 
 def test_the_cache_is_named_by_the_models_files_and_the_documents(model_folder):

@@ -1,4 +1,4 @@
-"""Vector databases: one behaviour behind three clients, and the doors that fill and ask them."""
+"""Vector databases: one behaviour behind three clients, and the commands that fill and ask them."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_another_model_or_dimension_is_refused_in_one_line(
     other = tiny.trained(tmp_path / "other", tmp_path / "plain", query_prompt="ask ")
     db = str(tmp_path / "db")
     capsys.readouterr()
-    for door, options, complaint in (
+    for command, options, complaint in (
         (main, ["--config", str(recipe), "encode.width=8"], "dimension: the table has 32, the model gives 8 (take"),
         (main, ["--config", str(recipe), f"model={other}"], f"is not {other} as it is now (take another"),
         (search.main, ["--store", db, "--model", str(other), "x"], f"is not {other} as it is now"),
@@ -154,7 +154,7 @@ def test_another_model_or_dimension_is_refused_in_one_line(
         (search.main, ["--store", db, "--corpus", "c", "x"], "--corpus: not with --store"),
         (search.main, ["--model", "m", "--where", "a=b", "x"], "--where: only with --store"),
     ):
-        assert door(options) == 2
+        assert command(options) == 2
         told = capsys.readouterr().err
         assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
     copy = tmp_path / "copy"
@@ -178,8 +178,8 @@ def test_a_table_that_somebody_else_made_is_left_alone(kind: str, tmp_path: Path
 
 
 def test_rows_of_any_spelling_become_text() -> None:
-    row = {"_id": 7, "text": "x", "title": None, "draft": False, "metadata": {"tags": ["a", "é"], "year": 2026}}
-    expected = {"id": "7", "title": "", "text": "x", "draft": "false", "tags": '["a", "é"]', "year": "2026"}
+    row = {"_id": 7, "text": "x", "title": None, "tmp": False, "metadata": {"tags": ["a", "é"], "year": 2026}}
+    expected = {"id": "7", "title": "", "text": "x", "tmp": "false", "tags": '["a", "é"]', "year": "2026"}
     assert as_row("f:1", row) == expected
     assert as_row("f:1", {"id": "7", "text": "x"}) == {"id": "7", "title": "", "text": "x"}
 
