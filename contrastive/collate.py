@@ -146,7 +146,7 @@ class Collate:
             count_Q=torch.tensor([len(group) for group in groups], dtype=torch.int64),
             teacher_QG=teacher,
             in_batch_negatives=chosen.in_batch_negatives,
-            single_pass=self.plan.passes == 1,
+            single_pass=self.plan.num_micro_batches == 1,
             rows=len(queries),
             tokens=sum(map(len, texts)),
             padded_tokens=sum(m.ids_BL.numel() for m in micro_batches),
@@ -155,8 +155,8 @@ class Collate:
     @property
     def _parts(self) -> int:
         """Micro-batches of a step, the same on all ranks."""
-        if self.plan.passes > 1:
-            return self.plan.passes
+        if self.plan.num_micro_batches > 1:
+            return self.plan.num_micro_batches
         most = max(self.plan.rows_per_rank) * (2 + self.negatives)
         return LENGTH_GROUPS if most >= 8 * LENGTH_GROUPS else 1
 

@@ -6,7 +6,7 @@ Shape suffixes: N texts, L tokens, B texts of a micro-batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -62,31 +62,72 @@ def graph_bytes(run: Callable[[], object]) -> int:
 
 
 def gradcache_backward(
-    run: Callable[[int], tuple[Tensor, Temperature]],
-    count: int,
-    kept: int,
-    local_losses_of: Callable[[Tensor, Temperature], Scalars],
+    embed: Callable[[int], tuple[Tensor, Temperature]],
+    num_micro_batches: int,
+    num_kept: int,
+    losses_of: Callable[[Tensor, Temperature], Scalars],
     engine: Engine,
 ) -> Scalars:
-    """The gradient of a loss over all embeddings, holding the activations of `kept` micro-batches, or of one."""
-    first = []
-    for i in range(count):  # 1. embed all
-        with torch.set_grad_enabled(i < kept):
-            first.append(run(i))
-    temperature = first[-1][1]
-    leaf_ND = torch.cat([unit_BD.detach() for unit_BD, _ in first]).requires_grad_()  # 2. the loss sees all of them
+    """The gradient of a loss over all embeddings, holding the activations of `num_kept` micro-batches, or of one.
+
+    embed      number of a micro-batch -> its (B, D) embeddings, the same whenever it is called, and the temperature
+    losses_of  (N, D) embeddings of all micro-batches, temperature -> scalars, of which `loss` is minimised
+    """
+    embeddings, temperature = _embed_all(embed, num_micro_batches, num_kept)
+    scalars, grads, grad_temperature = _gradient_of_embeddings(embeddings, temperature, losses_of)
+    _backpropagate(embed, embeddings, temperature, grads, grad_temperature, num_kept, engine)
+    return scalars
+
+
+def _embed_all(
+    embed: Callable[[int], tuple[Tensor, Temperature]], num_micro_batches: int, num_kept: int
+) -> tuple[list[Tensor], Temperature]:
+    """Step 1: all embeddings; only those of the first `num_kept` micro-batches have a graph."""
+    embeddings, temperature = [], 1.0
+    for i in range(num_micro_batches):
+        with torch.set_grad_enabled(i < num_kept):
+            unit_BD, temperature = embed(i)
+        embeddings.append(unit_BD)
+    return embeddings, temperature
+
+
+def _gradient_of_embeddings(
+    embeddings: list[Tensor], temperature: Temperature, losses_of: Callable[[Tensor, Temperature], Scalars]
+) -> tuple[Scalars, Sequence[Tensor], Tensor | None]:
+    """Step 2: the loss sees all embeddings at once; its gradient by micro-batch, and of a learned temperature."""
+    leaf_ND = torch.cat([unit_BD.detach() for unit_BD in embeddings]).requires_grad_()
     leaves = [leaf_ND]
     if isinstance(temperature, Tensor):
         leaves.append(temperature := temperature.detach().requires_grad_())
-    scalars = local_losses_of(leaf_ND, temperature)
+    scalars = losses_of(leaf_ND, temperature)
     grad_ND, *grad_temperature = torch.autograd.grad(scalars["loss"], leaves)
-    grads = grad_ND.split([len(unit_BD) for unit_BD, _ in first])
-    # 3. push it through: all kept graphs at once, because ZeRO-3 loses gradients otherwise, then one by one
-    for i in range(max(0, kept - 1), count):
-        parts, grads_i = (first[:kept], grads[:kept]) if i < kept else ([run(i)], grads[i : i + 1])
-        surrogate = (torch.cat([unit_BD for unit_BD, _ in parts]) * torch.cat(grads_i)).sum()
-        last = i == count - 1
-        engine.backward(
-            surrogate + sum(parts[-1][1] * grad for grad in grad_temperature) if last else surrogate, last=last
-        )
-    return scalars
+    grads = grad_ND.split([len(unit_BD) for unit_BD in embeddings])
+    return scalars, grads, grad_temperature[0] if grad_temperature else None
+
+
+def _backpropagate(
+    embed: Callable[[int], tuple[Tensor, Temperature]],
+    embeddings: list[Tensor],
+    temperature: Temperature,
+    grads: Sequence[Tensor],
+    grad_temperature: Tensor | None,
+    num_kept: int,
+    engine: Engine,
+) -> None:
+    """Step 3: push the gradient of the embeddings through the encoder; the last backward reduces over ranks.
+
+    Kept graphs go in one backward, because ZeRO-3 loses gradients otherwise; the others are computed again, one by one.
+    """
+
+    def push(parts: Sequence[Tensor], grads_of_parts: Sequence[Tensor], temperature: Temperature, last: bool) -> None:
+        surrogate = (torch.cat(list(parts)) * torch.cat(list(grads_of_parts))).sum()
+        if last and grad_temperature is not None:
+            surrogate = surrogate + temperature * grad_temperature
+        engine.backward(surrogate, last=last)
+
+    count = len(embeddings)
+    if num_kept:
+        push(embeddings[:num_kept], grads[:num_kept], temperature, last=num_kept == count)
+    for i in range(num_kept, count):
+        unit_BD, temperature = embed(i)
+        push([unit_BD], [grads[i]], temperature, last=i == count - 1)

@@ -25,7 +25,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
     query, passage = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
     row_tokens = query + passages_per_query * passage
     texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
-    chunk_tokens = -(-largest // share.passes) * (1 + passages_per_query) * max(query, passage)
+    chunk_tokens = -(-largest // share.num_micro_batches) * (1 + passages_per_query) * max(query, passage)
     per_token = activation_bytes(shape, recipe.precision, checkpointing=recipe.model.activation_checkpointing)
     graphs = max(1, int(batch.keep_graph))
     if 0 < batch.keep_graph < 1 and device:
@@ -49,7 +49,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
             engine=recipe.engine,
             world_size=world_size,
             precision=recipe.precision,
-            tokens_at_once=min(graphs, share.passes) * chunk_tokens,
+            tokens_at_once=min(graphs, share.num_micro_batches) * chunk_tokens,
             checkpointing=recipe.model.activation_checkpointing,
             embeddings=4 * shape.width * texts,
             tile=min(TILE_BYTES, 4 * largest * seen * passages_per_query),
@@ -60,7 +60,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[st
             world_size=world_size,
             precision=recipe.precision,
             # a chunk that is computed twice costs a third more
-            flops=model_flops(shape, largest * row_tokens, passage, passes=3 if share.passes == 1 else 4),
+            flops=model_flops(shape, largest * row_tokens, passage, passes=3 if share.num_micro_batches == 1 else 4),
             gathered=seen * passages_per_query if recipe.loss.share_negatives else 0,
             scored=largest * seen * passages_per_query,
         ),

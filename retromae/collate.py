@@ -80,7 +80,7 @@ class Collate:
         keys = rng.hashed(torch.tensor(rng.key(self.seed, "mask")), epochs, numbers)
         by_length = sorted(range(len(found)), key=lambda i: len(found[i]["input_ids"]))
         micro_batches = []
-        for run in cut(by_length, self.plan.passes):
+        for run in cut(by_length, self.plan.num_micro_batches):
             counted = bool(len(part)) and bool(len(run))
             chosen = list(run) or by_length[:1]
             micro_batches.append(self._micro_batch([found[i] for i in chosen], keys[chosen], counted))

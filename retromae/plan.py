@@ -22,7 +22,7 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[st
     shape = encoder.deeper(1)  # the decoder's layer; its embeddings and head are the encoder's
     # The head reads 0.3 of the encoder's and all of the decoder's positions.
     head = 6 * most * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
-    micro_tokens = -(-most // share.passes) * length
+    micro_tokens = -(-most // share.num_micro_batches) * length
     # Of one chunk its products and, in half precision, their copy in fp32; of both heads the gradient of the weight.
     tile = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * (4 if recipe.precision == "fp32" else 6)
     return describe(

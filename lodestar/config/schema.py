@@ -74,6 +74,11 @@ class Optim(Section):
     """Peak learning rate of Muon, in units of spectral norm."""
     muon_momentum: Fraction = 0.95
 
+    @property
+    def peak_lrs(self) -> dict[str, float]:
+        """By the names under which they are logged."""
+        return {"lr": self.lr, **({"muon_lr": self.muon_lr} if self.name == "muon" else {})}
+
     @model_validator(mode="after")
     def _muon_is_not_clipped(self) -> Optim:
         if self.name == "muon" and self.clip_norm:
@@ -172,6 +177,6 @@ class BatchPlan:
         return [len(self.rows(rank)) for rank in range(self.world_size)]
 
     @property
-    def passes(self) -> int:
+    def num_micro_batches(self) -> int:
         """Micro-batches per step, the same on all ranks: a rank with fewer rows gets smaller ones."""
         return -(-max(self.rows_per_rank) // self.micro_size)

@@ -112,7 +112,7 @@ def describe(
         "global_size": batch.global_size,
         "micro_size": plan.micro_size,
         "rows_per_rank": shares,
-        "chunks_per_rank": plan.passes,
+        "chunks_per_rank": plan.num_micro_batches,
         "imbalance": max(shares) * world_size / batch.global_size - 1,
         "rows": rows,
         "steps": steps,
@@ -136,6 +136,20 @@ def _on_device(name: str, memory: Memory, seconds: Callable[[Device], Seconds], 
         "seconds": asdict(step),
         "hours": None if steps is None else steps * step.total / 3600,
     }
+
+
+def batch_in_words(plan: Mapping[str, Any]) -> str:
+    """The arithmetic of the global batch in one line."""
+    sizes, of = plan["rows_per_rank"], "texts"
+    parts = [f"{sizes.count(size)} x {size:,}" for size in sorted(set(sizes), reverse=True)]
+    several = "es" if plan["chunks_per_rank"] > 1 else ""
+    negatives = ""
+    if plan["negatives_per_query"]:
+        of, negatives = "queries", f"; {plan['negatives_per_query']:,} negatives each"
+    return (
+        f"global batch: {plan['global_size']:,} = {' + '.join(parts)} {of}; {plan['chunks_per_rank']:,} "
+        f"micro-batch{several} a step{negatives}"
+    )
 
 
 def in_words(plan: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lodestar.files import write_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -66,15 +68,14 @@ class Mark(NamedTuple):
 
 def page(path: Path, title: str, parts: Iterable[str]) -> Path:
     """Write the file, whole or not at all; `parts` are markup."""
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(
+    write_text(
+        path,
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{_STYLE}</style></head>'
         f"<body>{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
     )
-    return tmp.replace(path)
+    return path
 
 
 def escape(value: object) -> Html:

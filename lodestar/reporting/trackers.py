@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lodestar.config.schema import Track
+from lodestar.files import write_text
 
 METRICS = "metrics.jsonl"
 
@@ -37,9 +38,7 @@ class Tracker:
         """Forget lines after `step`, and a last line that was torn: they will be written again."""
         if self._path is not None and self._path.is_file():
             kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-            tmp = self._path.with_suffix(".tmp")
-            tmp.write_text("".join(_line(values) for values in kept), encoding="utf-8")
-            tmp.rename(self._path)
+            write_text(self._path, "".join(_line(values) for values in kept))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One line; numbers go to the trackers too. A number that is not finite becomes null."""

@@ -81,7 +81,9 @@ def _fits(recipe: Any, task: TrainingTask, runtime: Runtime, spec: TaskSpec, row
     plan = BatchPlan(min(most, max(2, kept) * rows), 1, rows)
     collate: Any = task.collate
     micro_batches = replace(collate, plan=plan, rank=0)(0).micro_batches
-    held = micro_batches if plan.passes == 1 else micro_batches[-kept:]  # by length: the last are the longest
+    held = (
+        micro_batches if plan.num_micro_batches == 1 else micro_batches[-kept:]
+    )  # by length: the last are the longest
     try:
         reserved = torch.empty(others_bytes, dtype=torch.uint8, device=runtime.device)
         with autocast(runtime.device, recipe.precision):

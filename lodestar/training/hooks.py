@@ -45,13 +45,13 @@ class LogHook(_Quiet):
         throughput: Throughput,
         *,
         every: int,
-        peak_lr: float,
+        peak_lrs: Mapping[str, float],
         rows_per_epoch: int,
         rows_per_step: int,
         max_consecutive_nonfinite_steps: int,
     ) -> None:
         self._tracker, self._console, self._throughput = tracker, console, throughput
-        self._every, self._peak_lr = every, peak_lr
+        self._every, self._peak_lrs = every, peak_lrs
         self._max_consecutive_nonfinite_steps = max_consecutive_nonfinite_steps
         self._epochs_per_step = rows_per_step / rows_per_epoch if rows_per_epoch else math.nan
         self._streak: torch.Tensor | float = 0.0
@@ -71,12 +71,12 @@ class LogHook(_Quiet):
             "step": progress.step,
             "epoch": progress.step * self._epochs_per_step,
             **dict(zip(names, scalars, strict=True)),
-            "lr": self._peak_lr * done.lr_factor,
+            **{name: peak * done.lr_factor for name, peak in self._peak_lrs.items()},
             "grad_norm": float(done.report.grad_norm),
             **rates,
             "skipped": int(progress.skipped),
         }
-        progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", "lr")}
+        progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", *self._peak_lrs)}
         self._tracker.log(line)
         self._console.update(progress.step, loss=line["loss"], texts_per_second=line["samples_per_second"])
         if float(self._streak) >= self._max_consecutive_nonfinite_steps:

@@ -22,8 +22,8 @@ from lodestar.distributed.collectives import agreed, barrier, from_main, on_main
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
 from lodestar.distributed.session import distributed_session
 from lodestar.errors import CheckpointError, ConfigError, DataError
-from lodestar.files import locked, make_folder, replacing
-from lodestar.planning.plan import in_words
+from lodestar.files import locked, make_folder, replacing, write_json, write_text
+from lodestar.planning.plan import batch_in_words, in_words
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.reporting.training_report import write_report
@@ -54,8 +54,10 @@ def train(recipe: Any, placement: Placement, spec: TaskSpec) -> int:
         on_main(lambda: _claim(folder, held))
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, spec)
-        plan = on_main(lambda: in_words(spec.plan(recipe, runtime.world_size, None)))
-        return Trainer(recipe, runtime, plan).run(spec.build_task, stop)
+        plan = on_main(lambda: spec.plan(recipe, runtime.world_size, None))
+        if runtime.is_main:
+            print(batch_in_words(plan), file=sys.stderr, flush=True)
+        return Trainer(recipe, runtime, in_words(plan)).run(spec.build_task, stop)
 
 
 def _claim(folder: Path, held: ExitStack) -> None:
@@ -107,15 +109,18 @@ class Trainer:
     def _train(self, task: TrainingTask, engine: Engine, progress: Progress, stop: StopHook) -> None:
         recipe, main = self.recipe, self.runtime.is_main
         if main and (earlier := self._earlier_summary()):
-            self._write("summary.json", {**earlier, "stopped_by": None})  # it runs again; a kill leaves it so
+            write_json(
+                self.folder / "summary.json", {**earlier, "stopped_by": None}
+            )  # it runs again; a kill leaves it so
         tracker = self._tracker(progress)
         console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
-        hooks: list[Hook] = [self._log_hook(task, tracker, console)]
-        if task.evaluate is not None:
-            hooks.append(self._evaluate_hook(task, engine, tracker, console))
         identity = {**task.identity, "recipe": loader.flat(recipe), "changes": self.changes}
-        hooks.append(CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank))
-        hooks.insert(-1, stop)
+        hooks: list[Hook] = [  # in this order: what is logged and evaluated is in the checkpoint that a stop writes
+            self._log_hook(task, tracker, console),
+            *([self._evaluate_hook(task, engine, tracker, console)] if task.evaluate is not None else []),
+            stop,
+            CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank),
+        ]
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
         batches = self._batches(task, progress)
@@ -160,10 +165,10 @@ class Trainer:
         best = self.folder / "best.json"
         if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
             best.unlink()
-        self._write("config.yaml", loader.dump(self.recipe))  # type: ignore[arg-type]
+        write_text(self.folder / "config.yaml", loader.dump(self.recipe))  # type: ignore[arg-type]
         data = task.identity.get("data")
         facts = environment(self.runtime, self.recipe.run.output_dir)
-        self._write("environment.json", {**facts, "data": data, "changes": self.changes})
+        write_json(self.folder / "environment.json", {**facts, "data": data, "changes": self.changes})
 
     def _find_checkpoint(self, task: TrainingTask, progress: Progress) -> Resumed | None:
         """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
@@ -245,7 +250,7 @@ class Trainer:
             console,
             Throughput(),
             every=self.recipe.track.log_every,
-            peak_lr=self.recipe.optim.lr,
+            peak_lrs=self.recipe.optim.peak_lrs,
             rows_per_epoch=task.rows or 0,
             rows_per_step=self.recipe.batch.global_size,
             max_consecutive_nonfinite_steps=self.recipe.engine.give_up_after,
@@ -276,7 +281,7 @@ class Trainer:
         if best is None or best["metric"] != metric or found[metric] > best["value"] or best["step"] == step:
             self._export(task, engine, {"steps": step, **found})
             if self.runtime.is_main:
-                self._write("best.json", {"metric": metric, "value": found[metric], "step": step})
+                write_json(self.folder / "best.json", {"metric": metric, "value": found[metric], "step": step})
         barrier()
 
     def _finish(self, task: TrainingTask, engine: Engine, progress: Progress) -> None:
@@ -293,8 +298,8 @@ class Trainer:
     def _summarise(self, task: TrainingTask, progress: Progress) -> None:
         earlier = self._earlier_summary()
         went_on = earlier.get("steps", 0) < progress.step
-        self._write(
-            "summary.json",
+        write_json(
+            self.folder / "summary.json",
             {
                 "finished": progress.done and progress.stop is None,
                 "stopped_by": progress.stop,
@@ -307,13 +312,6 @@ class Trainer:
             },
         )
         write_report(self.folder, plan=self.plan)
-
-    def _write(self, name: str, value: Mapping[str, Any] | str) -> None:
-        """A text, or an object as JSON; whole or absent."""
-        text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        tmp = self.folder / f".{name}.tmp"
-        tmp.write_text(text, encoding="utf-8")
-        tmp.replace(self.folder / name)
 
     def _say(self, line: str) -> None:
         if self.runtime.is_main:

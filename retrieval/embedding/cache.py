@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lodestar.files import replacing_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,11 +33,10 @@ def cached(file: Path | None, rows: int, make: Callable[[], Tensor]) -> Tensor:
         except (SafetensorError, KeyError):
             pass
     made_ND = make()
-    tmp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": made_ND.contiguous()}, tmp)
-        tmp.replace(file)
+        with replacing_file(file) as tmp:
+            save_file({"embeddings": made_ND.contiguous()}, tmp)
     except (OSError, SafetensorError) as error:  # the latter is what save_file makes of the former
         print(f"warning: {file}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
     return made_ND

@@ -17,7 +17,7 @@ from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import ConfigError, DataError
-from lodestar.files import make_folder
+from lodestar.files import make_folder, write_json
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import EncodeRecipe
 from retrieval.embedding.embedder import Embedder, Role, fingerprint
@@ -28,7 +28,6 @@ from retrieval.embedding.shards import (
     Shard,
     _facts,
     _ranges,
-    _write,
     files_of,
     read_texts,
     shard_file,
@@ -120,7 +119,7 @@ def encode(recipe: EncodeRecipe, runtime: Runtime, *, tells: bool = True) -> Non
         names = [shard_file(output, i).name for i in range(count)]
         if absent := [name for name in names if not (Path(output.dir) / name).is_file()]:
             raise ConfigError(f"output.dir: {output.dir}: {absent[0]} is not there (name a folder that all nodes see)")
-        _write(Path(output.dir) / MANIFEST, {**facts, **kept, "files": names})
+        write_json(Path(output.dir) / MANIFEST, {**facts, **kept, "files": names})
         if tells:
             done = f"{rows:,} embeddings of width {embedder.width} in {count:,} files, {truncated:,} texts cut"
             print(f"{output.dir}: {done}", flush=True)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lodestar.data.readers import find_sources, read_rows
 from lodestar.errors import ConfigError, DataError
+from lodestar.files import replacing_file, write_json
 from retrieval.embedding.config import Dtype, EncodeRecipe, Output
 
 if TYPE_CHECKING:
@@ -81,7 +82,11 @@ def shard_file(output: Output, number: int) -> Path:
 
 def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: dict[str, str]) -> None:
     """Whole or absent; `facts` stand in its header."""
-    tmp = path.with_name(f".{path.name}.tmp")
+    with replacing_file(path) as tmp:
+        _write_shard(path, tmp, ids, vectors_ND, facts)
+
+
+def _write_shard(path: Path, tmp: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: dict[str, str]) -> None:
     if path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet
@@ -103,7 +108,6 @@ def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, facts: d
                 raise ConfigError(f"{path}: cannot be written: {error} (make room, or name another folder)") from None
             reason = f"{len(ids):,} ids do not go into a file's header, which ends at 100 MB"
             raise ConfigError(f"encode.shard_rows: {reason} (fewer rows, or output.format: parquet)") from None
-    tmp.replace(path)
 
 
 def read_shard(path: Path) -> tuple[list[str], np.ndarray]:
@@ -171,11 +175,5 @@ def _ranges(recipe: EncodeRecipe, key: str, embed: Callable[[list[str]], np.ndar
             raise DataError(NO_ROW.format(", ".join(recipe.texts)))
         first_ND = embed(texts)
         kept = {"key": key, "ranges": [first_ND.min(0).tolist(), first_ND.max(0).tolist()]}
-        _write(path, kept)
+        write_json(path, kept)
     return kept["ranges"]
-
-
-def _write(path: Path, value: Any) -> None:
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=2 if isinstance(value, dict) else None) + "\n", encoding="utf-8")
-    tmp.replace(path)

@@ -5,12 +5,12 @@ Shape suffixes: I items of a test set.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lodestar import files
 from retrieval.evaluation.significance import Bootstrap, paired_bootstrap
 from retrieval.evaluation.tasks import COLUMNS, TaskResult
 
@@ -131,9 +131,7 @@ def write_json(folder: str | Path, content: Mapping[str, Any]) -> Path:
     """`evaluation.json` in the folder; a reader sees the old one or the new one."""
     path = Path(folder) / "evaluation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tmp.replace(path)
+    files.write_json(path, content)
     return path
 
 

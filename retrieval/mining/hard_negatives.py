@@ -20,7 +20,7 @@ from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources, read_json, read_rows
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, ModelError
-from lodestar.files import make_folder
+from lodestar.files import make_folder, replacing_file, write_json
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import EncodeRecipe, Output
 from retrieval.embedding.embedder import Role, check_folder, fingerprint
@@ -102,7 +102,7 @@ def _lay_out(recipe: MineRecipe) -> tuple[str, dict[str, int]]:
         with (folder / "queries.jsonl").open("w", encoding="utf-8") as file:
             queries = sum(1 for row in read_training(recipe) if file.write(json.dumps({"text": row["query"]}) + "\n"))
         np.save(folder / "hashes.npy", np.array(hashes, dtype=np.int64))
-        facts.write_text(json.dumps({"candidates": candidates, "queries": queries}), encoding="utf-8")
+        write_json(facts, {"candidates": candidates, "queries": queries})
     return str(folder), json.loads(facts.read_text(encoding="utf-8"))
 
 
@@ -137,12 +137,10 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
         for number, block in enumerate(_blocks(read_training(recipe), size)):
             part, blocks = _part(parts, number), number + 1
             if number % runtime.world_size == runtime.rank and not part.is_file():
-                tmp = part.with_suffix(".tmp")
-                with tmp.open("w", encoding="utf-8") as file:
+                with replacing_file(part) as tmp, tmp.open("w", encoding="utf-8") as file:
                     candidates, first = counts["candidates"], number * size
                     for row in _mined(recipe, runtime, folder, rows_of, candidates, first, block, teacher):
                         file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                tmp.replace(part)
     barrier()
     on_main(lambda: _join(recipe, [_part(parts, number) for number in range(blocks)]))
 
@@ -273,16 +271,16 @@ def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
     output = Path(recipe.output)
     if absent := [part for part in parts if not part.is_file()]:
         raise DataError(f"{absent[0]}: is not there (name an output in a folder that all nodes see)")
-    tmp, rows, negatives, short = output.with_name(f".{output.name}.tmp"), 0, 0, 0
-    with tmp.open("w", encoding="utf-8") as file:
-        for part in parts:
-            for line in part.open(encoding="utf-8"):
-                found = len(json.loads(line)["neg"])
-                rows, negatives, short = rows + 1, negatives + found, short + (found < recipe.mine.negatives)
-                file.write(line)
-    if not rows:
-        raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
-    tmp.replace(output)
+    rows = negatives = short = 0
+    with replacing_file(output) as tmp:
+        with tmp.open("w", encoding="utf-8") as file:
+            for part in parts:
+                for line in part.open(encoding="utf-8"):
+                    found = len(json.loads(line)["neg"])
+                    rows, negatives, short = rows + 1, negatives + found, short + (found < recipe.mine.negatives)
+                    file.write(line)
+        if not rows:
+            raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
     print(f"{output}: {rows:,} rows with {negatives / rows:.1f} negatives each, {short:,} with fewer than asked for")
 
 

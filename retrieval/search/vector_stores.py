@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 
 from lodestar.config.loader import Section
 from lodestar.errors import ConfigError
-from lodestar.files import make_folder
+from lodestar.files import make_folder, replacing_file, write_text
 from retrieval.embedding.embedder import Prompts, fingerprint
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def open_store(section: StoreSection, model: str, dimension: int, prompts: Promp
             dimension=dimension,
             prompts=prompts or {},
         )
-        record_path(section).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_text(record_path(section), record.model_dump_json(indent=2) + "\n")
     return store
 
 
@@ -269,9 +269,8 @@ class FaissStore:
 
     def close(self) -> None:
         if self._changed:
-            tmp = self._path.with_suffix(".tmp")
-            self._faiss.write_index(self._index, str(tmp))
-            tmp.replace(self._path)
+            with replacing_file(self._path) as tmp:
+                self._faiss.write_index(self._index, str(tmp))
             self._rows.commit()  # last: rows without a vector would never be found
         self._rows.close()
 

@@ -102,7 +102,7 @@ def test_shares_make_exactly_the_global_batch(rows: int, size: int) -> None:
     plan = BatchPlan(rows, size, micro_size=4)
     held = [row for rank in range(size) for row in plan.rows(rank)]
     assert held == list(range(rows)) and max(plan.rows_per_rank) - min(plan.rows_per_rank) <= 1
-    assert plan.passes == -(-max(plan.rows_per_rank) // 4)
+    assert plan.num_micro_batches == -(-max(plan.rows_per_rank) // 4)
 
 
 def test_a_schedule_by_epochs_counts_whole_batches() -> None:
