@@ -8,18 +8,18 @@ from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import (
-    Batch,
-    Checkpoint,
+    BatchConfig,
+    CheckpointConfig,
     Count,
-    Engine,
-    Evaluate,
-    Model,
+    EngineConfig,
+    EvaluateConfig,
+    ModelConfig,
     Natural,
-    Optim,
+    OptimConfig,
     Positive,
-    Run,
-    Schedule,
-    Track,
+    RunConfig,
+    ScheduleConfig,
+    TrackConfig,
 )
 
 TILE_BYTES = 64 << 20
@@ -29,7 +29,7 @@ TILE_BYTES = 64 << 20
 Weight = Annotated[float, Field(ge=0)]
 
 
-class Loss(Section):
+class LossConfig(Section):
     temperature: Positive = 0.01
     """Divides the cosine of query and passage; smaller is sharper."""
     learn_temperature: bool = False
@@ -48,7 +48,7 @@ class Loss(Section):
     """Widths besides the full one at which the loss is taken too; all count the same."""
 
 
-class Weighted(Section):
+class WeightedDataset(Section):
     path: str
     """A file, glob, folder or hub name."""
     weight: Positive = 1.0
@@ -57,8 +57,8 @@ class Weighted(Section):
     """false: its queries see only the passages of their own row, as for classes with few labels."""
 
 
-class Data(Section):
-    train: Annotated[list[str | Weighted], Field(min_length=1)]
+class DataConfig(Section):
+    train: Annotated[list[str | WeightedDataset], Field(min_length=1)]
     """BGE JSONL, or (anchor, positive, negative_1, ...) columns; each entry is a data set, each batch is of one."""
     negatives_per_query: Natural = 1
     """Of each row, drawn anew in each epoch; repeated where a row has fewer, none where it has none."""
@@ -76,28 +76,28 @@ class Data(Section):
     """Processes on each rank that prepare batches ahead; 0: none."""
 
     @property
-    def sets(self) -> list[Weighted]:
+    def sets(self) -> list[WeightedDataset]:
         """The entries of `train`, each with its weight."""
-        return [Weighted(path=each) if isinstance(each, str) else each for each in self.train]
+        return [WeightedDataset(path=each) if isinstance(each, str) else each for each in self.train]
 
     def length(self, role: Literal["query", "passage"], otherwise: int) -> int:
         """Tokens that a text of this role is cut to."""
         return (self.query_max_length if role == "query" else self.passage_max_length) or otherwise
 
 
-class FinetuneBatch(Batch):
+class FinetuneBatchConfig(BatchConfig):
     keep_graph: Annotated[float, Field(ge=0)] = 0.0
     """Micro-batches whose first pass is kept, and so not computed twice: below 1 as many as fit into this share of the
     device's memory, from 1 on so many. Changes no result."""
 
     @model_validator(mode="after")
-    def _share_or_number(self) -> FinetuneBatch:
+    def _share_or_number(self) -> FinetuneBatchConfig:
         if self.keep_graph > 1 and self.keep_graph % 1:
             raise ValueError(f"keep_graph is a share below 1 or a whole number, got {self.keep_graph}")
         return self
 
 
-class FinetuneEvaluate(Evaluate):
+class FinetuneEvaluateConfig(EvaluateConfig):
     keep_best: str | None = None
     """A metric, as ndcg_at_10: model/ becomes the best evaluated model, not the last."""
 
@@ -105,18 +105,18 @@ class FinetuneEvaluate(Evaluate):
 class FinetuneRecipe(Section):
     """Contrastive fine-tuning."""
 
-    run: Run
-    model: Model
-    data: Data
-    loss: Loss = Loss()
-    batch: FinetuneBatch
-    optim: Optim
-    schedule: Schedule
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    batch: FinetuneBatchConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    engine: Engine = Engine()
-    checkpoint: Checkpoint = Checkpoint()
-    evaluate: FinetuneEvaluate = FinetuneEvaluate()
-    track: Track = Track()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: FinetuneEvaluateConfig = FinetuneEvaluateConfig()
+    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _best_of_something(self) -> FinetuneRecipe:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from contrastive.collate import StepBatch
-from contrastive.config import Loss
+from contrastive.config import LossConfig
 from contrastive.gradcache import KeepGraph, Scalars, Temperature, gradcache_backward
 from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, matryoshka
 from contrastive.negatives import Candidates, Direction, Texts
@@ -25,7 +25,7 @@ class FinetuneStage:
     def __init__(
         self,
         *,
-        loss: Loss,
+        loss: LossConfig,
         global_size: int,
         seed: int,
         device: torch.device,

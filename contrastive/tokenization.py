@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from contrastive.config import Data
+from contrastive.config import DataConfig
 from lodestar.data.training_examples import _SCORES, content_hash
 from lodestar.models.load import tokenizer_identity
 
@@ -92,7 +92,7 @@ class Tokenize:
         return ids, cut_off
 
 
-def settings(data: Data, tokenize: Tokenize) -> dict[str, Any]:
+def settings(data: DataConfig, tokenize: Tokenize) -> dict[str, Any]:
     """Everything besides the texts that decides what tokenizing makes of them."""
     lengths = {"query_max_length": tokenize.query_max_length, "passage_max_length": tokenize.passage_max_length}
     instructions = {"query": data.query_instruction, "passage": data.passage_instruction}

@@ -7,13 +7,24 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Batch, Checkpoint, Engine, Evaluate, Model, Natural, Optim, Run, Schedule, Track
+from lodestar.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    EngineConfig,
+    EvaluateConfig,
+    ModelConfig,
+    Natural,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrackConfig,
+)
 
 HEAD_LOGITS = 2**27
 """Logits that the head holds at once on a GPU; the plan counts them, the loss keeps to them."""
 
 
-class Mask(Section):
+class MaskConfig(Section):
     encoder: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Fraction of the tokens that the encoder does not see and must name."""
     decoder: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -22,17 +33,17 @@ class Mask(Section):
     """Masks drawn for each text, of which every position picks one; 0: every position draws its own."""
 
 
-class Decoder(Section):
+class DecoderConfig(Section):
     query: Literal["positions", "embedding"] = "positions"
     """Query stream: position embedding + cls, or the embedding module applied to cls (with norm and dropout)."""
 
 
-class Loss(Section):
+class LossConfig(Section):
     bag_of_words: Annotated[float, Field(ge=0)] = 0.0
     """Weight of DupMAE's bag-of-words term; 0: off, DupMAE itself takes 0.1."""
 
 
-class Data(Section):
+class DataConfig(Section):
     train: Annotated[list[str], Field(min_length=1)]
     """Files (JSONL, Parquet, text; gz too), globs, folders, folders saved by `datasets`, or hub names."""
     field: str = "text"
@@ -52,17 +63,17 @@ class Data(Section):
 class PretrainRecipe(Section):
     """RetroMAE pre-training."""
 
-    run: Run
-    model: Model
-    data: Data
-    mask: Mask = Mask()
-    decoder: Decoder = Decoder()
-    loss: Loss = Loss()
-    batch: Batch
-    optim: Optim
-    schedule: Schedule
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    mask: MaskConfig = MaskConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    loss: LossConfig = LossConfig()
+    batch: BatchConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    engine: Engine = Engine(kind="deepspeed", zero_stage=1)
-    checkpoint: Checkpoint = Checkpoint()
-    evaluate: Evaluate = Evaluate()
-    track: Track = Track()
+    engine: EngineConfig = EngineConfig(kind="deepspeed", zero_stage=1)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    track: TrackConfig = TrackConfig()

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from lodestar.models.pooling import cls_of
 from retromae.backbone import parts_of
-from retromae.config import Decoder as DecoderSection
-from retromae.config import Mask
+from retromae.config import DecoderConfig, MaskConfig
 from retromae.decoder import Decoder
 from retromae.loss import bag_of_words_nll, summed_nll
 from retromae.masks import IGNORED, decoder_visibility
@@ -24,7 +23,7 @@ class RetroMAE(nn.Module):
     """Encoder with its language-model head, and the decoder that shares its embeddings and head."""
 
     def __init__(
-        self, encoder: PreTrainedModel, *, mask: Mask, decoder: DecoderSection, max_length: int, bag_of_words: bool
+        self, encoder: PreTrainedModel, *, mask: MaskConfig, decoder: DecoderConfig, max_length: int, bag_of_words: bool
     ) -> None:
         super().__init__()
         self.encoder = encoder

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lodestar.errors import DataError
 from lodestar.models.load import tokenizer_identity
-from retromae.config import Data
+from retromae.config import DataConfig
 
 ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
 
@@ -78,7 +78,7 @@ class _Check:
         return {"text": text} if text.strip() else None
 
 
-def settings(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+def settings(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
     """Everything besides the texts that decides what tokenizing makes of them."""
     return {
         "stage": "pretrain",

@@ -22,7 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 
 
-class Run(Section):
+class RunConfig(Section):
     name: str = "run"
     """What trackers call the run."""
     output_dir: str
@@ -31,7 +31,7 @@ class Run(Section):
     """Every random number is a function of this and of the step."""
 
 
-class Model(Section):
+class ModelConfig(Section):
     encoder: str
     """A folder or hub name in transformers' format."""
     tokenizer: str | None = None
@@ -48,7 +48,7 @@ class Model(Section):
     """Recompute activations in the backward pass: less memory, about a third more time, same result."""
 
 
-class Batch(Section):
+class BatchConfig(Section):
     global_size: Count
     """Rows of one optimizer step over all devices: any number of devices makes exactly this batch."""
     micro_size: Count | Literal["auto"] = 32
@@ -59,7 +59,7 @@ class Batch(Section):
         return BatchPlan(self.global_size, world_size, 32 if self.micro_size == "auto" else self.micro_size)
 
 
-class Optim(Section):
+class OptimConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     """muon: matrices of the hidden layers by Muon, everything else by AdamW."""
     lr: Positive
@@ -80,13 +80,13 @@ class Optim(Section):
         return {"lr": self.lr, **({"muon_lr": self.muon_lr} if self.name == "muon" else {})}
 
     @model_validator(mode="after")
-    def _muon_is_not_clipped(self) -> Optim:
+    def _muon_is_not_clipped(self) -> OptimConfig:
         if self.name == "muon" and self.clip_norm:
             raise ValueError("muon does not clip: its updates have a fixed size (set optim.clip_norm: 0)")
         return self
 
 
-class Schedule(Section):
+class ScheduleConfig(Section):
     epochs: Positive | None = None
     """Passes over the data; give either this or steps."""
     steps: Count | None = None
@@ -99,7 +99,7 @@ class Schedule(Section):
     """Fraction of the peak that is left at the end."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Schedule:
+    def _one_length(self) -> ScheduleConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("needs exactly one of epochs and steps")
         return self
@@ -112,7 +112,7 @@ class Schedule(Section):
         return round(self.warmup_ratio * total)
 
 
-class Engine(Section):
+class EngineConfig(Section):
     kind: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
@@ -124,7 +124,7 @@ class Engine(Section):
     """How long a rank waits for the others."""
 
 
-class Checkpoint(Section):
+class CheckpointConfig(Section):
     every_steps: Natural = 1000
     """0: only at the end of the run, and when asked to stop."""
     keep: Count = 2
@@ -135,7 +135,7 @@ class Checkpoint(Section):
     """Keys, or sections, that may differ from those of the checkpoint that the run goes on from, as [optim.lr]."""
 
 
-class Evaluate(Section):
+class EvaluateConfig(Section):
     data: str | None = None
     """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
     split: str = "test"
@@ -152,7 +152,7 @@ class Evaluate(Section):
     """Texts that are embedded at once on a device."""
 
 
-class Track(Section):
+class TrackConfig(Section):
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     to: list[Literal["wandb", "tensorboard"]] = []

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import logging as transformers_logging
 
 from lodestar import rng
-from lodestar.config.schema import Model
+from lodestar.config.schema import ModelConfig
 from lodestar.errors import ModelError
 
 # --- loading ---------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def find_folder(name: str) -> Path:
         ) from None
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, checked against its encoder.
 
     It must be a fast one, because whole words are found by its word ids.
@@ -100,7 +100,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise ModelError(f"{where}: its tokenizer knows no token but special ones (add the encoder's tokenizer files)")
 
 
-def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: Model) -> None:
+def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: ModelConfig) -> None:
     """Its ids mean what they meant to the encoder, as far as the encoder's folder tells."""
     config, encoder = _config(model), find_folder(model.encoder)
     ids, known = max(tokenizer.get_vocab().values()) + 1, getattr(config, "vocab_size", None)
@@ -133,7 +133,7 @@ SPARSE_VOCABULARY = 0.9
 """Embeddings are often padded to a multiple; a tokenizer that fills less of them than this is not theirs."""
 
 
-def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool = False) -> Loaded:
+def load_encoder(model: ModelConfig, auto_class: Any, *, seed: int, random_head: bool = False) -> Loaded:
     """An encoder in fp32 by one of transformers' Auto classes, from a file or randomly initialised, as the recipe says.
 
     random_head   the tensors outside the base model may be missing from the file and start randomly initialised
@@ -159,7 +159,7 @@ def load_encoder(model: Model, auto_class: Any, *, seed: int, random_head: bool 
     return replace(loaded, warnings=_pooling_warning(folder))
 
 
-def _config(model: Model) -> Any:
+def _config(model: ModelConfig) -> Any:
     """The encoder's configuration; ModelError where it cannot be read."""
     folder = find_folder(model.encoder)
     try:
@@ -269,7 +269,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps({**made, "truncation": None, "padding": None}, sort_keys=True)
 
 
-def _check_length(model: Model, encoder: PreTrainedModel) -> None:
+def _check_length(model: ModelConfig, encoder: PreTrainedModel) -> None:
     rows, (_, first) = getattr(encoder.config, "max_position_embeddings", None), _positions_of(encoder.base_model)
     if rows is not None and model.max_length > rows - first:
         raise ModelError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from lodestar.config.schema import Engine
+from lodestar.config.schema import EngineConfig
 
 GIB = 2**30
 
@@ -111,7 +111,7 @@ def activation_bytes(shape: EncoderShape, precision: str, *, checkpointing: bool
 def memory(
     shape: EncoderShape,
     *,
-    engine: Engine,
+    engine: EngineConfig,
     world_size: int,
     precision: str,
     tokens_at_once: int,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lodestar.config.schema import AUTO, Batch, Model, Run, Schedule
+from lodestar.config.schema import AUTO, BatchConfig, ModelConfig, RunConfig, ScheduleConfig
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
 from lodestar.planning.cost_model import BERT_BASE, DEVICES, RUNTIME_BYTES, Device, EncoderShape, Memory, Seconds
@@ -32,12 +32,12 @@ class PlanWarnings:
             return value
 
 
-def encoder_shape(model: Model, missing: PlanWarnings) -> EncoderShape:
+def encoder_shape(model: ModelConfig, missing: PlanWarnings) -> EncoderShape:
     """The shape in the encoder's folder, or in the hub's cache on this machine, or else BERT-base's."""
     return missing.or_default(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
 
 
-def _shape_in(model: Model) -> EncoderShape:
+def _shape_in(model: ModelConfig) -> EncoderShape:
     path = Path(model.encoder) / "config.json"
     if not path.is_file():
         from huggingface_hub import try_to_load_from_cache
@@ -67,7 +67,7 @@ def _shape_in(model: Model) -> EncoderShape:
 
 
 def rows_and_steps(
-    train: Sequence[str], schedule: Schedule, global_size: int, missing: PlanWarnings
+    train: Sequence[str], schedule: ScheduleConfig, global_size: int, missing: PlanWarnings
 ) -> tuple[int | None, int | None]:
     """(rows, steps), as far as they can be known without reading more than lines."""
     rows = missing.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
@@ -87,9 +87,9 @@ def state_of(output_dir: str) -> str:
 
 def describe(
     *,
-    run: Run,
-    batch: Batch,
-    schedule: Schedule,
+    run: RunConfig,
+    batch: BatchConfig,
+    schedule: ScheduleConfig,
     world_size: int,
     rows: int | None,
     steps: int | None,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lodestar.config.schema import Track
+from lodestar.config.schema import TrackConfig
 from lodestar.files import write_text
 
 METRICS = "metrics.jsonl"
@@ -26,7 +26,7 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, output_dir: Path, track: Track, run_name: str, recipe: Mapping[str, Any], env: Mapping[str, str]
+        cls, output_dir: Path, track: TrackConfig, run_name: str, recipe: Mapping[str, Any], env: Mapping[str, str]
     ) -> Tracker:
         """Trackers write below `output_dir`; wandb goes offline where neither a mode nor a key is set."""
         trackers = [_start(name, output_dir, track, run_name, env) for name in track.to]
@@ -83,7 +83,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _start(name: str, output_dir: Path, track: Track, run_name: str, env: Mapping[str, str]) -> Any:
+def _start(name: str, output_dir: Path, track: TrackConfig, run_name: str, env: Mapping[str, str]) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 

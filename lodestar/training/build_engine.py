@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lodestar.config.schema import Engine as EngineSection
-from lodestar.config.schema import Optim
+from lodestar.config.schema import EngineConfig, OptimConfig
 from lodestar.distributed.collectives import gather_objects
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
@@ -14,7 +13,9 @@ from lodestar.training.engine import Engine, Precision
 from lodestar.training.zero import ZeroEngine
 
 
-def build(module: nn.Module, runtime: Runtime, section: EngineSection, optim: Optim, precision: Precision) -> Engine:
+def build(
+    module: nn.Module, runtime: Runtime, section: EngineConfig, optim: OptimConfig, precision: Precision
+) -> Engine:
     """The engine of the recipe around `module`, whose weights are already those to start from."""
     if precision == "fp16" and runtime.device.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU (use fp32 or bf16 here)")

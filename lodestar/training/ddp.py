@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lodestar.config.schema import Optim
+from lodestar.config.schema import OptimConfig
 from lodestar.distributed.runtime import Runtime
 from lodestar.training import optim as optims
 from lodestar.training.engine import Precision, Resumed, StepReport, _Autocast, _state_of
@@ -21,7 +21,7 @@ class DdpEngine:
     """torch's DistributedDataParallel; weights, gradients and states whole on every rank."""
 
     def __init__(
-        self, module: nn.Module, runtime: Runtime, optim: Optim, precision: Precision, muon_fp32: bool
+        self, module: nn.Module, runtime: Runtime, optim: OptimConfig, precision: Precision, muon_fp32: bool
     ) -> None:
         self.module, self._muon_fp32 = module, muon_fp32
         self._names = {parameter: name for name, parameter in module.named_parameters()}

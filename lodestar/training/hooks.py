@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lodestar.config.schema import Checkpoint
+from lodestar.config.schema import CheckpointConfig
 from lodestar.distributed.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
 from lodestar.errors import TrainingError
 from lodestar.reporting.throughput import Console, Throughput
@@ -109,7 +109,7 @@ class CheckpointHook(_Quiet):
     """Commits a checkpoint every so many steps, at the end, and before a stop."""
 
     def __init__(
-        self, engine: Engine, directory: Path, section: Checkpoint, identity: Mapping[str, Any], rank: int
+        self, engine: Engine, directory: Path, section: CheckpointConfig, identity: Mapping[str, Any], rank: int
     ) -> None:
         self._engine, self._directory, self._section = engine, directory, section
         self._identity, self._rank = identity, rank

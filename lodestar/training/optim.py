@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lodestar.config.schema import Optim
+from lodestar.config.schema import OptimConfig
 
 Group = dict[str, Any]
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -32,7 +32,7 @@ def by_muon(model: nn.Module) -> set[str]:
     }
 
 
-def groups(model: nn.Module, optim: Optim) -> list[Group]:
+def groups(model: nn.Module, optim: OptimConfig) -> list[Group]:
     """Parameter groups, each with its `peak_lr`; `use_muon` tells Muon's from AdamW's."""
     muon = by_muon(model) if optim.name == "muon" else set()
     sorted_out: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -52,7 +52,7 @@ def groups(model: nn.Module, optim: Optim) -> list[Group]:
     ]
 
 
-def adamw(parameter_groups: list[Group], optim: Optim) -> torch.optim.Optimizer:
+def adamw(parameter_groups: list[Group], optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [{k: v for k, v in group.items() if k != "use_muon"} for group in parameter_groups],
         lr=optim.lr,
@@ -62,7 +62,7 @@ def adamw(parameter_groups: list[Group], optim: Optim) -> torch.optim.Optimizer:
     )
 
 
-def muon(parameter_groups: list[Group], optim: Optim) -> torch.optim.Optimizer:
+def muon(parameter_groups: list[Group], optim: OptimConfig) -> torch.optim.Optimizer:
     return torch.optim.Muon(
         [{k: v for k, v in group.items() if k != "use_muon"} for group in parameter_groups],
         lr=optim.muon_lr,

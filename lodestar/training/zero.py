@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lodestar.config.schema import Engine as EngineSection
-from lodestar.config.schema import Optim
+from lodestar.config.schema import EngineConfig, OptimConfig
 from lodestar.distributed.collectives import sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
 from lodestar.errors import ConfigError
@@ -25,8 +24,8 @@ class ZeroEngine:
         self,
         module: nn.Module,
         runtime: Runtime,
-        section: EngineSection,
-        optim: Optim,
+        section: EngineConfig,
+        optim: OptimConfig,
         precision: Precision,
         muon_fp32: bool,
     ) -> None:
@@ -195,7 +194,7 @@ class _Piece:
     """Whether this rank is the one that contributes it when pieces are added up."""
 
 
-def _deepspeed_muon(parameter_groups: list[optims.Group], optim: Optim) -> torch.optim.Optimizer:
+def _deepspeed_muon(parameter_groups: list[optims.Group], optim: OptimConfig) -> torch.optim.Optimizer:
     """DeepSpeed's Muon, which orthogonalises matrices before they are sharded; made here because a config would pick
     the matrices by their names."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam

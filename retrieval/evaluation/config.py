@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Count, Evaluate
+from lodestar.config.schema import Count, EvaluateConfig
 from retrieval.embedding.embedder import Prompts
 from retrieval.evaluation.significance import Bootstrap
 from retrieval.evaluation.tasks import AnyTask, Retrieval
@@ -24,7 +24,7 @@ class EvaluateRecipe(Section):
     """Folders (or hub names) in sentence-transformers' format; or the same, each under a label."""
     prompts: dict[str, Prompts] = {}
     """By a model's label (or name), in place of its folder's own."""
-    evaluate: Evaluate = Evaluate()
+    evaluate: EvaluateConfig = EvaluateConfig()
     """Retrieval on one BEIR folder."""
     tasks: dict[str, AnyTask] = {}
     """More to measure, each under a label."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lodestar.config.schema import Evaluate
+from lodestar.config.schema import EvaluateConfig
 from lodestar.data.loader import cut, padded
 from lodestar.distributed.collectives import from_main, gather_rows
 from lodestar.distributed.runtime import Runtime
@@ -26,7 +26,7 @@ class InTrainingEvaluator:
 
     def __init__(
         self,
-        section: Evaluate,
+        section: EvaluateConfig,
         tokenizer: PreTrainedTokenizerBase,
         runtime: Runtime,
         *,

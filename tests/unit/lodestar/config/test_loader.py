@@ -8,7 +8,7 @@ import pytest
 
 from contrastive.config import FinetuneRecipe
 from lodestar.config import loader
-from lodestar.config.schema import BatchPlan, Schedule
+from lodestar.config.schema import BatchPlan, ScheduleConfig
 from lodestar.errors import ConfigError
 from retromae.config import PretrainRecipe
 
@@ -106,6 +106,6 @@ def test_shares_make_exactly_the_global_batch(rows: int, size: int) -> None:
 
 
 def test_a_schedule_by_epochs_counts_whole_batches() -> None:
-    assert Schedule(epochs=2.0).total_steps(rows=100, global_size=30) == 6
-    assert Schedule(steps=7).total_steps(rows=1, global_size=30) == 7
-    assert Schedule(steps=7, warmup_ratio=0.3).warmup_steps(7) == 2
+    assert ScheduleConfig(epochs=2.0).total_steps(rows=100, global_size=30) == 6
+    assert ScheduleConfig(steps=7).total_steps(rows=1, global_size=30) == 7
+    assert ScheduleConfig(steps=7, warmup_ratio=0.3).warmup_steps(7) == 2

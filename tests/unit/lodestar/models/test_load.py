@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, GPT2Config, GPT2Model
 
-from lodestar.config.schema import Model
+from lodestar.config.schema import ModelConfig
 from lodestar.errors import ModelError
 from lodestar.models.load import load_encoder, load_tokenizer
 from retromae.backbone import parts_of
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path, auto_class: object = AutoModelForMaskedLM, **more: object) -> str:
-    model = Model(encoder=str(folder), max_length=32, **more)  # type: ignore[arg-type]
+    model = ModelConfig(encoder=str(folder), max_length=32, **more)  # type: ignore[arg-type]
     return str(load_encoder(model, auto_class, seed=1, random_head=model.random_head))
 
 
@@ -94,7 +94,7 @@ def test_random_weights_are_said_to_be_random_and_depend_on_the_seed_alone(folde
     with pytest.raises(ModelError, match=r"model\.random_weights: true"):
         load(folder)
     assert load(folder, random_weights=True).startswith("0 of 42")
-    model = Model(encoder=str(folder), max_length=32, random_weights=True)
+    model = ModelConfig(encoder=str(folder), max_length=32, random_weights=True)
     first, again, other = (load_encoder(model, AutoModel, seed=seed).model for seed in (1, 1, 2))
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
     assert all(a.equal(b) for a, b, _ in pairs) and any(not a.equal(c) for a, _, c in pairs)
@@ -104,13 +104,13 @@ def test_what_cannot_be_opened_is_one_line(folder: Path, tmp_path: Path) -> None
     with pytest.raises(ModelError, match="neither a folder nor a model"):
         load(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"max_length: 65 tokens but .* knows 64 positions"):
-        load_encoder(Model(encoder=str(folder), max_length=65), AutoModel, seed=1)
+        load_encoder(ModelConfig(encoder=str(folder), max_length=65), AutoModel, seed=1)
     (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="cannot be opened") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=r"model\.tokenizer"):
-        load_tokenizer(Model(encoder=str(folder), tokenizer=str(tmp_path)))
+        load_tokenizer(ModelConfig(encoder=str(folder), tokenizer=str(tmp_path)))
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -130,7 +130,7 @@ def test_the_parts_put_together_are_the_model(family: str, tmp_path: Path) -> No
 
 
 def tokenizer_of(folder: Path, **more: object) -> object:
-    return load_tokenizer(Model(encoder=str(folder), max_length=32, **more))  # type: ignore[arg-type]
+    return load_tokenizer(ModelConfig(encoder=str(folder), max_length=32, **more))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -4,7 +4,7 @@ from transformers import AutoModel, BertConfig
 
 from contrastive.gradcache import graph_bytes
 from contrastive.model import BiEncoder
-from lodestar.config.schema import Engine
+from lodestar.config.schema import EngineConfig
 from lodestar.planning.cost_model import (
     BERT_BASE,
     DEVICES,
@@ -42,7 +42,7 @@ def test_the_parameters_of_bert_base_are_counted():
 
 def test_zero_shards_what_its_stage_says():
     def parts(kind: str, stage: int) -> Memory:
-        engine = Engine(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
+        engine = EngineConfig(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
         return memory(BERT_BASE, engine=engine, world_size=10, precision="fp32", tokens_at_once=100)
 
     whole, first, third = parts("ddp", 1), parts("deepspeed", 1), parts("deepspeed", 3)

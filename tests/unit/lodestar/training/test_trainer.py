@@ -206,3 +206,9 @@ def test_a_checkpoint_of_version_0_1_goes_on_as_it_did_there(stage: str, tmp_pat
     assert losses == pytest.approx(
         {int(k): v for k, v in json.loads((old / "losses.json").read_text()).items()}, rel=1e-5
     )
+
+
+def test_the_rate_of_muon_is_logged_beside_adamws(tmp_path: Path) -> None:
+    folder = train(tmp_path, "optim.name=muon", "optim.muon_lr=0.02", "schedule.shape=constant", "track.log_every=1")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["lr"], line["muon_lr"]) for line in lines] == [(0.001, 0.02)] * 2
