@@ -42,3 +42,8 @@ class PeerLostError(LodestarError):
     """Other ranks are gone; told once on each host that is left."""
 
     exit_code = 4
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says, for a message of ours; the error's class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lodestar.errors import DataError
+from lodestar.errors import DataError, first_line
 
 Row = Mapping[str, Any]
 
@@ -98,7 +98,7 @@ def _read_parquet(source: Source) -> Iterator[tuple[str, Row]]:
                     yield f"{source.path}:{number}", row
                     number += 1
     except (ArrowException, OSError) as error:
-        raise DataError(f"{source.path}:{number}: row: cannot be read: {_first_line(error)} (fetch it again)") from None
+        raise DataError(f"{source.path}:{number}: row: cannot be read: {first_line(error)} (fetch it again)") from None
 
 
 def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
@@ -150,13 +150,9 @@ def _open(source: Source, *, streaming: bool = False) -> Any:
             opened = datasets.load_dataset(source.path, split="train", streaming=streaming)
     except Exception as error:  # the library has no common class for what can go wrong with a name or a file
         raise DataError(
-            f"{source.field}: {source.path}: cannot be opened: {_first_line(error)} (check the name)"
+            f"{source.field}: {source.path}: cannot be opened: {first_line(error)} (check the name)"
         ) from None
     return opened["train"] if isinstance(opened, datasets.DatasetDict) else opened
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def stream_rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:

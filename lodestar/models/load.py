@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from lodestar import rng
 from lodestar.config.schema import ModelConfig
-from lodestar.errors import ModelError
+from lodestar.errors import ModelError, first_line
 
 # --- loading ---------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(
-            f"model.tokenizer: {folder}: cannot be opened: {_first_line(error)} (save it again with a tokenizer.json)"
+            f"model.tokenizer: {folder}: cannot be opened: {first_line(error)} (save it again with a tokenizer.json)"
         ) from None
     if not tokenizer.is_fast:
         raise ModelError(f"model.tokenizer: {folder}: not a fast tokenizer (save it with a tokenizer.json)")
@@ -166,7 +166,7 @@ def _config(model: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
-            f"model.encoder: {folder}: cannot be opened: {_first_line(error)} (name a folder in transformers' format)"
+            f"model.encoder: {folder}: cannot be opened: {first_line(error)} (name a folder in transformers' format)"
         ) from None
 
 
@@ -184,7 +184,7 @@ def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any]
         )
         held = _tensors(files)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.encoder: {folder}: cannot be opened: {_first_line(error)}") from None
+        raise ModelError(f"model.encoder: {folder}: cannot be opened: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     prefix = encoder.base_model_prefix + "."
@@ -288,7 +288,7 @@ def _check_direction(encoder: PreTrainedModel, folder: Path) -> None:
             seen_BD = base(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).last_hidden_state[:, 0]
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ModelError(
-                f"model.encoder: {folder}: {type(encoder).__name__} is no text encoder: {_first_line(error)} "
+                f"model.encoder: {folder}: {type(encoder).__name__} is no text encoder: {first_line(error)} "
                 "(name one like BERT)"
             ) from None
     encoder.train(training)
@@ -324,10 +324,6 @@ def _dropout_rates(config: Any) -> list[str]:
         for n, v in config.to_dict().items()
         if "dropout" in n and isinstance(v, (int, float)) and not isinstance(v, bool)
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --- parts -----------------------------------------------------------------------------------

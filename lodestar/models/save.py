@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lodestar.config.loader import dump
+from lodestar.files import write_json
 from lodestar.models.load import _aliases
 
 
@@ -50,9 +51,9 @@ def save_model(
     kind = "sentence_transformers.models"
     modules = [("", f"{kind}.Transformer"), ("1_Pooling", f"{kind}.Pooling"), ("2_Normalize", f"{kind}.Normalize")]
     listed = [{"idx": i, "name": str(i), "path": path, "type": name} for i, (path, name) in enumerate(modules)]
-    _write_json(folder / "modules.json", listed)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    _write_json(
+    write_json(folder / "modules.json", listed)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    write_json(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
@@ -78,7 +79,3 @@ def model_card(title: str, recipe: BaseModel, facts: Mapping[str, Any]) -> str:
         'passages = model.encode_document(["a passage"])\n```\n\n'
         f"## Training\n\n```json\n{values}\n```\n\n```yaml\n{dump(recipe)}```\n"
     )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

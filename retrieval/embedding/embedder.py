@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lodestar.data.readers import Source
-from lodestar.errors import ConfigError, LodestarError, ModelError
+from lodestar.errors import ConfigError, LodestarError, ModelError, first_line
 from retrieval.embedding.cache import cached, file_for
 
 if TYPE_CHECKING:
@@ -250,8 +250,7 @@ def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | 
         with _quiet_transformers():
             model = SentenceTransformer(str(path), device=str(device)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"{path}: cannot be opened: {reason} (check the name)") from None
+        raise ModelError(f"{path}: cannot be opened: {first_line(error)} (check the name)") from None
     check_vocabulary(model.tokenizer, str(path))
     model.prompts |= prompts or {}
     if missing := _missing(model, folder):
