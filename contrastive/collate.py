@@ -23,9 +23,6 @@ LENGTH_GROUPS = 4
 """Micro-batches of a step that needs no second pass: cut by length, all their graphs kept."""
 
 
-# --- rows ------------------------------------------------------------------------------------
-
-
 # --- batches ---------------------------------------------------------------------------------
 
 

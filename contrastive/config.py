@@ -17,6 +17,7 @@ from lodestar.config.schema import (
     Natural,
     OptimConfig,
     Positive,
+    Precision,
     RunConfig,
     ScheduleConfig,
     TrackConfig,
@@ -112,7 +113,7 @@ class FinetuneRecipe(Section):
     batch: FinetuneBatchConfig
     optim: OptimConfig
     schedule: ScheduleConfig
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: FinetuneEvaluateConfig = FinetuneEvaluateConfig()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from contrastive.config import TILE_BYTES, FinetuneRecipe
 from lodestar.planning.cost_model import DEVICES, activation_bytes, memory, model_flops, seconds
 from lodestar.planning.plan import PlanWarnings, describe, encoder_shape, rows_and_steps
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[str, Any]:

@@ -17,12 +17,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lodestar.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -15,6 +15,7 @@ from lodestar.config.schema import (
     ModelConfig,
     Natural,
     OptimConfig,
+    Precision,
     RunConfig,
     ScheduleConfig,
     TrackConfig,
@@ -72,7 +73,7 @@ class PretrainRecipe(Section):
     batch: BatchConfig
     optim: OptimConfig
     schedule: ScheduleConfig
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     engine: EngineConfig = EngineConfig(kind="deepspeed", zero_stage=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lodestar.planning.cost_model import memory, model_flops, seconds
 from lodestar.planning.plan import PlanWarnings, describe, encoder_shape, rows_and_steps
 from retromae.config import HEAD_LOGITS, PretrainRecipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> dict[str, Any]:

@@ -20,6 +20,8 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
+Precision = Literal["bf16", "fp16", "fp32"]
+"""Of matrix products; weights, gradients and losses are fp32 all the same."""
 
 
 class RunConfig(Section):

@@ -334,6 +334,3 @@ def _positions_of(base: nn.Module) -> tuple[nn.Embedding | None, int]:
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return table, 0 if padding is None else padding + 1
-
-
-# --- saving ----------------------------------------------------------------------------------

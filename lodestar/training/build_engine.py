@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from lodestar.config.schema import EngineConfig, OptimConfig
+from lodestar.config.schema import EngineConfig, OptimConfig, Precision
 from lodestar.distributed.collectives import gather_objects
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.training.ddp import DdpEngine
-from lodestar.training.engine import Engine, Precision
+from lodestar.training.engine import Engine
 from lodestar.training.zero import ZeroEngine
 
 

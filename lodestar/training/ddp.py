@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lodestar.config.schema import OptimConfig
+from lodestar.config.schema import OptimConfig, Precision
 from lodestar.distributed.runtime import Runtime
 from lodestar.training import optim as optims
-from lodestar.training.engine import Precision, Resumed, StepReport, _Autocast, _state_of
+from lodestar.training.engine import Resumed, StepReport, _Autocast, _state_of
 
 
 class DdpEngine:

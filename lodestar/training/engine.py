@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lodestar.errors import CheckpointError
 
-Precision = Literal["bf16", "fp16", "fp32"]
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -16,12 +16,13 @@ from lodestar.config.schema import (
     EngineConfig,
     EvaluateConfig,
     OptimConfig,
+    Precision,
     RunConfig,
     ScheduleConfig,
     TrackConfig,
 )
 from lodestar.distributed.runtime import Runtime
-from lodestar.training.engine import Engine, Precision
+from lodestar.training.engine import Engine
 from lodestar.training.loop import Stage
 
 

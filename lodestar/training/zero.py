@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lodestar.config.schema import EngineConfig, OptimConfig
+from lodestar.config.schema import EngineConfig, OptimConfig, Precision
 from lodestar.distributed.collectives import sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
 from lodestar.errors import ConfigError
 from lodestar.training import optim as optims
-from lodestar.training.engine import Precision, Resumed, StepReport, _Autocast, _state_of
+from lodestar.training.engine import Resumed, StepReport, _Autocast, _state_of
 
 
 class ZeroEngine:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Count
-from retrieval.embedding.embedder import Precision, Prompts, Role
+from lodestar.config.schema import Count, Precision
 
-if TYPE_CHECKING:
-    pass
-
-
+Role = Literal["query", "document", "text"]
+"""text: of a task that neither asks nor answers, as classification; embedded without any prompt."""
+Prompts = dict[Literal["query", "document"], str]
+"""In place of a folder's own. BGE's folders on the hub have none: give the instruction of their model card."""
 Dtype = Literal["float32", "float16", "int8", "binary"]
 
 

@@ -13,17 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lodestar.config.schema import Precision
 from lodestar.data.readers import Source
 from lodestar.errors import ConfigError, LodestarError, ModelError, first_line
 from retrieval.embedding.cache import cached, file_for
-
-if TYPE_CHECKING:
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from torch import Tensor
-
+from retrieval.embedding.config import Prompts, Role
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -32,12 +28,6 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
     from torch import Tensor
-
-Role = Literal["query", "document", "text"]
-"""text: of a task that neither asks nor answers, as classification; embedded without any prompt."""
-Prompts = dict[Literal["query", "document"], str]
-"""In place of a folder's own. BGE's folders on the hub have none: give the instruction of their model card."""
-Precision = Literal["bf16", "fp16", "fp32"]
 
 
 class Encoded(NamedTuple):

@@ -19,8 +19,8 @@ from lodestar.distributed.runtime import Placement
 from lodestar.errors import ConfigError, DataError
 from lodestar.files import make_folder, write_json
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.config import EncodeRecipe
-from retrieval.embedding.embedder import Embedder, Role, fingerprint
+from retrieval.embedding.config import EncodeRecipe, Role
+from retrieval.embedding.embedder import Embedder, fingerprint
 from retrieval.embedding.shards import (
     MANIFEST,
     NO_ROW,
@@ -43,15 +43,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_MINUTES = 24 * 60.0
 """How long a rank waits for the others: theirs may be the longer texts."""
-
-
-# --- texts -----------------------------------------------------------------------------------
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-# --- numbers ---------------------------------------------------------------------------------
 
 
 # --- the command -----------------------------------------------------------------------------

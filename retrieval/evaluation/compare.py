@@ -16,7 +16,8 @@ from lodestar.cli import entry_point
 from lodestar.distributed.runtime import Placement
 from lodestar.files import make_folder
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.embedder import Prompts, check_folder, embed
+from retrieval.embedding.config import Prompts
+from retrieval.embedding.embedder import check_folder, embed
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.results import Result, Row, about, counts, show_all, show_differences, write_json
 from retrieval.evaluation.tasks import Run, Task, measure_run, retrieval

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count, EvaluateConfig
-from retrieval.embedding.embedder import Prompts
+from retrieval.embedding.config import Prompts
 from retrieval.evaluation.significance import Bootstrap
 from retrieval.evaluation.tasks import AnyTask, Retrieval
-
-if TYPE_CHECKING:
-    pass
 
 
 class EvaluateRecipe(Section):

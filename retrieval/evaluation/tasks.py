@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from retrieval.embedding.embedder import Role
+    from retrieval.embedding.config import Role
     from retrieval.evaluation.beir import Beir
 
     Embed = Callable[[Sequence[str], Role], Tensor]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count, Natural, Positive
-from retrieval.embedding.config import Encode
-from retrieval.embedding.embedder import Prompts
-
-if TYPE_CHECKING:
-    pass
+from retrieval.embedding.config import Encode, Prompts
 
 
 class Mine(Section):

@@ -22,8 +22,8 @@ from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, ModelError
 from lodestar.files import make_folder, replacing_file, write_json
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.config import EncodeRecipe, Output
-from retrieval.embedding.embedder import Role, check_folder, fingerprint
+from retrieval.embedding.config import EncodeRecipe, Output, Role
+from retrieval.embedding.embedder import check_folder, fingerprint
 from retrieval.embedding.encode import TIMEOUT_MINUTES, encode
 from retrieval.embedding.shards import files_of, read_embeddings, read_texts
 from retrieval.mining.config import MineRecipe
@@ -104,9 +104,6 @@ def _lay_out(recipe: MineRecipe) -> tuple[str, dict[str, int]]:
         np.save(folder / "hashes.npy", np.array(hashes, dtype=np.int64))
         write_json(facts, {"candidates": candidates, "queries": queries})
     return str(folder), json.loads(facts.read_text(encoding="utf-8"))
-
-
-# --- search ----------------------------------------------------------------------------------
 
 
 # --- the run ---------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, LaunchError
 from lodestar.files import make_folder
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.config import Encode, EncodeRecipe, Output
-from retrieval.embedding.embedder import Prompts
+from retrieval.embedding.config import Encode, EncodeRecipe, Output, Prompts
 from retrieval.embedding.encode import encode
 from retrieval.embedding.shards import read_embeddings, read_manifest
 from retrieval.search.vector_stores import Row, StoreSection, check, open_store, read_record, record_path

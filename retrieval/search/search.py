@@ -23,7 +23,8 @@ from retrieval.embedding.embedder import fingerprint
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from retrieval.embedding.embedder import Embedder, Precision
+    from retrieval.embedding.config import Precision
+    from retrieval.embedding.embedder import Embedder
     from retrieval.evaluation.beir import Document
     from retrieval.search.vector_stores import Record, Store, StoreSection
 

@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from lodestar.config.loader import Section
 from lodestar.errors import ConfigError
 from lodestar.files import make_folder, replacing_file, write_text
-from retrieval.embedding.embedder import Prompts, fingerprint
+from retrieval.embedding.config import Prompts
+from retrieval.embedding.embedder import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np
