@@ -148,11 +148,9 @@ def whole(queries: int = 32_768, passages: int = 65_536, width: int = 768) -> di
 def loader(rows: int = 2048) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         made = _recipe(Path(name), rows, micro_size=rows)
-        ready, _ = steps.built(made, 0, 1)
-        assert ready.collate is not None
-        collate = ready.collate
-        batch = collate(0)
-        seconds = _seconds(lambda: collate(1))
+        task, _ = steps.built(made, 0, 1)
+        batch: Any = next(task.batches(0))
+        seconds = _seconds(lambda: next(task.batches(0)))
     texts = len(batch.place_N)
     return {"texts_per_second": texts / seconds, "tokens_per_text": batch.tokens / texts}
 
@@ -178,23 +176,21 @@ def curve() -> dict[str, Any]:
 
 
 def _grown(rank: int, size: int, made: Any) -> int:
-    ready, runtime = steps.built(made, rank, size)
-    assert ready.collate is not None
-    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
-    batch = ready.collate(0)
+    task, runtime = steps.built(made, rank, size)
+    engine = build(task.module, runtime, made.engine, made.optim, made.precision)
+    batch = next(task.batches(0))
     before = _peak_bytes()
-    ready.stage.backward(batch, engine, 0)
+    task.stage.backward(batch, engine, 0)
     return _peak_bytes() - before
 
 
 def _step(made: Any) -> float:
     """Seconds of one step on this process."""
     with joined(Placement(0, 1, 0)) as runtime:
-        ready, _ = steps.built(made, 0, 1)
-        engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
-        assert ready.collate is not None
-        batch = ready.collate(0)
-        return _seconds(lambda: (ready.stage.backward(batch, engine, 0), engine.step(0.0)))
+        task, _ = steps.built(made, 0, 1)
+        engine = build(task.module, runtime, made.engine, made.optim, made.precision)
+        batch = next(task.batches(0))
+        return _seconds(lambda: (task.stage.backward(batch, engine, 0), engine.step(0.0)))
 
 
 def encode() -> dict[str, Any]:

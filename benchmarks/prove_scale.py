@@ -101,7 +101,7 @@ def _step(rank: int, size: int, stage: str, overrides: list[str]) -> dict[str, A
     outcome, scalars = steps.one_step(rank, size, made)
     return {
         "outcome": outcome,
-        "rows": len(made.batch.plan(size).rows(rank)),
+        "rows": len(made.batch.plan(size).examples(rank)),
         "negatives_per_query": scalars.get("negatives_per_query", 0.0),
         "masked_false_negatives": scalars.get("masked_false_negatives", 0.0),
         "mib": _own_mib(),

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from contrastive.config import FinetuneRecipe
 from contrastive.plan import plan
 from lodestar import cli
 from lodestar.distributed.runtime import Placement
-
-if TYPE_CHECKING:
-    from lodestar.training.task import TaskSpec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,20 +15,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: FinetuneRecipe, placement: Placement) -> int:
+    from contrastive.task import SPEC
     from lodestar.training.trainer import train
 
-    return train(recipe, placement, _spec())
+    return train(recipe, placement, SPEC)
 
 
 def rehearse(recipe: FinetuneRecipe, placement: Placement, steps: int) -> int:
     """What `--rehearse` does."""
+    from contrastive.task import SPEC
     from lodestar.training.dry_run import rehearse
 
-    return rehearse(recipe, placement, _spec(), steps)
-
-
-def _spec() -> TaskSpec:
-    from contrastive.task import build_task, generate
-    from lodestar.training.task import TaskSpec
-
-    return TaskSpec(build_task, generate, plan)
+    return rehearse(recipe, placement, SPEC, steps)

@@ -1,14 +1,15 @@
-"""Rows of a query with its passages, and one rank's share of a step's global batch as micro-batches of texts.
+"""Queries with their passages: one rank's part of a step's global batch as micro-batches of texts.
 
 Queries and passages go through the encoder together, sorted by length: less padding, the same mathematics.
-Shape suffixes: B texts of a micro-batch, L tokens (padded), Q queries, P passages of this rank, G passages of a query.
+Shape suffixes: B texts of a micro-batch, L tokens (padded), Q queries, P passages of this rank, G passages of a query,
+N all texts of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -17,13 +18,22 @@ from torch import Tensor
 from lodestar import rng
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import cut, padded
-from lodestar.data.sampler import DatasetMixture, ShuffledSampler
+from lodestar.data.sampler import DatasetMixture, Sampler
 
 LENGTH_GROUPS = 4
 """Micro-batches of a step that needs no second pass: cut by length, all their graphs kept."""
 
 
-# --- batches ---------------------------------------------------------------------------------
+class Query(NamedTuple):
+    ids: list[int]
+    hash: int
+
+
+class Passage(NamedTuple):
+    ids: list[int]
+    hash: int
+    score: float | None
+    """A teacher's."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +71,23 @@ class StepBatch:
     in_batch_negatives: bool
     """Whether queries see the passages of other queries too."""
     single_pass: bool
-    rows: int
+    examples: int
+    """Queries."""
     tokens: int
     padded_tokens: int
 
     def pin_memory(self) -> StepBatch:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values |= {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
-        return StepBatch(**{**values, "micro_batches": [m.pin_memory() for m in self.micro_batches]})
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, micro_batches=[m.pin_memory() for m in self.micro_batches], **pinned)
 
 
 @dataclass(frozen=True)
-class DataSet:
-    """One entry of data.train: each batch is of one of them."""
+class TrainingDataset:
+    """One entry of data.train; each batch is of one of them."""
 
     table: datasets.Dataset
-    order: ShuffledSampler
+    sampler: Sampler
     in_batch_negatives: bool
 
 
@@ -84,7 +95,7 @@ class DataSet:
 class Collate:
     """step -> this rank's StepBatch; a pure function of (seed, step)."""
 
-    sets: Sequence[DataSet]
+    sets: Sequence[TrainingDataset]
     mixture: DatasetMixture
     plan: BatchPlan
     rank: int
@@ -93,75 +104,81 @@ class Collate:
     pad_id: int
 
     def __call__(self, step: int) -> StepBatch:
-        which, number = self.mixture.at(step)
-        chosen = self.sets[which]
-        part = self.plan.rows(self.rank)
-        epochs, numbers = chosen.order.batch(number, part if len(part) else range(0, 1))
-        rows = chosen.table[numbers.tolist()]
-        drawn = self._draw(rows, epochs, numbers)
+        set_number, number = self.mixture.at(step)
+        dataset = self.sets[set_number]
+        part = self.plan.examples(self.rank)
+        epochs, rows = dataset.sampler.batch(number, part if len(part) else range(0, 1))
+        columns: dict[str, list[Any]] = dataset.table[rows.tolist()]
+        filler = columns["query_ids"][0]
         if not len(part):  # a rank without a query takes part with a text that does not count
-            return self._batch([], [], rows["query_ids"], chosen)
-        groups = [[(rows[f"{name}_ids"][i][j], rows[f"{name}_hash"][i][j], _score(rows, name, i, j)) for name, j in own]
-                  for i, own in enumerate(drawn)]  # fmt: skip
-        queries = list(zip(rows["query_ids"], rows["query_hash"], strict=True))
-        return self._batch(queries, groups, rows["query_ids"], chosen)
+            return self._batch([], [], filler, dataset.in_batch_negatives)
+        queries = [Query(ids, hash) for ids, hash in zip(columns["query_ids"], columns["query_hash"], strict=True)]
+        return self._batch(queries, self._draw(columns, epochs, rows), filler, dataset.in_batch_negatives)
 
-    def _draw(self, rows: Mapping[str, list[Any]], epochs: Tensor, numbers: Tensor) -> list[list[tuple[str, int]]]:
-        """For each row its passages as (pos | neg, index): one positive, then the negatives."""
-        held_Q = torch.tensor([len(pos) for pos in rows["pos_ids"]])
-        keys_Q = rng.hashed(torch.tensor(rng.key(self.seed, "passages")), epochs, numbers)
-        positive_Q = rng.below(held_Q, keys_Q, 0).tolist()
-        most = max(len(neg) for neg in rows["neg_ids"])
+    def _draw(self, columns: dict[str, list[Any]], epochs: Tensor, rows: Tensor) -> list[list[Passage]]:
+        """Each query's passages: one positive, then the negatives."""
+        positives_Q = torch.tensor([len(pos) for pos in columns["pos_ids"]])
+        keys_Q = rng.hashed(torch.tensor(rng.key(self.seed, "passages")), epochs, rows)
+        positive_Q = rng.below(positives_Q, keys_Q, 0).tolist()
+        most = max(len(neg) for neg in columns["neg_ids"])
         order_QN = rng.hashed(keys_Q[:, None], 1, torch.arange(most))
-        drawn = []
+        groups: list[list[Passage]] = []
         for i, positive in enumerate(positive_Q):
-            have = len(rows["neg_ids"][i])
-            want = min(self.negatives, rows["most_negatives"][i]) if have else 0
-            order = order_QN[i, :have].argsort().tolist()
-            drawn.append([("pos", positive), *(("neg", order[j % have]) for j in range(want))])
-        return drawn
+            available = len(columns["neg_ids"][i])
+            wanted = min(self.negatives, columns["most_negatives"][i]) if available else 0
+            order = order_QN[i, :available].argsort().tolist()
+            negatives = [_passage(columns, "neg", i, order[j % available]) for j in range(wanted)]
+            groups.append([_passage(columns, "pos", i, positive), *negatives])
+        return groups
 
-    def _batch(self, queries: list[Any], groups: list[Any], filler: list[Any], chosen: DataSet) -> StepBatch:
+    def _batch(
+        self, queries: list[Query], groups: list[list[Passage]], filler: list[int], in_batch_negatives: bool
+    ) -> StepBatch:
         passages = [passage for group in groups for passage in group]
-        texts = [ids for ids, _ in queries] + [ids for ids, _, _ in passages]
-        widest = max(map(len, groups), default=1)
-        starts = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0)[:-1]
-        owners = [queries[i][1] if j == 0 else -1 for i, group in enumerate(groups) for j in range(len(group))]
-        teacher = torch.full((len(groups), widest), float("nan"))
+        texts = [text.ids for text in (*queries, *passages)]
+        counts_Q = torch.tensor([len(group) for group in groups], dtype=torch.int64)
+        owners = [query.hash if j == 0 else -1 for query, group in zip(queries, groups, strict=True)
+                  for j in range(len(group))]  # fmt: skip
+        teacher_QG = torch.full((len(groups), max(map(len, groups), default=1)), float("nan"))
         for i, group in enumerate(groups):
-            if all(score is not None for _, _, score in group):
-                teacher[i, : len(group)] = torch.tensor([score for _, _, score in group])
+            scores = [passage.score for passage in group if passage.score is not None]
+            if len(scores) == len(group):
+                teacher_QG[i, : len(group)] = torch.tensor(scores)
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        micro_batches = [self._micro_batch([texts[i] for i in run], filler[:1]) for run in cut(by_length, self._parts)]
+        micro_batches = [
+            self._micro_batch([texts[i] for i in indices], filler)
+            for indices in cut(by_length, self._num_micro_batches)
+        ]
         return StepBatch(
             micro_batches,
             place_N=torch.tensor(by_length, dtype=torch.int64),
-            query_hash_Q=torch.tensor([found for _, found in queries], dtype=torch.int64),
-            passage_hash_P=torch.tensor([found for _, found, _ in passages], dtype=torch.int64),
+            query_hash_Q=torch.tensor([query.hash for query in queries], dtype=torch.int64),
+            passage_hash_P=torch.tensor([passage.hash for passage in passages], dtype=torch.int64),
             owner_P=torch.tensor(owners, dtype=torch.int64),
-            start_Q=starts[: len(groups)],
-            count_Q=torch.tensor([len(group) for group in groups], dtype=torch.int64),
-            teacher_QG=teacher,
-            in_batch_negatives=chosen.in_batch_negatives,
+            start_Q=counts_Q.cumsum(0) - counts_Q,
+            count_Q=counts_Q,
+            teacher_QG=teacher_QG,
+            in_batch_negatives=in_batch_negatives,
             single_pass=self.plan.num_micro_batches == 1,
-            rows=len(queries),
+            examples=len(queries),
             tokens=sum(map(len, texts)),
             padded_tokens=sum(m.ids_BL.numel() for m in micro_batches),
         )
 
     @property
-    def _parts(self) -> int:
-        """Micro-batches of a step, the same on all ranks."""
+    def _num_micro_batches(self) -> int:
+        """The same on all ranks."""
         if self.plan.num_micro_batches > 1:
             return self.plan.num_micro_batches
-        most = max(self.plan.rows_per_rank) * (2 + self.negatives)
+        most = max(self.plan.examples_per_rank) * (2 + self.negatives)
         return LENGTH_GROUPS if most >= 8 * LENGTH_GROUPS else 1
 
-    def _micro_batch(self, texts: list[Any], filler: list[Any]) -> MicroBatch:
-        rows = texts or filler
+    def _micro_batch(self, texts: list[list[int]], filler: list[int]) -> MicroBatch:
+        rows = texts or [filler]
         return MicroBatch(padded(rows, self.pad_id), torch.tensor([len(row) for row in rows]), bool(texts))
 
 
-def _score(rows: Mapping[str, list[Any]], name: str, row: int, passage: int) -> float | None:
-    scores = rows[f"{name}_scores"][row]
-    return scores[passage] if scores else None
+def _passage(columns: dict[str, list[Any]], kind: str, example: int, number: int) -> Passage:
+    """kind   pos | neg"""
+    ids, hashes, scores = (columns[f"{kind}_{name}"][example] for name in ("ids", "hash", "scores"))
+    return Passage(ids[number], hashes[number], scores[number] if scores else None)

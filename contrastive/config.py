@@ -9,18 +9,12 @@ from pydantic import Field, model_validator
 from lodestar.config.loader import Section
 from lodestar.config.schema import (
     BatchConfig,
-    CheckpointConfig,
     Count,
-    EngineConfig,
     EvaluateConfig,
-    ModelConfig,
     Natural,
-    OptimConfig,
     Positive,
-    Precision,
-    RunConfig,
-    ScheduleConfig,
-    TrackConfig,
+    TrainingDataConfig,
+    TrainingRecipe,
 )
 
 TILE_BYTES = 64 << 20
@@ -58,7 +52,7 @@ class WeightedDataset(Section):
     """false: its queries see only the passages of their own row, as for classes with few labels."""
 
 
-class DataConfig(Section):
+class DataConfig(TrainingDataConfig):
     train: Annotated[list[str | WeightedDataset], Field(min_length=1)]
     """BGE JSONL, or (anchor, positive, negative_1, ...) columns; each entry is a data set, each batch is of one."""
     negatives_per_query: Natural = 1
@@ -69,12 +63,6 @@ class DataConfig(Section):
     query_max_length: Count | None = None
     """Tokens; none: model.max_length."""
     passage_max_length: Count | None = None
-    cache_dir: str = "~/.cache/lodestar"
-    """Where tokenized texts are kept, shared by all runs."""
-    processes: Annotated[int, Field(ge=1)] = 4
-    """Processes that tokenize."""
-    workers: Natural = 2
-    """Processes on each rank that prepare batches ahead; 0: none."""
 
     @property
     def sets(self) -> list[WeightedDataset]:
@@ -103,21 +91,13 @@ class FinetuneEvaluateConfig(EvaluateConfig):
     """A metric, as ndcg_at_10: model/ becomes the best evaluated model, not the last."""
 
 
-class FinetuneRecipe(Section):
+class FinetuneRecipe(TrainingRecipe):
     """Contrastive fine-tuning."""
 
-    run: RunConfig
-    model: ModelConfig
     data: DataConfig
     loss: LossConfig = LossConfig()
     batch: FinetuneBatchConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    precision: Precision = "bf16"
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: FinetuneEvaluateConfig = FinetuneEvaluateConfig()
-    track: TrackConfig = TrackConfig()
 
     @model_validator(mode="after")
     def _best_of_something(self) -> FinetuneRecipe:

@@ -83,7 +83,8 @@ def _embed_all(
     embed: Callable[[int], tuple[Tensor, Temperature]], num_micro_batches: int, num_kept: int
 ) -> tuple[list[Tensor], Temperature]:
     """Step 1: all embeddings; only those of the first `num_kept` micro-batches have a graph."""
-    embeddings, temperature = [], 1.0
+    embeddings: list[Tensor] = []
+    temperature: Temperature = 1.0
     for i in range(num_micro_batches):
         with torch.set_grad_enabled(i < num_kept):
             unit_BD, temperature = embed(i)
@@ -101,7 +102,7 @@ def _gradient_of_embeddings(
         leaves.append(temperature := temperature.detach().requires_grad_())
     scalars = losses_of(leaf_ND, temperature)
     grad_ND, *grad_temperature = torch.autograd.grad(scalars["loss"], leaves)
-    grads = grad_ND.split([len(unit_BD) for unit_BD in embeddings])
+    grads = torch.split(grad_ND, [len(unit_BD) for unit_BD in embeddings])
     return scalars, grads, grad_temperature[0] if grad_temperature else None
 
 

@@ -9,7 +9,7 @@ T anchors of a tile, N any texts, R positions of anchors that are treated alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def contrastive_local_loss(
     temperature  positive; a tensor gets a gradient
     weight       of each anchor, () or (B,): 1 / global number of queries
     tile_bytes   the most that scores may take; changes rounding only
-    raises       ValueError where shapes do not fit distributed_session
+    raises       ValueError where shapes do not fit together
 
     The gradient is known as soon as a tile's scores are, so the forward takes it and the backward only scales it.
     """
@@ -102,7 +102,7 @@ def contrastive_local_loss(
                 run.add(rows_T, mask.positive_index_B[rows_T], weight_B[rows_T], equal_TM, outside_TM)
         negatives = len(a_BD) * max(0, len(d_MD) - 1) - run.masked - run.outside
     gradients = run.gradients() if wants else (None,) * 4
-    value = _Known.apply(a_BD, d_MD, answer_BD, temperature, run.value, *gradients)
+    value = cast(Tensor, _Known.apply(a_BD, d_MD, answer_BD, temperature, run.value, *gradients))  # pyright: ignore[reportUnknownMemberType]
     return LocalLoss(value, run.masked, negatives, run.correct)
 
 
@@ -179,7 +179,7 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         return (*(known * upstream if needs else None for known, needs in wanted), None, None, None, None, None)
 

@@ -1,13 +1,11 @@
-"""Which texts are negatives of which: equal ones are not.
+"""Which candidates are negatives of which anchors: those with equal texts are not.
 
-Shape suffixes: B anchors on this rank, M candidates (of all ranks), R positions of anchors that are treated alike,
-N texts, Q queries of this rank, D width.
+Shape suffixes: B anchors on this rank, M candidates (of all ranks), R anchors that are treated alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,20 +13,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NegativeMask:
-    """Which texts are the same, by content hash, so that no text is pushed away from its own answer. All int64."""
+    """Which texts are equal, by content hash, so that no text is pushed away from its own answer. All int64."""
 
     anchor_B: Tensor
     """Hash of each anchor's text."""
     answer_B: Tensor
     """Hash of the text that answers it."""
     same_query_B: Tensor
-    """A candidate of this owner answers, or asks, the same as the anchor."""
+    """A candidate with this owner belongs to the same query as the anchor."""
     candidate_M: Tensor
     """Hash of each candidate's text."""
     owner_M: Tensor
-    """Hash of the text that a candidate belongs to, as a passage to its query; -1 where it came as a negative."""
+    """Hash of the text that a candidate answers, as a passage its query; -1 where it came as a negative."""
     positive_index_B: Tensor
-    """The candidate that is no negative in any case: the answer where it is one of them, or the anchor itself."""
+    """The candidate that is never a negative: the answer where it is one of them, or the anchor itself."""
     in_row_only_B: Tensor
     """Bool: this anchor sees only the candidates of its own row."""
     start_B: Tensor
@@ -42,15 +40,15 @@ class NegativeMask:
         return self.equal(rows_B) | self.outside(rows_B)
 
     def equal(self, rows_R: Tensor) -> Tensor:
-        """(R, M) bool, false at `positive_index_B`: the candidate says what the answer or the anchor says, or answers
-        the same query."""
+        """(R, M) bool, false at `positive_index_B`: the candidate's text is the answer's or the anchor's, or it belongs
+        to the same query."""
         equal_RM = self.candidate_M == self.answer_B[rows_R, None]
         equal_RM |= self.candidate_M == self.anchor_B[rows_R, None]
         equal_RM |= self.owner_M == self.same_query_B[rows_R, None]
         return equal_RM.scatter_(1, self.positive_index_B[rows_R, None], False)
 
     def outside(self, rows_R: Tensor) -> Tensor:
-        """(R, M) bool, false at `positive_index_B`: the anchor is alone, and the candidate is not of its row."""
+        """(R, M) bool, false at `positive_index_B`: the anchor sees its own row only, the candidate is not in it."""
         column_M = torch.arange(len(self.candidate_M), device=self.candidate_M.device)
         outside_RM = column_M < self.start_B[rows_R, None]
         outside_RM |= column_M >= self.end_B[rows_R, None]
@@ -69,49 +67,3 @@ def _elsewhere(column_M: Tensor, wanted_B: Tensor, positive_index_B: Tensor) -> 
     sorted_M = column_M.sort().values
     found_B = torch.searchsorted(sorted_M, wanted_B, right=True) - torch.searchsorted(sorted_M, wanted_B)
     return found_B > (column_M[positive_index_B] == wanted_B)
-
-
-class Texts(NamedTuple):
-    """Queries or passages: what they say, by hash, and their embeddings."""
-
-    hash_N: Tensor
-    x_ND: Tensor
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Texts of all ranks that can be negatives."""
-
-    texts: Texts
-    owner_M: Tensor
-    positive_index_Q: Tensor
-    """Where this rank's queries, or their positives, are among them."""
-    same_query_Q: Tensor
-    """The owner that makes a candidate no negative, for each of this rank's queries."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Anchors, each with its answer, against candidates."""
-
-    name: str
-    anchor: Texts
-    answer: Texts
-    candidates: Candidates
-    in_row_only_Q: Tensor
-    count_Q: Tensor
-    """How many candidates, from its own on, an anchor sees that is alone."""
-
-    def mask(self) -> NegativeMask:
-        of = self.candidates
-        return NegativeMask(
-            anchor_B=self.anchor.hash_N,
-            answer_B=self.answer.hash_N,
-            same_query_B=of.same_query_Q,
-            candidate_M=of.texts.hash_N,
-            owner_M=of.owner_M,
-            positive_index_B=of.positive_index_Q,
-            in_row_only_B=self.in_row_only_Q,
-            start_B=of.positive_index_Q,
-            end_B=of.positive_index_Q + self.count_Q,
-        )

@@ -2,63 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from contrastive.config import TILE_BYTES, FinetuneRecipe
-from lodestar.planning.cost_model import DEVICES, activation_bytes, memory, model_flops, seconds
-from lodestar.planning.plan import PlanWarnings, describe, encoder_shape, rows_and_steps
+from lodestar.planning.cost_model import DEVICES, EncoderShape, StepCost, activation_bytes, model_flops
+from lodestar.planning.plan import Plan, PlanWarnings, describe, encoder_shape
 
 
-def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> dict[str, Any]:
+def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
     """What `--plan` prints."""
-    missing = PlanWarnings([])
-    data, batch = recipe.data, recipe.batch
-    rows, steps = rows_and_steps([each.path for each in data.sets], recipe.schedule, batch.global_size, missing)
-    share = batch.plan(world_size)
-    largest = max(share.rows_per_rank)
-    passages_per_query = 1 + data.negatives_per_query
-    seen = batch.global_size if recipe.loss.share_negatives else largest
-    shape = encoder_shape(recipe.model, missing)
-    query, passage = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
-    row_tokens = query + passages_per_query * passage
-    texts = largest * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
-    chunk_tokens = -(-largest // share.num_micro_batches) * (1 + passages_per_query) * max(query, passage)
-    per_token = activation_bytes(shape, recipe.precision, checkpointing=recipe.model.activation_checkpointing)
-    graphs = max(1, int(batch.keep_graph))
-    if 0 < batch.keep_graph < 1 and device:
-        graphs = max(1, int(batch.keep_graph * DEVICES[device].memory_bytes / (chunk_tokens * per_token)))
-    elif 0 < batch.keep_graph < 1:
-        missing.lines.append("batch.keep_graph: a share of a device's memory: planned with one graph (name --device)")
+    warnings = PlanWarnings()
+    data, batch = recipe.data, recipe.batch.plan(world_size)
+    queries, passages_per_query = max(batch.examples_per_rank), 1 + data.negatives_per_query
+    shared = recipe.loss.share_negatives
+    candidates = (batch.global_size if shared else queries) * passages_per_query
+    shape = encoder_shape(recipe.model, warnings)
+    query_length, passage_length = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
+    tokens_per_example = query_length + passages_per_query * passage_length
+    embeddings = queries * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
+    micro_queries = -(-queries // batch.num_micro_batches)
+    micro_tokens = micro_queries * (1 + passages_per_query) * max(query_length, passage_length)
+    graphs = min(_graphs(recipe, shape, micro_tokens, device, warnings), batch.num_micro_batches)
     return describe(
-        run=recipe.run,
-        batch=batch,
-        schedule=recipe.schedule,
-        world_size=world_size,
-        rows=rows,
-        steps=steps,
-        negatives_per_query=seen * passages_per_query - 1,
-        tokens_at_most=None if steps is None else steps * batch.global_size * row_tokens,
-        missing=missing,
-        device=device,
-        checkpoint_bytes=12 * shape.parameters,
-        memory=memory(
+        recipe,
+        world_size,
+        device,
+        train=[dataset.path for dataset in data.sets],
+        cost=StepCost(
             shape,
-            engine=recipe.engine,
-            world_size=world_size,
-            precision=recipe.precision,
-            tokens_at_once=min(graphs, share.num_micro_batches) * chunk_tokens,
-            checkpointing=recipe.model.activation_checkpointing,
-            embeddings=4 * shape.width * texts,
-            tile=min(TILE_BYTES, 4 * largest * seen * passages_per_query),
+            held_tokens=graphs * micro_tokens,
+            flops=model_flops(
+                shape,
+                queries * tokens_per_example,
+                passage_length,
+                forwards=3 if batch.num_micro_batches == 1 else 4,  # GradCache embeds twice
+            ),
+            embedding_bytes=4 * shape.width * embeddings,
+            loss_bytes=min(TILE_BYTES, 4 * queries * candidates),
+            gathered=candidates if shared else 0,
+            scored=queries * candidates,
         ),
-        seconds=lambda on: seconds(
-            shape,
-            on,
-            world_size=world_size,
-            precision=recipe.precision,
-            # a chunk that is computed twice costs a third more
-            flops=model_flops(shape, largest * row_tokens, passage, passes=3 if share.num_micro_batches == 1 else 4),
-            gathered=seen * passages_per_query if recipe.loss.share_negatives else 0,
-            scored=largest * seen * passages_per_query,
-        ),
+        tokens_per_example=tokens_per_example,
+        negatives_per_query=candidates - 1,
+        warnings=warnings,
     )
+
+
+def _graphs(
+    recipe: FinetuneRecipe, shape: EncoderShape, micro_tokens: int, device: str | None, warnings: PlanWarnings
+) -> int:
+    """Micro-batches whose graphs are held at once."""
+    keep_graph = recipe.batch.keep_graph
+    if not 0 < keep_graph < 1:
+        return max(1, int(keep_graph))
+    if device is None:
+        warnings.lines.append("batch.keep_graph: a share of a device's memory: planned with one graph (name --device)")
+        return 1
+    checkpointing = recipe.model.activation_checkpointing
+    graph_bytes = micro_tokens * activation_bytes(shape, recipe.precision, checkpointing=checkpointing)
+    return max(1, int(keep_graph * DEVICES[device].memory_bytes / graph_bytes))

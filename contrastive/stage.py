@@ -1,10 +1,13 @@
-"""What one step of fine-tuning is: every query of the global batch against every passage of it, in two passes.
+"""One step of fine-tuning: every query of the global batch against every passage of it, by GradCache.
 
 GradCache: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup", 3.2.
 Shape suffixes: N texts, Q queries, P passages of this rank, M passages of all ranks, G passages of one query, D width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from contrastive.collate import StepBatch
 from contrastive.config import LossConfig
 from contrastive.gradcache import KeepGraph, Scalars, Temperature, gradcache_backward
 from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, matryoshka
-from contrastive.negatives import Candidates, Direction, Texts
+from contrastive.negatives import NegativeMask
 from lodestar import rng
 from lodestar.distributed.collectives import gather_counts, gather_rows, rank
 from lodestar.training.engine import Engine
@@ -37,8 +40,8 @@ class FinetuneStage:
         self._keep = KeepGraph(keep_graph, memory_bytes, max_length)
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Scalars:
-        def run(i: int) -> tuple[Tensor, Temperature]:
-            """Embed micro-batch i; the same step always draws the same dropout, so a second pass repeats the first."""
+        def embed(i: int) -> tuple[Tensor, Temperature]:
+            """Micro-batch i; the same step always draws the same dropout, so a second call repeats the first."""
             rng.seed_everything(self._seed, "dropout", step, rank(), i)
             micro_batch = batch.micro_batches[i]
             unit_BD, temperature = engine.run(*micro_batch.tensors(self._device), last=i == count - 1)
@@ -47,7 +50,7 @@ class FinetuneStage:
         count = len(batch.micro_batches)
         tokens = [micro_batch.ids_BL.numel() for micro_batch in batch.micro_batches]
         kept = count if batch.single_pass else self._keep.first(tokens, lambda texts: self._embed(engine, texts))
-        return gradcache_backward(run, count, kept, lambda x_ND, t: self._scalars(batch, x_ND, t), engine)
+        return gradcache_backward(embed, count, kept, lambda x_ND, t: self._scalars(batch, x_ND, t), engine)
 
     def _embed(self, engine: Engine, texts_BL: Tensor) -> object:
         lengths_B = torch.full((len(texts_BL),), texts_BL.shape[1])
@@ -56,77 +59,104 @@ class FinetuneStage:
     def _scalars(self, batch: StepBatch, sorted_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
         """This rank's local loss and numbers to log, from its embeddings in the micro-batches' order."""
         x_ND = torch.empty_like(sorted_ND).index_copy(0, batch.place_N.to(self._device), sorted_ND)
-        q_QD, p_PD = x_ND[: batch.rows], x_ND[batch.rows :]
-        widths = [x_ND.shape[1], *self._loss.matryoshka]
+        q_QD, p_PD = x_ND[: batch.examples], x_ND[batch.examples :]
         scalars: dict[str, Tensor] = {}
-        for direction in self._directions(batch, q_QD, p_PD):
-            found = [self._local_loss(direction, width, temperature, len(widths)) for width in widths]
-            scalars[f"{direction.name}_loss"] = torch.stack([each.value for each in found]).sum()
-            if direction.name == "query_to_passage":
+        for name, anchor_QD, candidate_MD, answer_QD, mask in self._directions(batch, q_QD, p_PD):
+            losses = self._local_losses(anchor_QD, candidate_MD, answer_QD, mask, temperature)
+            scalars[f"{name}_loss"] = torch.stack([loss.value for loss in losses]).sum()
+            if name == "query_to_passage":
                 scalars |= {
-                    "negatives_per_query": found[0].negatives / self._global_size,
-                    "masked_false_negatives": found[0].masked.float(),
-                    "accuracy": found[0].correct / self._global_size,
+                    "negatives_per_query": losses[0].negatives / self._global_size,
+                    "masked_false_negatives": losses[0].masked.float(),
+                    "accuracy": losses[0].correct / self._global_size,
                 }
         if self._loss.distillation:
             scalars["distillation_loss"] = self._distillation(batch, q_QD, p_PD, temperature)
-        weights = {"query_to_passage": 1.0, **self._weights, "distillation": self._loss.distillation}
-        scalars["loss"] = torch.stack(
-            [w * scalars[f"{n}_loss"] for n, w in weights.items() if f"{n}_loss" in scalars]
-        ).sum()
+        terms = [weight * scalars[f"{name}_loss"] for name, weight in self._weights.items()]
+        scalars["loss"] = torch.stack(terms).sum()
         if isinstance(temperature, Tensor):
-            scalars["temperature"] = temperature.detach() * batch.rows / self._global_size
+            scalars["temperature"] = temperature.detach() * batch.examples / self._global_size
         return scalars
 
     @property
     def _weights(self) -> dict[str, float]:
-        """Of the directions besides that from queries to passages."""
-        names = ("passage_to_query", "query_to_query", "passage_to_passage")
-        return {name: getattr(self._loss, name) for name in names if getattr(self._loss, name)}
+        """Of the loss terms in use."""
+        loss = self._loss
+        weights = {
+            "query_to_passage": 1.0,
+            "passage_to_query": loss.passage_to_query,
+            "query_to_query": loss.query_to_query,
+            "passage_to_passage": loss.passage_to_passage,
+            "distillation": loss.distillation,
+        }
+        return {name: weight for name, weight in weights.items() if weight}
 
-    def _directions(self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor) -> list[Direction]:
-        """Who is scored against whom; queries are gathered over ranks only where a weight asks for them."""
-        start_Q, query_Q, passage_P, owner_P = (
-            x.to(self._device) for x in (batch.start_Q, batch.query_hash_Q, batch.passage_hash_P, batch.owner_P)
+    def _directions(
+        self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, NegativeMask]]:
+        """(name, anchors, candidates, answers, mask); queries are gathered only where a term needs them."""
+        start_Q, count_Q, query_hash_Q, passage_hash_P, owner_P = (
+            x.to(self._device)
+            for x in (batch.start_Q, batch.count_Q, batch.query_hash_Q, batch.passage_hash_P, batch.owner_P)
         )
-        query, positive = Texts(query_Q, q_QD), Texts(passage_P[start_Q], p_PD[start_Q])
-        passages = self._candidates(Texts(passage_P, p_PD), owner_P, start_Q, same_query_Q=query_Q)
-        in_row_only_Q = torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
-        count_Q, none_Q = batch.count_Q.to(self._device), torch.zeros_like(start_Q)
-        found = [Direction("query_to_passage", query, positive, passages, in_row_only_Q, count_Q)]
-        if "passage_to_passage" in self._weights:
-            found.append(Direction("passage_to_passage", positive, query, passages, in_row_only_Q, count_Q))
-        if self._weights.keys() & {"passage_to_query", "query_to_query"}:
-            place_Q = torch.arange(len(q_QD), device=self._device)
-            queries = self._candidates(query, positive.hash_N, place_Q, same_query_Q=positive.hash_N)
-            if "passage_to_query" in self._weights:
-                found.append(Direction("passage_to_query", positive, query, queries, in_row_only_Q, none_Q))
-            if "query_to_query" in self._weights:
-                found.append(Direction("query_to_query", query, positive, queries, in_row_only_Q, none_Q))
-        return found
+        weights, positive_hash_Q = self._weights, passage_hash_P[start_Q]
+        query, positive = (query_hash_Q, q_QD), (positive_hash_Q, p_PD[start_Q])
+        mask = partial(
+            NegativeMask, in_row_only_B=torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
+        )
+        passages = self._candidates(
+            passage_hash_P, p_PD, owner_P, start_Q, count_Q, partial(mask, same_query_B=query_hash_Q)
+        )
+        directions = [
+            ("query_to_passage", query, positive, passages),
+            ("passage_to_passage", positive, query, passages),
+        ]
+        if weights.keys() & {"passage_to_query", "query_to_query"}:
+            place_Q, none_Q = torch.arange(len(q_QD), device=self._device), torch.zeros_like(start_Q)
+            mask = partial(mask, same_query_B=positive_hash_Q)
+            queries = self._candidates(query_hash_Q, q_QD, positive_hash_Q, place_Q, none_Q, mask)
+            directions += [
+                ("passage_to_query", positive, query, queries),
+                ("query_to_query", query, positive, queries),
+            ]
+        for name, (anchor_hash_Q, anchor_QD), (answer_hash_Q, answer_QD), (candidate_MD, mask) in directions:
+            if name in weights:
+                yield name, anchor_QD, candidate_MD, answer_QD, mask(anchor_B=anchor_hash_Q, answer_B=answer_hash_Q)
 
     def _candidates(
-        self, texts: Texts, owner_N: Tensor, positive_index_Q: Tensor, *, same_query_Q: Tensor
-    ) -> Candidates:
-        if not self._loss.share_negatives:
-            return Candidates(texts, owner_N, positive_index_Q, same_query_Q)
-        counts = gather_counts(len(owner_N))
-        everywhere = Texts(gather_rows(texts.hash_N, counts), gather_rows(texts.x_ND, counts))
-        return Candidates(
-            everywhere, gather_rows(owner_N, counts), positive_index_Q + sum(counts[: rank()]), same_query_Q
+        self,
+        hash_N: Tensor,
+        x_ND: Tensor,
+        owner_N: Tensor,
+        positive_index_Q: Tensor,
+        count_Q: Tensor,
+        mask: partial[NegativeMask],
+    ) -> tuple[Tensor, partial[NegativeMask]]:
+        """Embeddings of the candidates of all ranks, or of this one alone, and the mask as far as they decide it."""
+        if self._loss.share_negatives:
+            counts = gather_counts(len(owner_N))
+            hash_N, x_ND, owner_N = (gather_rows(x, counts) for x in (hash_N, x_ND, owner_N))
+            positive_index_Q = positive_index_Q + sum(counts[: rank()])
+        return x_ND, partial(
+            mask,
+            candidate_M=hash_N,
+            owner_M=owner_N,
+            positive_index_B=positive_index_Q,
+            start_B=positive_index_Q,
+            end_B=positive_index_Q + count_Q,
         )
 
-    def _local_loss(self, direction: Direction, width: int, temperature: Temperature, widths: int) -> LocalLoss:
-        vectors = (direction.anchor.x_ND, direction.candidates.texts.x_ND, direction.answer.x_ND)
-        anchor_QD, candidate_MD, answer_QD = (matryoshka(x, width) for x in vectors)
-        return contrastive_local_loss(
-            anchor_QD,
-            candidate_MD,
-            answer_QD,
-            direction.mask(),
-            temperature=temperature,
-            weight=1.0 / (self._global_size * widths),
-        )
+    def _local_losses(
+        self, anchor_QD: Tensor, candidate_MD: Tensor, answer_QD: Tensor, mask: NegativeMask, temperature: Temperature
+    ) -> list[LocalLoss]:
+        """At the full width and at each Matryoshka width."""
+        widths = [anchor_QD.shape[1], *self._loss.matryoshka]
+        weight = 1.0 / (self._global_size * len(widths))
+        losses: list[LocalLoss] = []
+        for width in widths:
+            a_QD, d_MD, p_QD = (matryoshka(x, width) for x in (anchor_QD, candidate_MD, answer_QD))
+            losses.append(contrastive_local_loss(a_QD, d_MD, p_QD, mask, temperature=temperature, weight=weight))
+        return losses
 
     def _distillation(self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor, temperature: Temperature) -> Tensor:
         teacher_QG = batch.teacher_QG.to(self._device)

@@ -10,7 +10,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from contrastive.config import DataConfig
-from lodestar.data.training_examples import _SCORES, content_hash
+from lodestar.data.training_examples import SCORES, content_hash
 from lodestar.models.load import tokenizer_identity
 
 _TEXT = datasets.List(datasets.Value("int32"))
@@ -24,8 +24,8 @@ FEATURES = datasets.Features(
         "pos_hash": datasets.List(datasets.Value("int64")),
         "neg_ids": datasets.List(_TEXT),
         "neg_hash": datasets.List(datasets.Value("int64")),
-        "pos_scores": _SCORES,
-        "neg_scores": _SCORES,
+        "pos_scores": SCORES,
+        "neg_scores": SCORES,
         "most_negatives": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Generator[Path]:
     """A folder beside `folder` that takes its place once it is whole."""
     tmp, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     for leftover in (tmp, old):
@@ -42,7 +42,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
+def replacing_file(path: Path) -> Generator[Path]:
     """A file of this process beside `path` that takes its place once it is whole."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -127,7 +127,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, field: str) -> Iterator[None]:
+def locked(folder: Path, field: str) -> Generator[None]:
     """Keep other processes, on this host or another, out of `folder`; ConfigError says who holds it.
 
     The kernel holds the lock and lets go of it when the process ends, however it ends; the file only says who has it.

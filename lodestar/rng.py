@@ -65,7 +65,7 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 def seed_everything(*address: int | str) -> None:
     """Put torch's own generators (CPU and every GPU) at an address: dropout draws from them."""
-    torch.manual_seed(key(*address))
+    torch.manual_seed(key(*address))  # pyright: ignore[reportUnknownMemberType]
 
 
 def permuted(positions: Tensor, size: int, *address: int | str) -> Tensor:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from lodestar import cli
 from lodestar.distributed.runtime import Placement
 from retromae.config import PretrainRecipe
 from retromae.plan import plan
-
-if TYPE_CHECKING:
-    from lodestar.training.task import TaskSpec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,19 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(recipe: PretrainRecipe, placement: Placement) -> int:
     from lodestar.training.trainer import train
+    from retromae.task import SPEC
 
-    return train(recipe, placement, _spec())
+    return train(recipe, placement, SPEC)
 
 
 def rehearse(recipe: PretrainRecipe, placement: Placement, steps: int) -> int:
     """What `--rehearse` does."""
     from lodestar.training.dry_run import rehearse
+    from retromae.task import SPEC
 
-    return rehearse(recipe, placement, _spec(), steps)
-
-
-def _spec() -> TaskSpec:
-    from lodestar.training.task import TaskSpec
-    from retromae.task import build_task, generate
-
-    return TaskSpec(build_task, generate, plan)
+    return rehearse(recipe, placement, SPEC, steps)

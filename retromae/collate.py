@@ -1,13 +1,13 @@
-"""One rank's share of a step's global batch, as micro-batches of texts of like length with their masks drawn.
+"""One rank's part of a step's global batch, as micro-batches of texts of similar length with their masks drawn.
 
 Shape suffixes: B texts of a micro-batch, L tokens (padded).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import datasets
 import torch
@@ -17,8 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from lodestar import rng
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import cut, padded
-from lodestar.data.sampler import ShuffledSampler
+from lodestar.data.sampler import Sampler
 from retromae.masks import IGNORED, mask_tokens
+
+
+class EncodedText(NamedTuple):
+    input_ids: Sequence[int]
+    words: Sequence[int]
+    """The number of the word that each token belongs to; -1 for special tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class MicroBatch:
     masked_input_ids_BL: Tensor
     """What the encoder reads."""
     labels_BL: Tensor
-    """Clean ids where the encoder must guess, -100 elsewhere."""
+    """Clean ids where the encoder must predict them, -100 elsewhere."""
     input_ids_BL: Tensor
     words_BL: Tensor
     lengths_B: Tensor
@@ -47,69 +53,70 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
+    """This rank's texts of one step."""
+
     micro_batches: list[MicroBatch]
-    rows: int
+    examples: int
     tokens: int
     padded_tokens: int
     encoder_labels: int
     decoder_labels: int
 
     def pin_memory(self) -> StepBatch:
-        pinned = [micro_batch.pin_memory() for micro_batch in self.micro_batches]
-        return StepBatch(pinned, self.rows, self.tokens, self.padded_tokens, self.encoder_labels, self.decoder_labels)
+        return replace(self, micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches])
 
 
 @dataclass(frozen=True)
 class Collate:
     """step -> this rank's StepBatch; a pure function of (seed, step)."""
 
-    rows: Any
-    """(epochs, rows) -> list of {"input_ids", "words"}"""
-    order: ShuffledSampler
+    texts_at: Callable[[Tensor, Tensor], list[EncodedText]]
+    """(epochs, rows) -> the texts there"""
+    sampler: Sampler
     plan: BatchPlan
     rank: int
     seed: int
     tokenizer: PreTrainedTokenizerBase
-    ratio: float
+    mask_ratio: float
 
     def __call__(self, step: int) -> StepBatch:
-        part = self.plan.rows(self.rank)
-        filler = range(0, 1)  # a rank without a row of its own takes part with one that does not count
-        epochs, numbers = self.order.batch(step, part if len(part) else filler)
-        found = self.rows(epochs, numbers)
-        keys = rng.hashed(torch.tensor(rng.key(self.seed, "mask")), epochs, numbers)
-        by_length = sorted(range(len(found)), key=lambda i: len(found[i]["input_ids"]))
-        micro_batches = []
-        for run in cut(by_length, self.plan.num_micro_batches):
-            counted = bool(len(part)) and bool(len(run))
-            chosen = list(run) or by_length[:1]
-            micro_batches.append(self._micro_batch([found[i] for i in chosen], keys[chosen], counted))
-        lengths = [len(row["input_ids"]) for row in found] if len(part) else []
+        part = self.plan.examples(self.rank)
+        filler = range(0, 1)  # a rank without an example of its own takes part with one that does not count
+        epochs, rows = self.sampler.batch(step, part if len(part) else filler)
+        texts = self.texts_at(epochs, rows)
+        rng_key_N = rng.hashed(torch.tensor(rng.key(self.seed, "mask")), epochs, rows)
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i].input_ids))
+        micro_batches: list[MicroBatch] = []
+        for indices in cut(by_length, self.plan.num_micro_batches):
+            is_real = bool(len(part)) and bool(len(indices))
+            chosen = list(indices) or by_length[:1]
+            micro_batches.append(self._micro_batch([texts[i] for i in chosen], rng_key_N[chosen], is_real))
+        lengths = [len(text.input_ids) for text in texts] if len(part) else []
         return StepBatch(
             micro_batches,
-            rows=len(part),
+            examples=len(part),
             tokens=sum(lengths),
             padded_tokens=sum(m.input_ids_BL.numel() for m in micro_batches),
             encoder_labels=sum(int((m.labels_BL != IGNORED).sum()) for m in micro_batches),
             decoder_labels=sum(max(0, length - 2) for length in lengths),
         )
 
-    def _micro_batch(self, rows: list[Mapping[str, Any]], rng_key_B: Tensor, counted: bool) -> MicroBatch:
-        input_ids_BL = padded([row["input_ids"] for row in rows], self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        words_BL = padded([row["words"] for row in rows], -1).short()
-        lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
+    def _micro_batch(self, texts: list[EncodedText], rng_key_B: Tensor, is_real: bool) -> MicroBatch:
+        input_ids_BL = padded([text.input_ids for text in texts], self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        words_BL = padded([text.words for text in texts], -1).short()
+        lengths_B = torch.tensor([len(text.input_ids) for text in texts])
         masked_input_ids_BL, labels_BL = mask_tokens(
             input_ids_BL,
             words_BL,
             lengths_B,
             rng_key_B,
-            self.ratio,
+            self.mask_ratio,
             self.tokenizer.mask_token_id,  # type: ignore[arg-type]
             ordinary_ids(self.tokenizer),  # type: ignore[arg-type]
         )
-        if not counted:
+        if not is_real:
             labels_BL.fill_(IGNORED)
-        is_real_example_B = torch.full((len(rows),), counted)
+        is_real_example_B = torch.full((len(texts),), is_real)
         return MicroBatch(
             masked_input_ids_BL, labels_BL, input_ids_BL, words_BL, lengths_B, rng_key_B, is_real_example_B
         )
@@ -121,12 +128,12 @@ def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor([i for i in range(len(tokenizer)) if i not in special])
 
 
-class FromCorpus:
-    """Rows by number, from the Arrow cache."""
+class CachedTexts:
+    """Texts by their rows in the token cache."""
 
     def __init__(self, table: datasets.Dataset) -> None:
         self.table = table.select_columns(["input_ids", "words"])
 
-    def __call__(self, epochs: Tensor, numbers: Tensor) -> list[Mapping[str, Any]]:
-        columns = self.table[numbers.tolist()]
-        return [{"input_ids": i, "words": w} for i, w in zip(columns["input_ids"], columns["words"], strict=True)]
+    def __call__(self, epochs: Tensor, rows: Tensor) -> list[EncodedText]:
+        columns = self.table[rows.tolist()]
+        return [EncodedText(ids, words) for ids, words in zip(columns["input_ids"], columns["words"], strict=True)]

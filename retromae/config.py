@@ -7,19 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import (
-    BatchConfig,
-    CheckpointConfig,
-    EngineConfig,
-    EvaluateConfig,
-    ModelConfig,
-    Natural,
-    OptimConfig,
-    Precision,
-    RunConfig,
-    ScheduleConfig,
-    TrackConfig,
-)
+from lodestar.config.schema import EngineConfig, Natural, TrainingDataConfig, TrainingRecipe
 
 HEAD_LOGITS = 2**27
 """Logits that the head holds at once on a GPU; the plan counts them, the loss keeps to them."""
@@ -44,7 +32,7 @@ class LossConfig(Section):
     """Weight of DupMAE's bag-of-words term; 0: off, DupMAE itself takes 0.1."""
 
 
-class DataConfig(Section):
+class DataConfig(TrainingDataConfig):
     train: Annotated[list[str], Field(min_length=1)]
     """Files (JSONL, Parquet, text; gz too), globs, folders, folders saved by `datasets`, or hub names."""
     field: str = "text"
@@ -53,28 +41,13 @@ class DataConfig(Section):
     """Texts over max_length: cut off the rest, or make it further rows."""
     streaming: bool = False
     """Read while training, without a cache; needs schedule.steps. Rows are shuffled within windows."""
-    cache_dir: str = "~/.cache/lodestar"
-    """Where tokenized texts are kept, shared by all runs."""
-    processes: Annotated[int, Field(ge=1)] = 4
-    """Processes that tokenize."""
-    workers: Natural = 2
-    """Processes on each rank that prepare batches ahead; 0: none."""
 
 
-class PretrainRecipe(Section):
+class PretrainRecipe(TrainingRecipe):
     """RetroMAE pre-training."""
 
-    run: RunConfig
-    model: ModelConfig
     data: DataConfig
     mask: MaskConfig = MaskConfig()
     decoder: DecoderConfig = DecoderConfig()
     loss: LossConfig = LossConfig()
-    batch: BatchConfig
-    optim: OptimConfig
-    schedule: ScheduleConfig
-    precision: Precision = "bf16"
     engine: EngineConfig = EngineConfig(kind="deepspeed", zero_stage=1)
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    track: TrackConfig = TrackConfig()

@@ -6,13 +6,13 @@ positions of one text.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from retromae.config import HEAD_LOGITS
 
@@ -33,7 +33,9 @@ def summed_nll(
         raise ValueError(f"hidden and weight widths differ: {hidden_ND.shape[1]} != {weight_VD.shape[1]}")
     chunk_rows = chunk_rows or _fast_rows(hidden_ND.device.type, len(weight_VD))
     product_type = _product_type(hidden_ND)
-    return _SummedNll.apply(hidden_ND, weight_VD, bias_V, target_N, chunk_rows, product_type, torch.is_grad_enabled())
+    grad = torch.is_grad_enabled()
+    args = hidden_ND, weight_VD, bias_V, target_N, chunk_rows, product_type, grad
+    return cast(Tensor, _SummedNll.apply(*args))  # pyright: ignore[reportUnknownMemberType]
 
 
 class _SummedNll(torch.autograd.Function):
@@ -120,9 +122,8 @@ def bag_of_words_nll(
         if len(h_KD):
             with torch.no_grad():  # the bias is the same at each position, so it does not move the largest
                 best_V = (h_KD @ weight_VD.T).max(0).indices  # twice as fast as argmax on a CPU
-            total = total + checkpoint(
-                _text_nll, h_KD, weight_VD, bias_V, ids_K, best_V, use_reentrant=False, preserve_rng_state=False
-            )
+            args = h_KD, weight_VD, bias_V, ids_K, best_V
+            total += cast(Tensor, checkpoint(_text_nll, *args, use_reentrant=False, preserve_rng_state=False))
     return total
 
 

@@ -19,9 +19,8 @@ IGNORED = -100
 
 _WORD_BITS = 13  # of a sort key: the word's number; the 18 bits above it are random
 _TOO_LONG = 2**30  # tokens; fits no budget
-_ENCODER, _REPLACEMENT_DRAW, _REPLACEMENT, _DECODER, _ROW = range(
-    5
-)  # sub-addresses of a text's key, one for each purpose
+_ENCODER, _REPLACEMENT_DRAW, _REPLACEMENT, _DECODER, _ROW = range(5)
+# sub-addresses of a text's key, one for each purpose
 
 
 def num_to_mask(lengths_B: Tensor, ratio: float) -> Tensor:
@@ -124,7 +123,7 @@ def _shuffled(rng_key_B: Tensor, sets: int, words: int) -> Tensor:
     random_BSW = torch.stack(((bits_BPW & 0x7FFF_FFFF).int(), (bits_BPW >> 32).int()), 2).flatten(1, 2)[:, :sets]
     keys_BSW = (random_BSW >> _WORD_BITS << _WORD_BITS) | word_W.int()
     # numpy sorts with vector instructions: 50 times as fast as torch on a CPU.
-    sorted_BSW = torch.from_numpy(np.sort(keys_BSW.numpy())) if keys_BSW.is_cpu else keys_BSW.sort().values
+    sorted_BSW = torch.as_tensor(np.sort(keys_BSW.numpy())) if keys_BSW.is_cpu else keys_BSW.sort().values
     return (sorted_BSW & (2**_WORD_BITS - 1)).long()
 
 

@@ -20,7 +20,7 @@ class PretrainStage:
         self._bag_of_words, self._seed, self._rank, self._device = bag_of_words, seed, rank, device
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
-        counts = torch.tensor([batch.encoder_labels, batch.decoder_labels, batch.rows], dtype=torch.float64)
+        counts = torch.tensor([batch.encoder_labels, batch.decoder_labels, batch.examples], dtype=torch.float64)
         counts = sum_over_ranks(counts).float().clamp(min=1).to(self._device)
         local_losses = torch.zeros(3, device=self._device)
         for i, micro_batch in enumerate(batch.micro_batches):

@@ -1,88 +1,52 @@
-"""From a pre-training recipe to what a run needs: rows, model, stage, evaluator and export."""
+"""From a pre-training recipe to what a run needs: batches, model, stage, evaluation and export."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
-from lodestar.data.readers import find_sources, stream_rows
-from lodestar.data.sampler import ShuffledSampler
+from lodestar.config.schema import BatchPlan
+from lodestar.data.loader import step_batches
+from lodestar.data.readers import Source, find_sources, stream_rows
+from lodestar.data.sampler import MakeSampler, ShuffledSampler
 from lodestar.data.token_cache import tokenized
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.load import load_encoder, load_tokenizer
 from lodestar.models.save import model_card, save_model
-from lodestar.training.engine import Engine, autocast
+from lodestar.training.engine import autocast
 from lodestar.training.synthetic import generated_text
-from lodestar.training.task import TrainingTask
+from lodestar.training.task import Evaluate, Export, Row, TaskSpec, TrainingTask
 from retrieval.evaluation.in_training import InTrainingEvaluator
-from retromae.collate import Collate, FromCorpus, StepBatch
+from retromae.collate import CachedTexts, Collate, MicroBatch, StepBatch
 from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
+from retromae.plan import plan
 from retromae.stage import PretrainStage
-from retromae.stream import FromStream, InOrder
-from retromae.tokenization import FEATURES, ROW_FEATURES, Tokenize, check, settings
+from retromae.stream import InOrder, StreamWindow
+from retromae.tokenization import FEATURES, ROW_FEATURES, TextCheck, Tokenize, settings
 
 
-def build_task(recipe: PretrainRecipe, runtime: Runtime) -> TrainingTask:
-    model, data, seed = recipe.model, recipe.data, recipe.run.seed
+def build_task(recipe: PretrainRecipe, runtime: Runtime, sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
+    model, seed = recipe.model, recipe.run.seed
     with agreed():  # what is wrong on one node must not leave the others waiting
         tokenizer = load_tokenizer(model)
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
-        sources = find_sources(data.train)
-        if data.streaming and recipe.schedule.steps is None:
+        sources = find_sources(recipe.data.train)
+        if recipe.data.streaming and recipe.schedule.steps is None:
             raise ConfigError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
-    tokenize = Tokenize(tokenizer, max_length=model.max_length, split=data.long_texts == "split")
-    plan = recipe.batch.plan(runtime.world_size)
-
-    def collate_over(rows: Any, order: Any) -> Collate:
-        return Collate(rows, order, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
-
-    if data.streaming:
-        rows, total, facts = None, recipe.schedule.steps or 0, {}
-        identity = {"data": [each.size_bytes for each in sources]}  # to read it all for a hash would take too long
-        collate = None
-
-        def stream(start: int) -> Generator[StepBatch]:
-            size = recipe.batch.global_size
-            texts = FromStream(lambda: stream_rows(sources), check(data.field), tokenize, size, seed)
-            return texts.batches(collate_over(texts, InOrder(size)), start, recipe.schedule.steps or 0)
-    else:
-        stream = None  # type: ignore[assignment]
-        corpus = once_per_node(
-            lambda: tokenized(
-                sources,
-                cache_dir=Path(data.cache_dir),
-                settings=settings(data, tokenizer, model.max_length),
-                tokenize=tokenize,
-                check=check(data.field),
-                row_features=ROW_FEATURES,
-                features=FEATURES,
-                processes=data.processes,
-                first_on_node=runtime.local_rank == 0,
-            ),
-            runtime.local_rank,
-        )
-        rows = len(corpus.rows)
-        total = recipe.schedule.total_steps(rows, recipe.batch.global_size)
-        facts = {
-            "rows": rows,
-            "tokens": corpus.facts.tokens,
-            "truncated": corpus.facts.truncated,
-            "dropped": corpus.facts.dropped,
-        }
-        identity = {"data": corpus.facts.fingerprint}
-        collate = collate_over(FromCorpus(corpus.rows), ShuffledSampler(rows, recipe.batch.global_size, seed))
-
-    require_same({"data.train": identity["data"]}, "data")
+    read = _stream if recipe.data.streaming else _corpus
+    data = read(recipe, runtime, tokenizer, sources, sampler)
+    require_same({"data.train": data.identity}, "data")
     loaded = load_encoder(model, AutoModelForMaskedLM, seed=seed, random_head=model.random_head)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
@@ -93,20 +57,92 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime) -> TrainingTask:
         max_length=model.max_length,
         bag_of_words=recipe.loss.bag_of_words > 0,
     )
+    identity = {"stage": "pretrain", "seed": seed, "global_size": recipe.batch.global_size, "data": data.identity}
     return TrainingTask(
         module=module,
         stage=PretrainStage(bag_of_words=recipe.loss.bag_of_words, seed=seed, rank=runtime.rank, device=runtime.device),
-        total_steps=total,
-        rows=rows,
-        collate=collate,
-        stream=stream,
-        workers=data.workers,
-        identity={"stage": "pretrain", "seed": seed, "global_size": recipe.batch.global_size, **identity},
+        total_steps=data.total_steps,
+        rows=data.rows,
+        batches=data.batches,
+        micro_batches=data.micro_batches,
+        identity=identity,
         export=_export(recipe, module, tokenizer),
         evaluate=_evaluation(recipe, module, tokenizer, runtime) if recipe.evaluate.data else None,
-        facts=facts,
+        facts=data.facts,
         new_names=NEW_NAMES,
     )
+
+
+class _Data(NamedTuple):
+    identity: object
+    total_steps: int
+    batches: Callable[[int], Generator[StepBatch]]
+    micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
+    rows: int | None = None
+    facts: dict[str, Any] = {}
+
+
+def _stream(
+    recipe: PretrainRecipe,
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    sampler: MakeSampler,
+) -> _Data:
+    seed, size, total_steps = recipe.run.seed, recipe.batch.global_size, recipe.schedule.steps or 0
+    plan = recipe.batch.plan(runtime.world_size)
+
+    def batches(start: int) -> Generator[StepBatch]:
+        check, tokenize = TextCheck(recipe.data.field), _tokenize(recipe, tokenizer)
+        window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed)
+        collate = Collate(window, InOrder(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
+        return window.batches(collate, start, total_steps)
+
+    # to hash it all would take as long as to read it
+    return _Data([source.size_bytes for source in sources], total_steps, batches)
+
+
+def _corpus(
+    recipe: PretrainRecipe,
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sequence[Source],
+    sampler: MakeSampler,
+) -> _Data:
+    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
+    corpus = once_per_node(
+        lambda: tokenized(
+            sources,
+            cache_dir=Path(data.cache_dir),
+            settings=settings(data, tokenizer, recipe.model.max_length),
+            tokenize=_tokenize(recipe, tokenizer),
+            check=TextCheck(data.field),
+            row_features=ROW_FEATURES,
+            features=FEATURES,
+            processes=data.processes,
+            first_on_node=runtime.local_rank == 0,
+        ),
+        runtime.local_rank,
+    )
+    rows = len(corpus.rows)
+    total_steps = recipe.schedule.total_steps(rows, size)
+    plan = recipe.batch.plan(runtime.world_size)
+    shuffled = sampler(rows, size, seed, "")
+    collate = Collate(CachedTexts(corpus.rows), shuffled, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
+    return _Data(
+        corpus.stats.fingerprint,
+        total_steps,
+        batches=lambda start: step_batches(
+            collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
+        ),
+        micro_batches=lambda plan: replace(collate, plan=plan, rank=0)(0).micro_batches,
+        rows=rows,
+        facts=corpus.stats.counts(),
+    )
+
+
+def _tokenize(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Tokenize:
+    return Tokenize(tokenizer, max_length=recipe.model.max_length, split=recipe.data.long_texts == "split")
 
 
 NEW_NAMES = {
@@ -119,12 +155,25 @@ NEW_NAMES = {
 """Of the decoder's parameters, for checkpoints of version 0.1."""
 
 
-def generate(recipe: PretrainRecipe, share: float, number: int) -> dict[str, Any]:
-    """A row whose text has `share` of the largest length."""
-    return {"text": generated_text(int(share * recipe.model.max_length), number)}
+def _synthetic_row(recipe: PretrainRecipe, fraction: float, number: int) -> Row:
+    return {"text": generated_text(int(fraction * recipe.model.max_length), number)}
 
 
-def _evaluation(recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase, runtime: Runtime) -> Any:
+def _with_training_file(recipe: PretrainRecipe, file: Path, cache_dir: Path) -> PretrainRecipe:
+    data = recipe.data.model_copy(
+        update={
+            "train": [str(file)], "field": "text", "long_texts": "cut", "streaming": False, "cache_dir": str(cache_dir)
+        }
+    )  # fmt: skip
+    return recipe.model_copy(update={"data": data})
+
+
+SPEC = TaskSpec(build_task, plan, _synthetic_row, _with_training_file)
+
+
+def _evaluation(
+    recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> Evaluate:
     """Retrieval of held-out pairs by the [CLS] vector, so that one can see when to stop."""
     length = recipe.model.max_length
     evaluator = InTrainingEvaluator(
@@ -135,13 +184,10 @@ def _evaluation(recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedT
         with autocast(runtime.device, recipe.precision):
             return F.normalize(module.cls(ids_BL, lengths_B).float(), dim=1)
 
-    def evaluate(engine: Engine) -> dict[str, Any]:
-        return {"evaluation": evaluator.name, **evaluator.measure(embed)}
-
-    return evaluate
+    return lambda: {"evaluation": evaluator.name, **evaluator.measure(embed)}
 
 
-def _export(recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase) -> Any:
+def _export(recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase) -> Export:
     """The plain encoder with its language-model head; the decoder stays in the checkpoints."""
 
     def export(weights: Mapping[str, Tensor], folder: Path, facts: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lodestar.data.readers import Row
 from lodestar.errors import DataError
 from lodestar.models.load import tokenizer_identity
 from retromae.config import DataConfig
@@ -59,21 +60,18 @@ class Tokenize:
         rows["truncated"].append(truncated)
 
 
-def check(field: str) -> Any:
-    """Accepts rows whose `field` is a text; an empty one is dropped."""
-    return _Check(field)
-
-
 @dataclass(frozen=True)
-class _Check:
+class TextCheck:
+    """Accepts rows whose `field` is a text; drops those where it is empty."""
+
     field: str
 
-    def __call__(self, where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def __call__(self, where: str, row: Row) -> Row | None:
         text = row.get(self.field)
         if not isinstance(text, str):
-            known = ", ".join(row) or "none"
+            fields = ", ".join(row) or "none"
             raise DataError(
-                f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {known})"
+                f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {fields})"
             )
         return {"text": text} if text.strip() else None
 

@@ -52,9 +52,9 @@ class ModelConfig(Section):
 
 class BatchConfig(Section):
     global_size: Count
-    """Rows of one optimizer step over all devices: any number of devices makes exactly this batch."""
+    """Examples of one optimizer step over all devices: any number of devices makes exactly this batch."""
     micro_size: Count | Literal["auto"] = 32
-    """Rows on one device at a time: bounds memory, changes no result. auto: the largest that fits, found by trial."""
+    """Examples on one device at a time: bounds memory, changes no result. auto: the largest that fits, by trial."""
 
     def plan(self, world_size: int) -> BatchPlan:
         """How so many ranks make the batch; `auto` is found when a run starts, and is 32 until then."""
@@ -162,6 +162,30 @@ class TrackConfig(Section):
     project: str = "lodestar"
 
 
+class TrainingDataConfig(Section):
+    cache_dir: str = "~/.cache/lodestar"
+    """Where tokenized texts are cached; all runs share it."""
+    processes: Count = 4
+    """Processes that tokenize."""
+    workers: Natural = 2
+    """Processes on each rank that prepare batches ahead; 0: none."""
+
+
+class TrainingRecipe(Section):
+    """What the recipes of both stages have."""
+
+    run: RunConfig
+    model: ModelConfig
+    batch: BatchConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    precision: Precision = "bf16"
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    track: TrackConfig = TrackConfig()
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How `world_size` ranks make exactly one global batch, in equally many micro-batches on each."""
@@ -170,15 +194,15 @@ class BatchPlan:
     world_size: int
     micro_size: int
 
-    def rows(self, rank: int) -> range:
-        """This rank's rows of the global batch: 32,768 over 48 ranks are 683 on 32 ranks and 682 on 16."""
+    def examples(self, rank: int) -> range:
+        """This rank's part of the global batch: 32,768 over 48 ranks are 683 on 32 ranks and 682 on 16."""
         return range(rank * self.global_size // self.world_size, (rank + 1) * self.global_size // self.world_size)
 
     @property
-    def rows_per_rank(self) -> list[int]:
-        return [len(self.rows(rank)) for rank in range(self.world_size)]
+    def examples_per_rank(self) -> list[int]:
+        return [len(self.examples(rank)) for rank in range(self.world_size)]
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches per step, the same on all ranks: a rank with fewer rows gets smaller ones."""
-        return -(-max(self.rows_per_rank) // self.micro_size)
+        """Micro-batches per step, the same on all ranks: a rank with fewer examples gets smaller ones."""
+        return -(-max(self.examples_per_rank) // self.micro_size)

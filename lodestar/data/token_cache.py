@@ -1,8 +1,4 @@
-"""Texts from files: tokenized once into an Arrow cache, put in order by arithmetic, loaded step by step.
-
-Rows of an epoch are shuffled by address, so the rows of any step are known without reading those before it, and any
-number of loader workers or ranks sees the same batches.
-"""
+"""Texts from files, checked and tokenized once into an Arrow cache."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
+from datasets.arrow_writer import ArrowWriter
 
 from lodestar.data.readers import Row, Source, read_rows
 from lodestar.errors import DataError
@@ -28,12 +25,14 @@ ABANDONED_SECONDS = 7 * 24 * 3600
 """Age at which the unfinished cache of a run that was killed is deleted."""
 
 
-# --- the tokenized cache ---------------------------------------------------------------------
+Columns = Mapping[str, list[Any]]
+Tokenize = Callable[[Columns], Columns]
+Check = Callable[[str, Row], Row | None]
 
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """What became of the texts; nothing is cut or dropped without being counted here."""
+    """Counts of a data set: every text that is truncated or dropped is counted here."""
 
     fingerprint: str
     rows: int
@@ -41,13 +40,16 @@ class DatasetStats:
     truncated: int
     dropped: int
 
+    def counts(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if name != "fingerprint"}
+
 
 @dataclass(frozen=True)
 class TokenizedDataset:
     """Tokenized rows, mapped from the disk."""
 
     rows: datasets.Dataset
-    facts: DatasetStats
+    stats: DatasetStats
 
 
 def tokenized(
@@ -55,14 +57,14 @@ def tokenized(
     *,
     cache_dir: Path,
     settings: Mapping[str, Any],
-    tokenize: Callable[[Mapping[str, list[Any]]], Mapping[str, list[Any]]],
-    check: Callable[[str, Row], Row | None],
+    tokenize: Tokenize,
+    check: Check,
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
     first_on_node: bool = True,
 ) -> TokenizedDataset:
-    """The sources' rows, checked and tokenized; from the cache if the same content met the same settings before.
+    """The sources' rows, checked and tokenized; from the cache if it holds the same content with the same settings.
 
     settings       everything besides the content that decides the result
     check          (where, row) -> the columns to keep, none to drop the row; raises DataError
@@ -73,36 +75,35 @@ def tokenized(
     contents = [source.fingerprint for source in sources]
     address = json.dumps([contents, dict(settings)], sort_keys=True)
     folder = cache_dir.expanduser() / hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
-    if first_on_node and folder.exists() and (wrong := damage(folder, ("facts.json", "rows/state.json"))):
-        print(f"warning: data.cache_dir: {folder}: {wrong}; built anew", file=sys.stderr, flush=True)
+    if first_on_node and folder.exists() and (fault := damage(folder, ("facts.json", "rows/state.json"))):
+        print(f"warning: data.cache_dir: {folder}: {fault}; built anew", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
     if not folder.exists():
         _build(folder, sources, contents, tokenize, check, row_features, features, processes)
-    facts = DatasetStats(**json.loads((folder / "facts.json").read_text()))
-    return TokenizedDataset(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), facts)
+    stats = DatasetStats(**json.loads((folder / "facts.json").read_text()))
+    return TokenizedDataset(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), stats)
 
 
 def _build(
     folder: Path,
     sources: Sequence[Source],
     contents: Sequence[str],
-    tokenize: Callable[..., Any],
-    check: Callable[[str, Row], Row | None],
+    tokenize: Tokenize,
+    check: Check,
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
 ) -> None:
     tmp = _own_tmp(folder)
-    given = 0
+    read = 0
 
     def rows() -> Iterator[Row]:
-        nonlocal given
+        nonlocal read
         for source, content in zip(sources, contents, strict=True):
             for where, row in read_rows(source):
-                given += 1
-                kept = check(where, row)
-                if kept is not None:
-                    yield kept
+                read += 1
+                if (checked := check(where, row)) is not None:
+                    yield checked
             if source.fingerprint != content:
                 raise DataError(
                     f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"
@@ -128,8 +129,8 @@ def _build(
         table.save_to_disk(str(tmp / "rows"))
         for path in (tmp / "raw", *tmp.glob("mapped*.arrow")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        facts = DatasetStats(folder.name, len(table), tokens, truncated, given - len(raw))
-        (tmp / "facts.json").write_text(json.dumps(asdict(facts)))
+        stats = DatasetStats(folder.name, len(table), tokens, truncated, read - len(raw))
+        (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
         write_manifest(tmp)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -155,8 +156,6 @@ def _in_shards(
     rows: Iterator[Row], features: datasets.Features, folder: Path, shard_rows: int = 200_000
 ) -> Iterator[Path]:
     """Write the rows as Arrow files of `shard_rows` rows, so that memory does not grow with the corpus."""
-    from datasets.arrow_writer import ArrowWriter
-
     folder.mkdir()
     row = next(rows, None)
     while row is not None:

@@ -9,9 +9,9 @@ element of each matrix product of attention and loss.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from lodestar.config.schema import EngineConfig
+from lodestar.config.schema import Precision, TrainingRecipe
 
 GIB = 2**30
 
@@ -38,7 +38,7 @@ DEVICES = {
 }
 
 MODEL_RATE, LOSS_RATE, NETWORK_RATE = 0.4, 0.8, 0.7
-"""Shares of the peak rates that are counted on: assumptions, to be replaced by what a rehearsal measures."""
+"""Shares of the peak rates that are counted on: assumptions, until a dry run (--rehearse) measures them."""
 
 RUNTIME_BYTES = int(0.6 * GIB)
 """What the driver and the libraries take on a GPU: context, workspaces, buffers of collectives; an assumption."""
@@ -71,33 +71,51 @@ BERT_BASE = EncoderShape(layers=12, width=768, feed_forward=3072, vocabulary=305
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the peak, by what they are for."""
+class StepCost:
+    """What a step asks of the rank with the most examples."""
+
+    shape: EncoderShape
+    held_tokens: int
+    """Tokens of the micro-batches whose activations are held at once, padding included."""
+    flops: float
+    """Of the model."""
+    embedding_bytes: int = 0
+    loss_bytes: int = 0
+    """Of the largest tile of scores or logits."""
+    gathered: int = 0
+    """Embeddings gathered from all ranks."""
+    scored: int = 0
+    """Pairs of anchor and candidate."""
+
+
+class _Parts:
+    """Numbers by what they are for."""
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Memory(_Parts):
+    """Bytes on one device at the peak."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    embeddings: int = 0
-    tile: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(asdict(self).values())
+    embeddings: int
+    tile: int
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Of one step on one device, by what they are for; work that overlaps is counted as if it did not."""
+class Seconds(_Parts):
+    """Of one step on one device; work that overlaps is counted as if it did not."""
 
     model: float
     reduction: float
-    gather: float = 0.0
-    loss: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(asdict(self).values())
+    gather: float
+    loss: float
 
 
 def activation_bytes(shape: EncoderShape, precision: str, *, checkpointing: bool = False, dropout: bool = True) -> int:
@@ -108,56 +126,38 @@ def activation_bytes(shape: EncoderShape, precision: str, *, checkpointing: bool
     return 8 * shape.width + (layer + between * shape.layers if checkpointing else layer * shape.layers)
 
 
-def memory(
-    shape: EncoderShape,
-    *,
-    engine: EngineConfig,
-    world_size: int,
-    precision: str,
-    tokens_at_once: int,
-    checkpointing: bool = False,
-    embeddings: int = 0,
-    tile: int = 0,
-) -> Memory:
-    """tokens_at_once: of one micro-batch, padding included; embeddings, tile: bytes of the loss."""
-    stage = engine.zero_stage if engine.kind == "deepspeed" else 0
-    share = [1 if stage < least else world_size for least in (3, 2, 1)]
-    bytes_of_all = 4 * shape.parameters
+def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
+    engine, halved = recipe.engine, recipe.precision != "fp32"
+    zero_stage = engine.zero_stage if engine.kind == "deepspeed" else 0
+    weight_shards, gradient_shards, state_shards = (1 if zero_stage < least else world_size for least in (3, 2, 1))
+    parameter_bytes = 4 * cost.shape.parameters
     copied = world_size > 1 or engine.kind == "deepspeed"  # buckets of DDP; under ZeRO the owned part in fp32
+    checkpointing = recipe.model.activation_checkpointing
     return Memory(
-        weights=bytes_of_all // share[0] + (0 if precision == "fp32" else bytes_of_all // 2),
-        gradients=bytes_of_all // share[1] + (bytes_of_all // share[2] if copied else 0),
-        optimizer=2 * bytes_of_all // share[2],
-        activations=tokens_at_once * activation_bytes(shape, precision, checkpointing=checkpointing),
-        embeddings=embeddings,
-        tile=tile,
+        weights=parameter_bytes // weight_shards + (parameter_bytes // 2 if halved else 0),
+        gradients=parameter_bytes // gradient_shards + (parameter_bytes // state_shards if copied else 0),
+        optimizer=2 * parameter_bytes // state_shards,
+        activations=cost.held_tokens * activation_bytes(cost.shape, recipe.precision, checkpointing=checkpointing),
+        embeddings=cost.embedding_bytes,
+        tile=cost.loss_bytes,
     )
 
 
-def model_flops(shape: EncoderShape, tokens: int, length: int, *, passes: float) -> float:
-    """`passes`: 3 is a forward and a backward, which costs twice as much; attention is counted over whole lengths."""
+def model_flops(shape: EncoderShape, tokens: int, length: int, *, forwards: float) -> float:
+    """`forwards`: 3 for a forward and a backward, which costs twice as much; attention counts over whole lengths."""
     matrices = 2 * shape.layers * shape.layer_parameters
     attention = 4 * shape.layers * shape.width * length
-    return passes * tokens * (matrices + attention)
+    return forwards * tokens * (matrices + attention)
 
 
-def seconds(
-    shape: EncoderShape,
-    device: Device,
-    *,
-    world_size: int,
-    precision: str,
-    flops: float,
-    gathered: int = 0,
-    scored: int = 0,
-) -> Seconds:
-    """flops: of the model on one device; gathered: vectors of all ranks; scored: pairs that this device scores."""
-    rate = (device.fp32_flops if precision == "fp32" else device.half_flops) * MODEL_RATE
-    network = device.network_bytes * NETWORK_RATE
+def seconds(cost: StepCost, device: Device, precision: Precision, world_size: int) -> Seconds:
+    shape = cost.shape
+    flops_rate = (device.fp32_flops if precision == "fp32" else device.half_flops) * MODEL_RATE
+    network_rate = device.network_bytes * NETWORK_RATE
     others = (world_size - 1) / world_size
     return Seconds(
-        model=flops / rate,
-        reduction=2 * others * 4 * shape.parameters / network,
-        gather=2 * others * 4 * shape.width * gathered / network,
-        loss=6 * shape.width * scored / (device.fp32_flops * LOSS_RATE),
+        model=cost.flops / flops_rate,
+        reduction=2 * others * 4 * shape.parameters / network_rate,
+        gather=2 * others * 4 * shape.width * cost.gathered / network_rate,
+        loss=6 * shape.width * cost.scored / (device.fp32_flops * LOSS_RATE),
     )

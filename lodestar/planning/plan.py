@@ -5,36 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lodestar.config.schema import AUTO, BatchConfig, ModelConfig, RunConfig, ScheduleConfig
+from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
-from lodestar.planning.cost_model import BERT_BASE, DEVICES, RUNTIME_BYTES, Device, EncoderShape, Memory, Seconds
+from lodestar.planning.cost_model import BERT_BASE, DEVICES, RUNTIME_BYTES, EncoderShape, StepCost, memory, seconds
 
-Found = TypeVar("Found")
+Value = TypeVar("Value")
+Plan = dict[str, Any]
+"""What a run would do, ready for JSON."""
 
 
 @dataclass
 class PlanWarnings:
-    """What a plan did not find; a run would refuse to start, a plan goes on without it."""
+    """What a plan could not find: a run would refuse to start, a plan goes on without it."""
 
-    lines: list[str]
+    lines: list[str] = field(default_factory=list[str])
 
-    def or_default(self, value: Found, look: Callable[[], Found], note: str) -> Found:
-        """What `look` finds, or `value` and a line that says so."""
+    def or_default(self, default: Value, find: Callable[[], Value], note: str) -> Value:
+        """What `find` returns; where it raises, `default` and a line with the reason and the note."""
         try:
-            return look()
+            return find()
         except LodestarError as error:
             self.lines.append(f"{error}; {note}")
-            return value
+            return default
 
 
-def encoder_shape(model: ModelConfig, missing: PlanWarnings) -> EncoderShape:
+def encoder_shape(model: ModelConfig, warnings: PlanWarnings) -> EncoderShape:
     """The shape in the encoder's folder, or in the hub's cache on this machine, or else BERT-base's."""
-    return missing.or_default(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
+    return warnings.or_default(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
 
 
 def _shape_in(model: ModelConfig) -> EncoderShape:
@@ -66,72 +68,64 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
         raise ConfigError(f"{path}: {missing}: not set (an encoder in transformers' format has it)") from None
 
 
-def rows_and_steps(
-    train: Sequence[str], schedule: ScheduleConfig, global_size: int, missing: PlanWarnings
-) -> tuple[int | None, int | None]:
-    """(rows, steps), as far as they can be known without reading more than lines."""
-    rows = missing.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
-    steps = schedule.steps or (schedule.total_steps(rows, global_size) if rows is not None else None)
-    return rows, steps
-
-
 def state_of(output_dir: str) -> str:
     """new | unfinished | stopped (when asked; the same command goes on) | finished, by what lies in the run folder."""
     folder = Path(output_dir)
     summary = folder / "summary.json"
-    found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    if found.get("finished") or found.get("stopped_by"):
-        return "finished" if found.get("finished") else "stopped"
-    return "unfinished" if found or (folder / "checkpoints").is_dir() else "new"
+    facts: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    if facts.get("finished") or facts.get("stopped_by"):
+        return "finished" if facts.get("finished") else "stopped"
+    return "unfinished" if facts or (folder / "checkpoints").is_dir() else "new"
 
 
 def describe(
-    *,
-    run: RunConfig,
-    batch: BatchConfig,
-    schedule: ScheduleConfig,
+    recipe: TrainingRecipe,
     world_size: int,
-    rows: int | None,
-    steps: int | None,
-    memory: Memory,
-    seconds: Callable[[Device], Seconds],
     device: str | None,
-    checkpoint_bytes: int,
-    missing: PlanWarnings,
-    **more: Any,
-) -> dict[str, Any]:
-    """The plan as one object, ready for JSON; with a `device`, also whether it fits there and what a step takes."""
+    *,
+    train: Sequence[str],
+    cost: StepCost,
+    tokens_per_example: int,
+    negatives_per_query: int,
+    warnings: PlanWarnings,
+) -> Plan:
+    """The plan of a training run; with a `device`, also whether it fits there and how long a step takes."""
+    batch, schedule = recipe.batch, recipe.schedule
     plan = batch.plan(world_size)
     if batch.micro_size == AUTO:
-        missing.lines.append(f"batch.micro_size: auto: found when a run starts; planned with {plan.micro_size}")
-    shares = plan.rows_per_rank
+        warnings.lines.append(f"batch.micro_size: auto: found when a run starts; planned with {plan.micro_size}")
+    rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
+    steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)
+    device_memory = memory(cost, recipe, world_size)
     return {
-        "output_dir": run.output_dir,
-        "state": state_of(run.output_dir),
+        "output_dir": recipe.run.output_dir,
+        "state": state_of(recipe.run.output_dir),
         "world_size": world_size,
         "global_size": batch.global_size,
         "micro_size": plan.micro_size,
-        "rows_per_rank": shares,
+        "rows_per_rank": plan.examples_per_rank,
         "chunks_per_rank": plan.num_micro_batches,
-        "imbalance": max(shares) * world_size / batch.global_size - 1,
+        "imbalance": max(plan.examples_per_rank) * world_size / batch.global_size - 1,
         "rows": rows,
         "steps": steps,
         "warmup_steps": None if steps is None else schedule.warmup_steps(steps),
-        **more,
-        "checkpoint_bytes": checkpoint_bytes,
-        "peak_memory_bytes": memory.total,
-        "memory": asdict(memory),
-        **(_on_device(device, memory, seconds, steps) if device else {}),
-        "missing": missing.lines,
+        "negatives_per_query": negatives_per_query,
+        "tokens_at_most": None if steps is None else steps * batch.global_size * tokens_per_example,
+        "checkpoint_bytes": 12 * cost.shape.parameters,  # weights and two states of AdamW, in fp32
+        "peak_memory_bytes": device_memory.total,
+        "memory": asdict(device_memory),
+        **(_on_device(device, cost, recipe, world_size, steps) if device else {}),
+        "missing": warnings.lines,
     }
 
 
-def _on_device(name: str, memory: Memory, seconds: Callable[[Device], Seconds], steps: int | None) -> dict[str, Any]:
-    step = seconds(DEVICES[name])
+def _on_device(name: str, cost: StepCost, recipe: TrainingRecipe, world_size: int, steps: int | None) -> Plan:
+    device = DEVICES[name]
+    step = seconds(cost, device, recipe.precision, world_size)
     return {
         "device": name,
-        "device_memory_bytes": DEVICES[name].memory_bytes,
-        "fits": memory.total + RUNTIME_BYTES <= DEVICES[name].memory_bytes,
+        "device_memory_bytes": device.memory_bytes,
+        "fits": memory(cost, recipe, world_size).total + RUNTIME_BYTES <= device.memory_bytes,
         "seconds_per_step": step.total,
         "seconds": asdict(step),
         "hours": None if steps is None else steps * step.total / 3600,
@@ -140,25 +134,25 @@ def _on_device(name: str, memory: Memory, seconds: Callable[[Device], Seconds], 
 
 def batch_in_words(plan: Mapping[str, Any]) -> str:
     """The arithmetic of the global batch in one line."""
-    sizes, of = plan["rows_per_rank"], "texts"
-    parts = [f"{sizes.count(size)} x {size:,}" for size in sorted(set(sizes), reverse=True)]
-    several = "es" if plan["chunks_per_rank"] > 1 else ""
-    negatives = ""
-    if plan["negatives_per_query"]:
-        of, negatives = "queries", f"; {plan['negatives_per_query']:,} negatives each"
+    count, negatives = plan["chunks_per_rank"], plan["negatives_per_query"]
     return (
-        f"global batch: {plan['global_size']:,} = {' + '.join(parts)} {of}; {plan['chunks_per_rank']:,} "
-        f"micro-batch{several} a step{negatives}"
+        f"global batch: {plan['global_size']:,} = {_sizes_in_words(plan['rows_per_rank'])} "
+        f"{'queries' if negatives else 'texts'}; {count:,} micro-batch{'es' if count > 1 else ''} a step"
+        + (f"; {negatives:,} negatives each" if negatives else "")
     )
 
 
+def _sizes_in_words(sizes: Sequence[int]) -> str:
+    """Of all ranks, runs of equal ones together: 32 x 683 + 16 x 682."""
+    return " + ".join(f"{sizes.count(size)} x {size:,}" for size in sorted(set(sizes), reverse=True))
+
+
 def in_words(plan: Mapping[str, Any]) -> str:
-    """The plan for a reader: one line for each fact, runs of equal ranks together."""
-    lines = []
+    """The plan for a reader: one line for each fact."""
+    lines: list[str] = []
     for key, value in plan.items():
         if key == "rows_per_rank":
-            sizes = sorted(set(value), reverse=True)
-            value = " + ".join(f"{value.count(size)} x {size:,}" for size in sizes)
+            value = _sizes_in_words(value)
         elif key == "missing":
             lines += [f"{'missing':<22} {line}" for line in value]
             continue

@@ -1,11 +1,10 @@
-"""Generated text of the longest shapes, and by it the largest micro-batch that fits into a device's memory."""
+"""The largest micro-batch that fits into a device's memory, by trial on generated text of the longest shapes."""
 
 from __future__ import annotations
 
 import gc
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +13,50 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from lodestar.config import loader
-from lodestar.config.schema import AUTO, BatchPlan
+from lodestar.config.schema import AUTO, BatchPlan, TrainingRecipe
 from lodestar.distributed.collectives import gather_counts, on_main
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.training.engine import autocast
-from lodestar.training.synthetic import generated
-from lodestar.training.task import TaskSpec, TrainingTask
+from lodestar.training.synthetic import synthetic_task
+from lodestar.training.task import Recipe, TaskSpec, TrainingTask
 
 _ONEDNN = "could not create a primitive"
 """What oneDNN says on a CPU without memory left."""
 
 
-def with_largest_micro_size(recipe: Any, runtime: Runtime, spec: TaskSpec) -> Any:
+def with_largest_micro_size(recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe]) -> Recipe:
     """The recipe with `batch.micro_size` as a number: what the run folder's recipe says, or else found by trial."""
-    most = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).rows_per_rank)
-    found = on_main(lambda: _found_before(recipe))
-    if found == AUTO:
-        with generated(recipe, runtime, spec, micro_size=1, steps=1) as (made, task):
-            found = largest(lambda rows: _fits(made, task, runtime, spec, rows, most), most)
-        found = min(gather_counts(found))
+    most = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).examples_per_rank)
+    micro_size = on_main(lambda: _of_earlier_run(recipe))
+    if micro_size is None:
+        with synthetic_task(recipe, runtime, spec, micro_size=1, steps=1) as (synthetic, task):
+            fitting = largest(lambda size: _fits(_sized(synthetic, size), task, runtime, spec, most), most)
+        micro_size = min(gather_counts(fitting))
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        if not found:
-            raise ConfigError("batch.micro_size: not even one row fits (lower model.max_length, or take more memory)")
+        if not micro_size:
+            raise ConfigError(
+                "batch.micro_size: not even one example fits (lower model.max_length, or use devices with more memory)"
+            )
     if runtime.is_main:
-        print(f"batch.micro_size: {found} rows at a time on each device", file=sys.stderr)
-    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": found})})
+        print(f"batch.micro_size: {micro_size} examples at a time on each device", file=sys.stderr)
+    return _sized(recipe, micro_size)
 
 
-def _found_before(recipe: Any) -> int | str:
-    """By the run that lies in the recipe's folder, if what decides the memory is the same."""
+def _sized(recipe: Recipe, micro_size: int | str) -> Recipe:
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": micro_size})})
+
+
+def _of_earlier_run(recipe: TrainingRecipe) -> int | None:
+    """The number in the run folder's recipe, if all that decides the memory is the same there."""
     path = Path(recipe.run.output_dir) / "config.yaml"
     if not path.is_file():
-        return AUTO
-    before = loader.load(type(recipe), path)
-    found = before.batch.micro_size
-    same = all(getattr(before, name) == getattr(recipe, name) for name in ("model", "precision", "engine"))
-    return found if same and before.batch.model_copy(update={"micro_size": AUTO}) == recipe.batch else AUTO
+        return None
+    earlier = loader.load(type(recipe), path)
+    same = (earlier.model, earlier.precision, earlier.engine) == (recipe.model, recipe.precision, recipe.engine)
+    size = earlier.batch.micro_size
+    return size if isinstance(size, int) and same and _sized(earlier, AUTO).batch == recipe.batch else None
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
@@ -68,22 +73,23 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-def _fits(recipe: Any, task: TrainingTask, runtime: Runtime, spec: TaskSpec, rows: int, most: int) -> bool:
-    """Whether forward and backward of the longest micro-batches of `rows` rows fit beside what else a run needs."""
-    sized = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": rows})})
-    planned = spec.plan(sized, runtime.world_size, None)
-    if runtime.device.type == "cpu" and planned["peak_memory_bytes"] > runtime.memory_bytes():
+def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[Recipe], most: int) -> bool:
+    """Whether forward and backward of the longest micro-batches fit beside what else a run needs.
+
+    most   examples of a step on this rank
+    """
+    plan = spec.plan(recipe, runtime.world_size, None)
+    if runtime.device.type == "cpu" and plan["peak_memory_bytes"] > runtime.memory_bytes():
         return False  # the kernel would lend more than there is, and end the process when it is used
     module = task.module.to(runtime.device).train()
-    parts = {**planned["memory"], "weights": 0, "activations": 0}
+    parts = {**plan["memory"], "weights": 0, "activations": 0}
     others_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters()))  # gradients come by trial
-    kept = max(1, int(getattr(recipe.batch, "keep_graph", 0)))
-    plan = BatchPlan(min(most, max(2, kept) * rows), 1, rows)
-    collate: Any = task.collate
-    micro_batches = replace(collate, plan=plan, rank=0)(0).micro_batches
-    held = (
-        micro_batches if plan.num_micro_batches == 1 else micro_batches[-kept:]
-    )  # by length: the last are the longest
+    micro_size = recipe.batch.plan(1).micro_size
+    batch = BatchPlan(min(most, max(2, task.held_micro_batches) * micro_size), 1, micro_size)
+    assert task.micro_batches is not None
+    held = task.micro_batches(batch)
+    if batch.num_micro_batches > 1:
+        held = held[-task.held_micro_batches :]  # by length: the last are the longest
     try:
         reserved = torch.empty(others_bytes, dtype=torch.uint8, device=runtime.device)
         with autocast(runtime.device, recipe.precision):

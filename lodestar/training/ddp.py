@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lodestar.config.schema import OptimConfig, Precision
 from lodestar.distributed.runtime import Runtime
 from lodestar.training import optim as optims
-from lodestar.training.engine import Resumed, StepReport, _Autocast, _state_of
+from lodestar.training.engine import Autocast, Resumed, StepReport, state_tensor
 
 
 class DdpEngine:
@@ -26,7 +26,7 @@ class DdpEngine:
         self.module, self._muon_fp32 = module, muon_fp32
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._world_size = runtime.world_size
-        self._wrapped: nn.Module = _Autocast(module, runtime.device, precision)
+        self._wrapped: nn.Module = Autocast(module, runtime.device, precision)
         if runtime.world_size > 1:
             for said in ("find_unused_parameters=True was specified", "`broadcast_buffers` is deprecated"):
                 warnings.filterwarnings("ignore", message=said)
@@ -118,7 +118,7 @@ class DdpEngine:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     name, device = self._names[parameter], parameter.device
-                    state = {key: _state_of(name, key, checkpoint.optimizer).to(device) for key in keys}
+                    state = {key: state_tensor(name, key, checkpoint.optimizer).to(device) for key in keys}
                     if optimizer is self._adamw:
                         state["step"] = torch.tensor(float(checkpoint.updates), device=device)
                     optimizer.state[parameter] = state

@@ -14,7 +14,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lodestar.config.schema import AUTO
-from lodestar.data.loader import step_batches
 from lodestar.distributed.collectives import gather_objects
 from lodestar.distributed.runtime import Placement, Runtime
 from lodestar.distributed.session import distributed_session
@@ -25,24 +24,21 @@ from lodestar.training.auto_batch_size import with_largest_micro_size
 from lodestar.training.build_engine import build
 from lodestar.training.engine import Engine
 from lodestar.training.loop import Progress, StepDone, fit
-from lodestar.training.synthetic import generated
-from lodestar.training.task import TaskSpec
+from lodestar.training.synthetic import synthetic_task
+from lodestar.training.task import Recipe, TaskSpec
 
 
-def rehearse(recipe: Any, placement: Placement, spec: TaskSpec, steps: int) -> int:
+def rehearse(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe], steps: int) -> int:
     """Take `steps` steps on all ranks, print what they cost, and leave nothing behind."""
     with distributed_session(placement, recipe.engine.timeout_minutes, recipe) as runtime:
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, spec)
-        with generated(recipe, runtime, spec, micro_size=recipe.batch.micro_size, steps=steps) as (made, task):
-            engine = build(task.module, runtime, made.engine, made.optim, made.precision)
+        micro_size = recipe.batch.plan(1).micro_size
+        with synthetic_task(recipe, runtime, spec, micro_size=micro_size, steps=steps) as (_, task):
+            engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
             waiting = _Waiting()
             watch = _Watch(runtime, waiting)
-            assert task.collate is not None
-            batches = step_batches(
-                task.collate, start=0, total=steps, workers=task.workers, pin=runtime.device.type == "cuda"
-            )
-            with closing(batches):  # ends the workers
+            with closing(task.batches(0)) as batches:  # closing ends the workers
                 fit(
                     task.stage,
                     engine,
@@ -136,7 +132,7 @@ def _report(found: list[Mapping[str, Any]], planned: Mapping[str, Any], steps: i
 
     step, wanted = most("step"), planned["peak_memory_bytes"] / 2**30
     return {
-        "rehearsed": f"{steps} steps of {planned['global_size']:,} rows on {len(found)} ranks",
+        "rehearsed": f"{steps} steps of {planned['global_size']:,} examples on {len(found)} ranks",
         "first_step": f"{most('first'):.3f} s, all texts at their longest",
         "step": f"{step:.3f} s, {sum(rank['tokens'] for rank in found) / step:,.0f} tokens/s, padding counted",
         "waiting_for_the_loader": f"{most('loader'):.3f} s of it",

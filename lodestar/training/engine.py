@@ -73,11 +73,11 @@ class Engine(Protocol):
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Matrix products in half precision on fp32 weights, so that gradients of many chunks add up in fp32."""
+    """Matrix products in half precision on fp32 weights, so that gradients of many micro-batches add up in fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
 
 
-class _Autocast(nn.Module):
+class Autocast(nn.Module):
     """Enters autocast inside the forward, where no engine's own settings can switch it off again."""
 
     def __init__(self, module: nn.Module, device: torch.device, precision: str) -> None:
@@ -89,7 +89,8 @@ class _Autocast(nn.Module):
             return self.inner(*inputs)
 
 
-def _state_of(name: str, key: str, state: Mapping[str, Tensor]) -> Tensor:
+def state_tensor(name: str, key: str, state: Mapping[str, Tensor]) -> Tensor:
+    """The state `key` of parameter `name`; CheckpointError where there is none."""
     if f"{name}:{key}" not in state:
         raise CheckpointError(
             f"checkpoint.resume: no {key} of {name} in it: it was written by another optimizer or model "

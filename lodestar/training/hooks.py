@@ -58,7 +58,7 @@ class LogHook(_Quiet):
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
         batch, report = done.batch, done.report
-        self._throughput.add(samples=batch.rows, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
+        self._throughput.add(samples=batch.examples, tokens=batch.tokens, padded_tokens=batch.padded_tokens)
         self._streak = (self._streak + report.skipped) * report.skipped
         if progress.step % self._every == 0 or progress.done:
             self._log(progress, done)

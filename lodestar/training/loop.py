@@ -6,19 +6,36 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from lodestar.training.engine import Engine, StepReport
 
 
+class MicroBatch(Protocol):
+    """What goes through the model at once."""
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """The model's inputs, in the order of its forward."""
+        ...
+
+
 class Batch(Protocol):
     """What one rank does in one step."""
 
-    rows: int
-    """Rows of the global batch that this rank holds."""
-    tokens: int
-    padded_tokens: int
-    """Tokens as computed, padding included."""
+    @property
+    def micro_batches(self) -> Sequence[MicroBatch]: ...
+    @property
+    def examples(self) -> int:
+        """Those of the global batch that this rank holds."""
+        ...
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens as computed, padding included."""
+        ...
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch, contravariant=True)

@@ -1,4 +1,4 @@
-"""A training run from its recipe to its result: what both stages do alike, around what each prepares."""
+"""A training run from its recipe to its result: what both stages have in common."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 
 from lodestar.config import loader
 from lodestar.config.schema import AUTO, NEUTRAL
-from lodestar.data.loader import step_batches
 from lodestar.distributed.collectives import agreed, barrier, from_main, on_main
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
 from lodestar.distributed.session import distributed_session
@@ -34,7 +33,7 @@ from lodestar.training.engine import Engine, Resumed
 from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
-from lodestar.training.task import Recipe, TaskSpec, TrainingTask
+from lodestar.training.task import BuildTask, Recipe, TaskSpec, TrainingTask
 
 _KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train"}
 """The recipe's names for what a checkpoint says of its run."""
@@ -42,7 +41,7 @@ STOPPED = 3
 """Exit code of a run that was asked to stop; the same command goes on from where it was."""
 
 
-def train(recipe: Any, placement: Placement, spec: TaskSpec) -> int:
+def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
     """Run to the end, or until asked to stop; returns the exit code."""
     minutes = recipe.engine.timeout_minutes
     with (
@@ -66,7 +65,9 @@ def _claim(folder: Path, held: ExitStack) -> None:
     held.enter_context(locked(folder, "run.output_dir"))
 
 
-class Trainer:
+class Trainer(Generic[Recipe]):
+    """One run in its folder: from the newest checkpoint, or from the start, to the exported model."""
+
     def __init__(self, recipe: Recipe, runtime: Runtime, plan: str = "") -> None:
         self.recipe, self.runtime, self.plan = recipe, runtime, plan
         self.folder = Path(recipe.run.output_dir)
@@ -75,7 +76,7 @@ class Trainer:
         self.changes: list[dict[str, Any]] = []
         """Of the recipe, by those who went on with this run."""
 
-    def run(self, build_task: Callable[[Any, Runtime], TrainingTask], stop: StopHook) -> int:
+    def run(self, build_task: BuildTask[Recipe], stop: StopHook) -> int:
         recipe, runtime = self.recipe, self.runtime
         on_main(lambda: make_folder(self.folder, "run.output_dir"))
         on_main(self._check_allowed)
@@ -85,7 +86,7 @@ class Trainer:
         with agreed():
             if not task.total_steps:
                 raise DataError(
-                    f"schedule.epochs: {recipe.schedule.epochs} x {task.rows} rows do not fill one batch of "
+                    f"schedule.epochs: {recipe.schedule.epochs} x {task.rows} examples do not fill one batch of "
                     f"{recipe.batch.global_size} (lower batch.global_size, or raise schedule.epochs)"
                 )
             resumed = self._find_checkpoint(task, progress)
@@ -123,7 +124,7 @@ class Trainer:
         ]
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
-        batches = self._batches(task, progress)
+        batches = task.batches(progress.step)
         try:
             fit(
                 task.stage,
@@ -144,18 +145,6 @@ class Trainer:
             self._summarise(task, progress)
         barrier()
 
-    def _batches(self, task: TrainingTask, progress: Progress) -> Generator[Any]:
-        if task.stream is not None:
-            return task.stream(progress.step)
-        assert task.collate is not None
-        return step_batches(
-            task.collate,
-            start=progress.step,
-            total=progress.total_steps,
-            workers=task.workers,
-            pin=self.runtime.device.type == "cuda",
-        )
-
     # --- before ---
 
     def _open_folder(self, task: TrainingTask, progress: Progress) -> None:
@@ -165,7 +154,7 @@ class Trainer:
         best = self.folder / "best.json"
         if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
             best.unlink()
-        write_text(self.folder / "config.yaml", loader.dump(self.recipe))  # type: ignore[arg-type]
+        write_text(self.folder / "config.yaml", loader.dump(self.recipe))
         data = task.identity.get("data")
         facts = environment(self.runtime, self.recipe.run.output_dir)
         write_json(self.folder / "environment.json", {**facts, "data": data, "changes": self.changes})
@@ -239,7 +228,7 @@ class Trainer:
     def _tracker(self, progress: Progress) -> Tracker:
         if not self.runtime.is_main:
             return Tracker.silent()
-        values = json.loads(self.recipe.model_dump_json())  # type: ignore[attr-defined]
+        values = json.loads(self.recipe.model_dump_json())
         tracker = Tracker.open(self.folder, self.recipe.track, self.recipe.run.name, values, local_environment())
         tracker.resume_at(progress.step)
         return tracker
@@ -260,7 +249,7 @@ class Trainer:
         def evaluate(step: int) -> dict[str, Any]:
             assert task.evaluate is not None
             engine.module.eval()
-            found = task.evaluate(engine)
+            found = task.evaluate()
             engine.module.train()
             if task.keep_best is not None:
                 self._keep_if_best(task, engine, step, found)

@@ -14,7 +14,7 @@ from lodestar.distributed.collectives import sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
 from lodestar.errors import ConfigError
 from lodestar.training import optim as optims
-from lodestar.training.engine import Resumed, StepReport, _Autocast, _state_of
+from lodestar.training.engine import Autocast, Resumed, StepReport, state_tensor
 
 
 class ZeroEngine:
@@ -56,7 +56,7 @@ class ZeroEngine:
             config["zero_optimization"]["stage3_param_persistence_threshold"] = section.zero3_persistence_threshold
         if precision == "fp16":
             config["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 2000}
-        inner: nn.Module = _Autocast(module, runtime.device, "bf16") if precision == "bf16" else module
+        inner: nn.Module = Autocast(module, runtime.device, "bf16") if precision == "bf16" else module
         self._engine: Any = deepspeed.initialize(
             model=inner,
             optimizer=_deepspeed_muon(parameter_groups, optim) if self._muon else optims.adamw(parameter_groups, optim),
@@ -125,7 +125,7 @@ class ZeroEngine:
     def resume(self, checkpoint: Resumed) -> None:
         for parameter, name in self._trained():
             for key in self._keys(parameter):
-                value = _state_of(name, key, checkpoint.optimizer)
+                value = state_tensor(name, key, checkpoint.optimizer)
                 piece = self._piece(parameter, key, checkpoint.updates)
                 if piece is not None:
                     piece.state.copy_(value.flatten()[piece.start : piece.start + len(piece.state)])

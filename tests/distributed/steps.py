@@ -69,11 +69,10 @@ def one_step(rank: int, size: int, made: Any) -> tuple[Outcome, dict[str, float]
     """
     from lodestar.distributed.collectives import sum_over_ranks
 
-    ready, runtime = built(made, rank, size)
-    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
+    task, runtime = built(made, rank, size)
+    engine = build(task.module, runtime, made.engine, made.optim, made.precision)
     engine.module.train()
-    assert ready.collate is not None
-    shares = ready.stage.backward(ready.collate(0), engine, 0)
+    shares = task.stage.backward(next(task.batches(0)), engine, 0)
     scalars = {name: float(sum_over_ranks(share.detach().double())) for name, share in shares.items()}
     engine.step(1.0)
     gradient = {
@@ -92,10 +91,9 @@ def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> li
 def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
     """RetroMAE's loss on the whole batch at once, in fp64, with torch's own cross-entropy on whole logits."""
     made = recipe("pretrain", folder, *overrides, f"batch.micro_size={ROWS}")
-    ready, _ = built(made, 0, 1)
-    assert ready.collate is not None
-    (batch,) = ready.collate(0).micro_batches
-    model: Any = ready.module.double().eval()
+    task, _ = built(made, 0, 1)
+    (batch,) = next(task.batches(0)).micro_batches
+    model: Any = task.module.double().eval()
     place = torch.arange(batch.input_ids_BL.shape[1])
     attention = (place < batch.lengths_B[:, None]).long()
     out = model.encoder(input_ids=batch.masked_input_ids_BL, attention_mask=attention, output_hidden_states=True)
@@ -116,10 +114,9 @@ def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
 def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     """InfoNCE on the whole score matrix, in fp64."""
     made = recipe("finetune", folder, *overrides, f"batch.micro_size={ROWS}")
-    ready, _ = built(made, 0, 1)
-    assert ready.collate is not None
-    batch = ready.collate(0)
-    model: Any = ready.module.double().eval()
+    task, _ = built(made, 0, 1)
+    batch = next(task.batches(0))
+    model: Any = task.module.double().eval()
     texts = [ids for micro_batch in batch.micro_batches for ids in _embed(model, micro_batch)]
     vectors = torch.stack([texts[i] for i in batch.place_N.argsort()])
     q, d = vectors[:ROWS], vectors[ROWS:]
@@ -173,4 +170,4 @@ def distance(found: Outcome, wanted: Outcome) -> float:
 
 
 def expected_rows(size: int) -> list[int]:
-    return BatchPlan(ROWS, size, 4).rows_per_rank
+    return BatchPlan(ROWS, size, 4).examples_per_rank

@@ -82,9 +82,9 @@ def test_other_dropout_in_the_second_pass_would_be_seen(folder: Path):
 def _reductions(rank: int, size: int, folder: Path, keep: str) -> tuple[int, int]:
     """How often the gradient is reduced in one step of DDP, and over how many micro-batches."""
     made = steps.recipe("finetune", folder, "batch.micro_size=3", keep)
-    ready, runtime = steps.built(made, rank, size)
-    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
-    assert isinstance(engine, DdpEngine) and ready.collate is not None
+    task, runtime = steps.built(made, rank, size)
+    engine = build(task.module, runtime, made.engine, made.optim, made.precision)
+    assert isinstance(engine, DdpEngine)
     reduced: list[int] = []
 
     def hook(state, bucket):  # DDP wants no annotations, or its own
@@ -92,8 +92,8 @@ def _reductions(rank: int, size: int, folder: Path, keep: str) -> tuple[int, int
         return default_hooks.allreduce_hook(None, bucket)
 
     engine._wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
-    batch = ready.collate(0)
-    ready.stage.backward(batch, engine, 0)
+    batch = next(task.batches(0))
+    task.stage.backward(batch, engine, 0)
     return len(reduced) - len(set(reduced)), len(batch.micro_batches)
 
 

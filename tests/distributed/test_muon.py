@@ -29,13 +29,12 @@ def two_steps(rank: int, size: int, folder: Path, engine: str, units: bool) -> t
     """Norms of two steps, and the weights after the first."""
     Runtime.multiplies_bf16 = lambda self: units  # type: ignore[method-assign]
     made = steps.recipe("pretrain", folder, "optim.name=muon", "optim.muon_lr=0.05", *ENGINES[engine])
-    ready, runtime = steps.built(made, rank, size)
-    running = build(ready.module, runtime, made.engine, made.optim, made.precision)
+    task, runtime = steps.built(made, rank, size)
+    running = build(task.module, runtime, made.engine, made.optim, made.precision)
     running.module.train()
-    assert ready.collate is not None
     norms, weights = [], {}
     for step in range(2):
-        ready.stage.backward(ready.collate(step), running, step)
+        task.stage.backward(next(task.batches(step)), running, step)
         norms.append(float(running.step(1.0).grad_norm))
         weights = weights or running.weights()
     return norms, weights
@@ -66,9 +65,9 @@ def found(request: pytest.FixtureRequest, folder: Path) -> dict[tuple[str, bool]
 @pytest.fixture(scope="module")
 def start(folder: Path) -> dict[str, Tensor]:
     """The matrices that Muon trains, before the first step."""
-    ready, _ = steps.built(steps.recipe("pretrain", folder, "optim.name=muon"), 0, 1)
-    matrices = optim.by_muon(ready.module)
-    return {name: p.detach() for name, p in ready.module.named_parameters() if name in matrices}
+    task, _ = steps.built(steps.recipe("pretrain", folder, "optim.name=muon"), 0, 1)
+    matrices = optim.by_muon(task.module)
+    return {name: p.detach() for name, p in task.module.named_parameters() if name in matrices}
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor], start: dict[str, Tensor]) -> float:

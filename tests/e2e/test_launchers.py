@@ -179,9 +179,16 @@ def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: 
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "launch/finetune.py"]
     done = run([*launcher, "--config", str(folder / "finetune.yaml"), "--rehearse", "4", *overrides])
     assert done.returncode == 0, done.stderr
-    for told in ("4 steps of 7 rows on 2 ranks", "tokens/s", "collectives", "peak memory", "checkpoint", "12 steps"):
+    for told in (
+        "4 steps of 7 examples on 2 ranks",
+        "tokens/s",
+        "collectives",
+        "peak memory",
+        "checkpoint",
+        "12 steps",
+    ):
         assert told in done.stdout, done.stdout
-    assert "batch.micro_size: 4 rows" in done.stderr
+    assert "batch.micro_size: 4 examples" in done.stderr
     assert sorted(folder.rglob("*")) == before
 
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 
-from contrastive.collate import Collate, DataSet, StepBatch
+from contrastive.collate import Collate, StepBatch, TrainingDataset
 from contrastive.tokenization import FEATURES, Tokenize
 from lodestar.config.schema import BatchPlan
 from lodestar.data.readers import find_sources
@@ -32,7 +32,7 @@ def step(
     rows: list[dict[str, Any]], *, negatives: int = 1, number: int = 0, rank: int = 0, size: int = 1, batch: int = 0
 ) -> StepBatch:
     batch = batch or len(rows)
-    chosen = DataSet(table(rows), ShuffledSampler(len(rows), batch, 5), True)
+    chosen = TrainingDataset(table(rows), ShuffledSampler(len(rows), batch, 5), True)
     plan = BatchPlan(batch, size, 4)
     return Collate([chosen], DatasetMixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
 
@@ -108,7 +108,7 @@ ROWS = [
 
 def groups(batch: StepBatch) -> dict[str, list[str]]:
     every = texts(batch)
-    passages = every[batch.rows :]
+    passages = every[batch.examples :]
     starts, counts = batch.start_Q.tolist(), batch.count_Q.tolist()
     return {every[i]: passages[start : start + counts[i]] for i, start in enumerate(starts)}
 
@@ -140,14 +140,14 @@ def test_ranks_hold_parts_of_the_same_batch(size: int) -> None:
 
 def test_a_rank_without_a_query_takes_part_with_a_text_that_does_not_count() -> None:
     batch = step(ROWS, rank=0, size=5)
-    assert batch.rows == 0 and len(batch.place_N) == 0 and len(batch.passage_hash_P) == 0
+    assert batch.examples == 0 and len(batch.place_N) == 0 and len(batch.passage_hash_P) == 0
     assert len(batch.micro_batches) == 1 and not batch.micro_batches[0].real
 
 
 def test_teacher_scores_come_with_their_passages() -> None:
     row = {"query": "rows", "pos": ["graph"], "neg": ["edge"], "pos_scores": [0.9], "neg_scores": [0.2]}
     batch = step([row, ROWS[2]])
-    at = texts(batch)[: batch.rows].index("rows")
+    at = texts(batch)[: batch.examples].index("rows")
     torch.testing.assert_close(batch.teacher_QG[at], torch.tensor([0.9, 0.2]))
     assert batch.teacher_QG[1 - at].isnan().all()
 

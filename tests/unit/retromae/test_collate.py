@@ -13,10 +13,10 @@ from lodestar.config.schema import BatchPlan
 from lodestar.data.readers import find_sources, stream_rows
 from lodestar.data.sampler import ShuffledSampler
 from lodestar.errors import DataError
-from retromae.collate import Collate, StepBatch
+from retromae.collate import Collate, EncodedText, StepBatch
 from retromae.masks import IGNORED, decoder_visibility
-from retromae.stream import FromStream
-from retromae.tokenization import Tokenize, check
+from retromae.stream import StreamWindow
+from retromae.tokenization import TextCheck, Tokenize
 from tests import tiny
 
 TEXTS = tiny.texts(60, seed=9)
@@ -27,20 +27,20 @@ def rows_of(family: str, texts: list[str], *, max_length: int = 512, split: bool
     return Tokenize(tiny.tokenizer(family), max_length=max_length, split=split)({"text": texts})
 
 
-class Held:
+class InMemory:
     def __init__(self, columns: dict[str, list[Any]]) -> None:
         self.columns = columns
 
-    def __call__(self, epochs: torch.Tensor, numbers: torch.Tensor) -> list[dict[str, Any]]:
-        return [{name: self.columns[name][i] for name in ("input_ids", "words")} for i in numbers.tolist()]
+    def __call__(self, epochs: torch.Tensor, rows: torch.Tensor) -> list[EncodedText]:
+        return [EncodedText(self.columns["input_ids"][i], self.columns["words"][i]) for i in rows.tolist()]
 
 
 def step(
     family: str, rank: int = 0, size: int = 1, number: int = 0, micro_size: int = 60, texts: list[str] = TEXTS
 ) -> StepBatch:
     plan = BatchPlan(60, size, micro_size)
-    held = Held(rows_of(family, texts))
-    return Collate(held, ShuffledSampler(60, 60, 3), plan, rank, 3, tiny.tokenizer(family), 0.3)(number)
+    in_memory = InMemory(rows_of(family, texts))
+    return Collate(in_memory, ShuffledSampler(60, 60, 3), plan, rank, 3, tiny.tokenizer(family), 0.3)(number)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -92,7 +92,7 @@ def test_a_text_has_the_same_masks_on_any_rank_in_any_micro_batch(size: int) -> 
     parts = [step("bert", rank, size, micro_size=4) for rank in range(size)]
     assert set().union(*map(texts, parts)) == texts(whole)
     assert len({len(part.micro_batches) for part in parts}) == 1
-    for name in ("rows", "tokens", "encoder_labels", "decoder_labels"):
+    for name in ("examples", "tokens", "encoder_labels", "decoder_labels"):
         assert sum(getattr(part, name) for part in parts) == getattr(whole, name)
     assert sum(part.padded_tokens for part in parts) < whole.padded_tokens  # sorted by length: less padding
 
@@ -104,10 +104,12 @@ def test_another_step_draws_other_masks() -> None:
 
 def test_a_rank_without_a_text_takes_part_with_one_that_does_not_count() -> None:
     plan = BatchPlan(2, 3, 4)
-    collate = Collate(Held(rows_of("bert", TEXTS)), ShuffledSampler(60, 2, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3)
-    assert len(plan.rows(0)) == 0
+    collate = Collate(
+        InMemory(rows_of("bert", TEXTS)), ShuffledSampler(60, 2, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3
+    )
+    assert len(plan.examples(0)) == 0
     batch = collate(0)
-    assert (batch.rows, batch.tokens, batch.encoder_labels, batch.decoder_labels) == (0, 0, 0, 0)
+    assert (batch.examples, batch.tokens, batch.encoder_labels, batch.decoder_labels) == (0, 0, 0, 0)
     (micro,) = batch.micro_batches
     assert not micro.is_real_example_B.any() and (micro.labels_BL == IGNORED).all()
 
@@ -130,7 +132,7 @@ def test_a_special_token_spelt_out_in_a_text_is_no_word() -> None:
 
 
 def test_a_row_without_a_text_is_named_and_an_empty_one_dropped() -> None:
-    accept = check("text")
+    accept = TextCheck("text")
     assert accept("f:1", {"text": " a "}) == {"text": " a "} and accept("f:1", {"text": " "}) is None
     with pytest.raises(DataError, match=r"f:2: text: must be a text, got NoneType \(set data\.field; here: body\)"):
         accept("f:2", {"body": "a"})
@@ -144,7 +146,7 @@ def test_a_stream_reads_rows_whose_columns_come_late(tmp_path: Path) -> None:
 
     def read() -> list[Any]:
         tokenize = Tokenize(tiny.tokenizer("bert"), max_length=64, split=False)
-        stream = FromStream(lambda: stream_rows(sources), check("text"), tokenize, 8, 1)
+        stream = StreamWindow(lambda: stream_rows(sources), TextCheck("text"), tokenize, 8, 1)
         return list(islice(stream._endless(), len(rows)))
 
     assert len(read()) == len(rows)

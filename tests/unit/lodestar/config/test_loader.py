@@ -100,9 +100,9 @@ def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("rows", "size"), [(32_768, 48), (720, 24), (19, 4), (3, 5), (1, 1)])
 def test_shares_make_exactly_the_global_batch(rows: int, size: int) -> None:
     plan = BatchPlan(rows, size, micro_size=4)
-    held = [row for rank in range(size) for row in plan.rows(rank)]
-    assert held == list(range(rows)) and max(plan.rows_per_rank) - min(plan.rows_per_rank) <= 1
-    assert plan.num_micro_batches == -(-max(plan.rows_per_rank) // 4)
+    held = [row for rank in range(size) for row in plan.examples(rank)]
+    assert held == list(range(rows)) and max(plan.examples_per_rank) - min(plan.examples_per_rank) <= 1
+    assert plan.num_micro_batches == -(-max(plan.examples_per_rank) // 4)
 
 
 def test_a_schedule_by_epochs_counts_whole_batches() -> None:

@@ -58,16 +58,16 @@ def build(tmp_path: Path, *names: str, **settings: Any) -> TokenizedDataset:
 def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_path: Path) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
     first, before = build(tmp_path, "a.jsonl"), calls
-    assert build(tmp_path, "a.jsonl").facts == first.facts and calls == before
-    assert build(tmp_path, "a.jsonl", max_length=3).facts.fingerprint != first.facts.fingerprint and calls > before
+    assert build(tmp_path, "a.jsonl").stats == first.stats and calls == before
+    assert build(tmp_path, "a.jsonl", max_length=3).stats.fingerprint != first.stats.fingerprint and calls > before
     tiny.pretrain_file(tmp_path / "a.jsonl", 11)
-    assert build(tmp_path, "a.jsonl").facts.rows == 11
+    assert build(tmp_path, "a.jsonl").stats.rows == 11
     assert not list((tmp_path / "cache").glob(".*"))  # nothing unfinished is left
 
 
 def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 70}, {"text": ""}, {"text": "y"}])
-    facts = build(tmp_path, "a.jsonl").facts
+    facts = build(tmp_path, "a.jsonl").stats
     assert (facts.rows, facts.tokens, facts.truncated, facts.dropped) == (2, 71, 1, 1)
 
 
@@ -179,7 +179,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_p
         tokenized(sources, check=growing, **options)
     assert list((tmp_path / "cache").iterdir()) == []
     tiny.pretrain_file(path, 40)
-    assert tokenized(sources, check=check, **options).facts.rows == 40
+    assert tokenized(sources, check=check, **options).stats.rows == 40
 
 
 @pytest.mark.parametrize("harm", ["flipped", "cut", "missing", "no manifest", "emptied"])
@@ -188,7 +188,7 @@ def test_a_damaged_cache_is_built_anew_with_one_line(
 ) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
     first = build(tmp_path, "a.jsonl")
-    rows, facts = first.rows.to_dict(), first.facts
+    rows, facts = first.rows.to_dict(), first.stats
     folder = tmp_path / "cache" / facts.fingerprint
     (arrow,) = (folder / "rows").glob("*.arrow")
     content = bytearray(arrow.read_bytes())
@@ -205,7 +205,7 @@ def test_a_damaged_cache_is_built_anew_with_one_line(
         (folder / "facts.json").write_text("")
     capsys.readouterr()
     again = build(tmp_path, "a.jsonl")
-    assert again.rows.to_dict() == rows and again.facts == facts
+    assert again.rows.to_dict() == rows and again.stats == facts
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert str(folder) in line and "built anew" in line
     build(tmp_path, "a.jsonl")

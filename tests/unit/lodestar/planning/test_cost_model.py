@@ -4,12 +4,21 @@ from transformers import AutoModel, BertConfig
 
 from contrastive.gradcache import graph_bytes
 from contrastive.model import BiEncoder
-from lodestar.config.schema import EngineConfig
+from lodestar.config.schema import (
+    BatchConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingRecipe,
+)
 from lodestar.planning.cost_model import (
     BERT_BASE,
     DEVICES,
     EncoderShape,
     Memory,
+    StepCost,
     activation_bytes,
     memory,
     model_flops,
@@ -43,7 +52,16 @@ def test_the_parameters_of_bert_base_are_counted():
 def test_zero_shards_what_its_stage_says():
     def parts(kind: str, stage: int) -> Memory:
         engine = EngineConfig(kind=kind, zero_stage=stage)  # type: ignore[arg-type]
-        return memory(BERT_BASE, engine=engine, world_size=10, precision="fp32", tokens_at_once=100)
+        recipe = TrainingRecipe(
+            run=RunConfig(output_dir="run"),
+            model=ModelConfig(encoder="encoder"),
+            batch=BatchConfig(global_size=10),
+            optim=OptimConfig(lr=1e-5),
+            schedule=ScheduleConfig(steps=1),
+            precision="fp32",
+            engine=engine,
+        )
+        return memory(StepCost(BERT_BASE, held_tokens=100, flops=0), recipe, world_size=10)
 
     whole, first, third = parts("ddp", 1), parts("deepspeed", 1), parts("deepspeed", 3)
     assert first.weights == whole.weights and first.optimizer == whole.optimizer // 10
@@ -53,11 +71,12 @@ def test_zero_shards_what_its_stage_says():
 
 def test_the_time_of_a_step_is_made_of_counted_operations_and_bytes():
     device = DEVICES["a100-40g"]
-    found = seconds(BERT_BASE, device, world_size=2, precision="fp32", flops=19.5e12 * 0.4, gathered=1000, scored=10**6)
+    cost = StepCost(BERT_BASE, held_tokens=0, flops=19.5e12 * 0.4, gathered=1000, scored=10**6)
+    found = seconds(cost, device, "fp32", world_size=2)
     assert found.model == pytest.approx(1.0)
     assert found.gather == pytest.approx(2 * 0.5 * 4 * 768 * 1000 / (25e9 * 0.7))
     assert found.loss == pytest.approx(6 * 768 * 1e6 / (19.5e12 * 0.8))
-    alone = seconds(BERT_BASE, device, world_size=1, precision="bf16", flops=0)
+    alone = seconds(StepCost(BERT_BASE, held_tokens=0, flops=0), device, "bf16", world_size=1)
     assert alone.reduction == alone.gather == 0
     # 6 floating-point operations per parameter and token, and those of attention
-    assert model_flops(BERT_BASE, 10, 0, passes=3) == 6 * 10 * 12 * BERT_BASE.layer_parameters
+    assert model_flops(BERT_BASE, 10, 0, forwards=3) == 6 * 10 * 12 * BERT_BASE.layer_parameters

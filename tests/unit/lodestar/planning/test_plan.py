@@ -7,7 +7,7 @@ from lodestar.planning.plan import batch_in_words
 
 
 def test_the_batch_is_told_in_words() -> None:
-    rows = BatchPlan(32768, 48, 171).rows_per_rank
+    rows = BatchPlan(32768, 48, 171).examples_per_rank
     facts = {"global_size": 32768, "chunks_per_rank": 4, "negatives_per_query": 65535, "rows_per_rank": rows}
     assert batch_in_words(facts) == (
         "global batch: 32,768 = 32 x 683 + 16 x 682 queries; 4 micro-batches a step; 65,535 negatives each"
