@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyarrow import ArrowException, parquet
+
 from lodestar.errors import DataError, first_line
 
 Row = Mapping[str, Any]
@@ -88,8 +90,6 @@ def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
 
 
 def _read_parquet(source: Source) -> Iterator[tuple[str, Row]]:
-    from pyarrow import ArrowException, parquet
-
     number = 0
     try:
         with parquet.ParquetFile(source.path) as file:

@@ -9,6 +9,10 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
+import torch
+
+from lodestar.distributed.runtime import Placement, joined
+
 PRELOAD = ["torch", "transformers", "lodestar.training.engine", "retromae.stage", "contrastive.stage"]
 
 
@@ -36,10 +40,6 @@ class _Failure:
 
 
 def _join_and_run(fn: Callable[..., Any], rank: int, size: int, store: str, args: tuple[Any, ...]) -> Any:
-    import torch
-
-    from lodestar.distributed.runtime import Placement, joined
-
     torch.set_num_threads(1)
     try:
         with joined(Placement(rank, size, rank), timeout_minutes=1.0, init_method=store):

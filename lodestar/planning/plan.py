@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
@@ -42,9 +45,6 @@ def encoder_shape(model: ModelConfig, warnings: PlanWarnings) -> EncoderShape:
 def _shape_in(model: ModelConfig) -> EncoderShape:
     path = Path(model.encoder) / "config.json"
     if not path.is_file():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
         cached = None
         if not Path(model.encoder).exists():
             with suppress(HFValidationError):  # a path, not a name

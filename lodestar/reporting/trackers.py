@@ -8,6 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from pydantic import BaseModel
+
+from lodestar.config import loader
 from lodestar.config.schema import TrackConfig
 from lodestar.files import write_text
 
@@ -17,7 +22,7 @@ METRICS = "metrics.jsonl"
 class Tracker:
     """Writes what a run measures; on all ranks but the first it is silent."""
 
-    def __init__(self, path: Path | None, trackers: list[Any]) -> None:
+    def __init__(self, path: Path | None, trackers: list[GeneralTracker]) -> None:
         self._path, self._trackers = path, trackers
 
     @classmethod
@@ -26,19 +31,19 @@ class Tracker:
 
     @classmethod
     def open(
-        cls, output_dir: Path, track: TrackConfig, run_name: str, recipe: Mapping[str, Any], env: Mapping[str, str]
+        cls, output_dir: Path, track: TrackConfig, run_name: str, recipe: BaseModel, env: Mapping[str, str]
     ) -> Tracker:
         """Trackers write below `output_dir`; wandb goes offline where neither a mode nor a key is set."""
         trackers = [_start(name, output_dir, track, run_name, env) for name in track.to]
         for tracker in trackers:
-            tracker.store_init_configuration(_flat(recipe))
+            tracker.store_init_configuration(_plain(recipe))
         return cls(output_dir / METRICS, trackers)
 
     def resume_at(self, step: int) -> None:
         """Forget lines after `step`, and a last line that was torn: they will be written again."""
         if self._path is not None and self._path.is_file():
-            kept = [line for line in read_metrics(self._path) if line["step"] <= step]
-            write_text(self._path, "".join(_line(values) for values in kept))
+            lines = [line for line in read_metrics(self._path) if line["step"] <= step]
+            write_text(self._path, "".join(_line(values) for values in lines))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """One line; numbers go to the trackers too. A number that is not finite becomes null."""
@@ -58,13 +63,13 @@ class Tracker:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file, but for one that was torn by a kill."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(text))
         except json.JSONDecodeError:
             break
-    return found
+    return lines
 
 
 def _line(values: Mapping[str, Any]) -> str:
@@ -72,24 +77,16 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys with plain values, as trackers want them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{before}{key}.")
-        else:
-            flat[before + key] = value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
-    return flat
+def _plain(recipe: BaseModel) -> dict[str, Any]:
+    """Dotted keys with plain values, as trackers want them."""
+    values = loader.flat(recipe).items()
+    return {key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value) for key, value in values}
 
 
-def _start(name: str, output_dir: Path, track: TrackConfig, run_name: str, env: Mapping[str, str]) -> Any:
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker, WandBTracker
-
+def _start(name: str, output_dir: Path, track: TrackConfig, run_name: str, env: Mapping[str, str]) -> GeneralTracker:
     PartialState()  # the trackers' logger asks for it; it finds our process group and opens none
     if name == "tensorboard":
-        tracker: Any = TensorBoardTracker(run_name, logging_dir=str(output_dir / "tensorboard"))
+        tracker: GeneralTracker = TensorBoardTracker(run_name, logging_dir=str(output_dir / "tensorboard"))
     else:
         named = "WANDB_MODE" in env or "WANDB_API_KEY" in env
         mode = {} if named else {"mode": "offline"}

@@ -8,15 +8,14 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from lodestar.reporting.html import Html, Mark, escape, facts, figure, number, page, table
 from lodestar.reporting.trackers import METRICS, read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 Line = Mapping[str, Any]
 _POINTS = 400
@@ -200,8 +199,6 @@ def curves(chart: Chart, series: Sequence[Series]) -> Html:
     log = chart.axis == "log" and _spread(series) > 10
 
     def draw(axes: Axes) -> list[Mark]:
-        from matplotlib.ticker import LogLocator
-
         for i, each in enumerate(series):
             mean = _running_mean(each)
             marker = "o" if len(each.step_N) < 30 else ""

@@ -228,8 +228,8 @@ class Trainer(Generic[Recipe]):
     def _tracker(self, progress: Progress) -> Tracker:
         if not self.runtime.is_main:
             return Tracker.silent()
-        values = json.loads(self.recipe.model_dump_json())
-        tracker = Tracker.open(self.folder, self.recipe.track, self.recipe.run.name, values, local_environment())
+        recipe = self.recipe
+        tracker = Tracker.open(self.folder, recipe.track, recipe.run.name, recipe, local_environment())
         tracker.resume_at(progress.step)
         return tracker
 

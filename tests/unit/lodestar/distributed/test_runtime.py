@@ -101,7 +101,7 @@ def test_without_a_terminal_the_console_writes_lines(capsys: pytest.CaptureFixtu
 
 
 def test_metrics_are_lines_of_which_a_resumed_run_forgets_the_later_ones(tmp_path: Path) -> None:
-    tracker = Tracker.open(tmp_path, TrackConfig(), "run", {}, {})
+    tracker = Tracker.open(tmp_path, TrackConfig(), "run", TrackConfig(), {})
     for step in (1, 2, 3):
         tracker.log({"step": step, "loss": math.nan if step == 2 else 1.0 / step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
