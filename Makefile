@@ -13,7 +13,7 @@ install: $(VENV)/installed ## make .venv with everything
 $(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.lock
-	$(VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 test: install ## run all tests

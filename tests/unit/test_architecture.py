@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -93,3 +94,58 @@ def test_libraries_are_known_to_few(library: str) -> None:
             found = {n for n in imports_of(path, at_start=False) if n == library or n.startswith(f"{library}.")}
             here = path.relative_to(ROOT).with_suffix("").as_posix()
             assert not found or here in ONLY[library], f"{path}: {found}"
+
+
+LOADS_TORCH = ("torch", "transformers", "sentence_transformers", "accelerate", "deepspeed", "safetensors.torch", "mteb")
+MAY_BE_ABSENT = ("faiss", "lancedb", "qdrant_client", "psycopg", "onnx", "onnxruntime", "onnxscript")  # the extras
+IMPORTED_LATE = {  # besides those two kinds
+    ("lodestar/data/readers", "datasets"): "a second before each mistake in a recipe would be told",
+    ("lodestar/models/save", "sentence_transformers"): "seconds at the start of each rank; one rank saves, at the end",
+    ("lodestar/training/zero", "deepspeed"): "its environment must be prepared first; DDP does without it",
+}
+
+
+def is_of(name: str, libraries: Iterable[str]) -> bool:
+    return any(name == library or name.startswith(f"{library}.") for library in libraries)
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def our_files() -> list[Path]:
+    return [path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")]
+
+
+@pytest.fixture(scope="module")
+def loads_torch() -> set[str]:
+    """Libraries, and dotted names of our files, that import torch when they are imported."""
+    imports = {dotted(path): imports_of(path, at_start=True) for path in our_files()}
+    heavy = {name for name, imported in imports.items() if any(is_of(other, LOADS_TORCH) for other in imported)}
+    while more := {name for name, imported in imports.items() if imported & heavy} - heavy:
+        heavy |= more
+    return heavy | set(LOADS_TORCH)
+
+
+def test_what_plans_and_explains_mistakes_loads_without_torch(loads_torch: set[str]) -> None:
+    for path in our_files():
+        if path.stem in ("config", "plan", "cli") or path.parent.name in ("config", "planning"):
+            assert dotted(path) not in loads_torch, f"{path.relative_to(ROOT)} loads torch"
+
+
+def test_imports_stand_at_the_top_unless_they_keep_torch_out(loads_torch: set[str]) -> None:
+    for path in our_files():
+        here = path.relative_to(ROOT).with_suffix("").as_posix()
+        late = {library for file, library in IMPORTED_LATE if file == here}
+        allowed = {*MAY_BE_ABSENT, *late, *(() if dotted(path) in loads_torch else loads_torch)}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        for node in (inner for function in functions for inner in ast.walk(function)):
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                continue
+            wrong = {name for name in names if not is_of(name, allowed)}
+            assert not wrong, f"{here}.py:{node.lineno} imports {sorted(wrong)} inside a function"

@@ -1,0 +1,125 @@
+"""Writes docs/reference/COMMAND.md and configs/schema/COMMAND.json from the recipes' schemas: `make reference`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lodestar.commands import COMMANDS
+from lodestar.recipes_cli import schema
+
+ROOT = Path(__file__).parents[1]
+Node = dict[str, Any]
+
+
+def main() -> None:
+    for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def files() -> dict[Path, str]:
+    """Every generated file and what it holds."""
+    found: dict[Path, str] = {}
+    for command in (name for name, command in COMMANDS.items() if command.recipe):
+        definition = schema(command)
+        text = json.dumps(definition, indent=1, ensure_ascii=False) + "\n"
+        found[ROOT / "configs/schema" / f"{command}.json"] = text
+        found[ROOT / "docs/reference" / f"{command}.md"] = page(command, definition)
+    return found
+
+
+def page(command: str, definition: Node) -> str:
+    """A table of keys for each section."""
+    lines = [
+        f"# `lodestar {command}`",
+        "",
+        f"Every key of a recipe for `lodestar {command}`: {COMMANDS[command].summary}. Generated from the code.",
+        "",
+    ]
+    for name, section in sections(definition, definition, ""):
+        lines += [f"## `{name}`" if name else "## Top level", ""]
+        if name and (text := section.get("description")):
+            lines += [one_line(text), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, field in section["properties"].items():
+            lines.append(f"| `{key}` | {kind(field)} | {default(key, field, section)} | {meaning(field, definition)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def sections(definition: Node, node: Node, name: str) -> Iterator[tuple[str, Node]]:
+    """(dotted name, schema) of a section and of those below it."""
+    yield name, node
+    for key, field in node["properties"].items():
+        for choice in targets(field):
+            below = definition["$defs"][choice]
+            if "properties" not in below:
+                continue
+            label = f"{name}.{key}" if name else key
+            if field.get("type") == "array" or "items" in json.dumps(field):
+                label += "[]"
+            elif "additionalProperties" in field:
+                label += ".NAME"
+            kinds = below["properties"].get("kind", {})
+            if "const" in kinds:
+                label += f" (kind: {kinds['const']})"
+            yield from sections(definition, below, label)
+
+
+def targets(field: Node) -> list[str]:
+    """Names of the definitions that a field refers to."""
+    return list(dict.fromkeys(re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(field))))
+
+
+def kind(field: Node) -> str:
+    """The type of a field, for a reader."""
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "$ref" in field:
+        return "section"
+    if "anyOf" in field or "oneOf" in field:
+        return " or ".join(dict.fromkeys(kind(choice) for choice in field.get("anyOf", field.get("oneOf"))))
+    if field.get("type") == "array":
+        if "prefixItems" in field:
+            return "list of " + ", ".join(kind(item) for item in field["prefixItems"])
+        return f"list of {kind(field['items'])}"
+    if field.get("type") == "object":
+        return f"mapping of {kind(field['additionalProperties'])}"
+    names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none"}
+    return names[field["type"]] + bounds(field)
+
+
+def bounds(field: Node) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {field[name]:g}" for name, sign in signs.items() if name in field]
+    return f" {' and '.join(limits)}" if limits else ""
+
+
+def default(key: str, field: Node, section: Node) -> str:
+    if key in section.get("required", ()):
+        return "required"
+    value = field.get("default")
+    if isinstance(value, dict):
+        return "see below"
+    return "none" if value is None else f"`{json.dumps(value, ensure_ascii=False)}`"
+
+
+def meaning(field: Node, definition: Node) -> str:
+    text = field.get("description") or next(
+        (definition["$defs"][name].get("description", "") for name in targets(field)), ""
+    )
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()

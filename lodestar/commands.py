@@ -1,0 +1,102 @@
+"""The `lodestar` command: names to entry points, each loaded when it is called. Loads nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    summary: str
+    main: str
+    """module:function, which takes the arguments after the name and returns the exit code."""
+    recipe: str = ""
+    """module:class, the schema of its recipe."""
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "pre-train an encoder by RetroMAE (stage 1)", "retromae.cli:main", "retromae.config:PretrainRecipe"
+    ),
+    "finetune": Command(
+        "fine-tune an encoder into an embedding model (stage 2)",
+        "contrastive.cli:main",
+        "contrastive.config:FinetuneRecipe",
+    ),
+    "mine": Command(
+        "add hard negatives to a training file", "retrieval.mining.cli:main", "retrieval.mining.config:MineRecipe"
+    ),
+    "evaluate": Command(
+        "compare models on retrieval, classification, clustering and similarity",
+        "retrieval.evaluation.cli:main",
+        "retrieval.evaluation.config:EvaluateRecipe",
+    ),
+    "encode": Command(
+        "embed a corpus on all devices", "retrieval.embedding.cli:main", "retrieval.embedding.config:EncodeRecipe"
+    ),
+    "index": Command(
+        "put a corpus into a vector database", "retrieval.search.cli:index_main", "retrieval.search.config:IndexRecipe"
+    ),
+    "search": Command("ask an index or a corpus", "retrieval.search.cli:search_main"),
+    "export": Command(
+        "export a model to ONNX", "retrieval.export.cli:export_main", "retrieval.export.config:ExportRecipe"
+    ),
+    "merge": Command(
+        "average the weights of models", "retrieval.export.cli:merge_main", "retrieval.export.config:MergeRecipe"
+    ),
+    "recipes": Command("list the recipes that come with lodestar, or print one", "lodestar.recipes_cli:recipes_main"),
+    "schema": Command("print the JSON Schema of a command's recipe", "lodestar.recipes_cli:schema_main"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the named command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    while arguments and arguments[0].startswith(("--local_rank", "--local-rank")):
+        arguments.pop(0)  # the deepspeed launcher puts it before everything else
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_usage())
+    elif name == "--version":
+        print(f"lodestar {version('lodestar-embeddings')}")
+    elif name in COMMANDS:
+        return load(COMMANDS[name].main)(arguments[1:])  # type: ignore[operator]
+    else:
+        from difflib import get_close_matches
+
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else "see lodestar --help"
+        print(f"error: command line: {name}: unknown command ({hint})", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load(place: str) -> object:
+    """What stands at module:name."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lodestar COMMAND --config FILE [KEY=VALUE ...]",
+            "",
+            "Train and use text-embedding models.",
+            "",
+            *lines,
+            "",
+            "lodestar COMMAND --help describes a command; lodestar --version prints the version.",
+        ]
+    )
+
+
+def recipes_folder() -> Path:
+    """`lodestar/recipes` of a wheel, or `configs` of the repository."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"

@@ -1,0 +1,74 @@
+"""`lodestar recipes` and `lodestar schema`: what a recipe may say. Loads without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from lodestar.commands import COMMANDS, load, recipes_folder
+
+SCHEMA_LINE = "# yaml-language-server: $schema="
+"""By it YAML language servers complete a recipe's keys and show what they mean."""
+
+
+def recipes_main(argv: Sequence[str] | None = None) -> int:
+    """`lodestar recipes`: one line for each; `lodestar recipes finetune/48gpu`: that one, with its comments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    folder = recipes_folder()
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    if not arguments:
+        width = max(map(len, names))
+        print("\n".join(f"{name:<{width}}  {summary(path)}" for name, path in names.items()))
+    elif arguments in (["-h"], ["--help"]):
+        print(f"usage: lodestar recipes [NAME]\n\n{recipes_main.__doc__}")
+    elif len(arguments) == 1 and (name := arguments[0].removesuffix(".yaml")) in names:
+        print(_with_schema_of(folder, names[name].read_text(encoding="utf-8")), end="")
+    else:
+        return _mistake(f"recipes: {' '.join(arguments)}: no such recipe", arguments[-1], names)
+    return 0
+
+
+def summary(path: Path) -> str:
+    """The first comment of a recipe, up to its first full stop."""
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith(SCHEMA_LINE))
+    return next(lines).removeprefix("# ").partition(". ")[0].rstrip(".")
+
+
+def _with_schema_of(folder: Path, text: str) -> str:
+    """The copy of a recipe names the schema by its full path."""
+    first, newline, rest = text.partition("\n")
+    if not first.startswith(SCHEMA_LINE):
+        return text
+    schema = folder / "schema" / Path(first.removeprefix(SCHEMA_LINE)).name
+    return f"{SCHEMA_LINE}{schema}{newline}{rest}"
+
+
+def schema_main(argv: Sequence[str] | None = None) -> int:
+    """`lodestar schema finetune`: the JSON Schema of that command's recipe."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names = [name for name, command in COMMANDS.items() if command.recipe]
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: lodestar schema {{{','.join(names)}}}\n\n{schema_main.__doc__}")
+    elif len(arguments) == 1 and arguments[0] in names:
+        print(json.dumps(schema(arguments[0]), indent=2, ensure_ascii=False))
+    else:
+        return _mistake(f"schema: {' '.join(arguments) or 'no command'}: has no recipe", (arguments or [""])[-1], names)
+    return 0
+
+
+def schema(command: str) -> dict[str, Any]:
+    """The JSON Schema of a command's recipe; docstrings are its descriptions."""
+    return cast(type[BaseModel], load(COMMANDS[command].recipe)).model_json_schema()
+
+
+def _mistake(what: str, name: str, names: Sequence[str] | dict[str, Path]) -> int:
+    close = get_close_matches(name, names, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(names)}"
+    print(f"error: command line: {what} ({hint})", file=sys.stderr)
+    return 2
