@@ -18,7 +18,7 @@ from retrieval.evaluation import compare as evaluate
 from retrieval.export import merge
 from retrieval.export import onnx as export
 from retrieval.mining import hard_negatives as mine
-from retrieval.search import index, search
+from retrieval.search import cli as search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ OTHER_COMMANDS: dict[str, Any] = {
     "encode": encode.main,
     "evaluate": evaluate.main,
     "export": export.main,
-    "index": index.main,
+    "index": search.index_main,
     "merge": merge.main,
     "mine": mine.main,
 }
@@ -129,7 +129,7 @@ def test_every_command_of_the_documents_is_understood(
     assert (ROOT / script).is_file()
     arguments = words[words.index(script) + 1 :]
     if script == "launch/search.py":
-        search._parse(arguments)
+        search.parse_search(arguments)
     elif command := (COMMANDS | OTHER_COMMANDS).get(Path(script).stem):
         planned(command, [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
 
