@@ -17,7 +17,7 @@ from retrieval.embedding import encode
 from retrieval.evaluation import compare as evaluate
 from retrieval.export import merge
 from retrieval.export import onnx as export
-from retrieval.mining import hard_negatives as mine
+from retrieval.mining import cli as mine
 from retrieval.search import cli as search
 from retromae import cli as pretrain
 
