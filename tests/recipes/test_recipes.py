@@ -15,8 +15,7 @@ import pytest
 from contrastive import cli as finetune
 from retrieval.embedding import encode
 from retrieval.evaluation import compare as evaluate
-from retrieval.export import merge
-from retrieval.export import onnx as export
+from retrieval.export import cli as export
 from retrieval.mining import cli as mine
 from retrieval.search import cli as search
 from retromae import cli as pretrain
@@ -26,9 +25,9 @@ COMMANDS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main
 OTHER_COMMANDS: dict[str, Any] = {
     "encode": encode.main,
     "evaluate": evaluate.main,
-    "export": export.main,
+    "export": export.export_main,
     "index": search.index_main,
-    "merge": merge.main,
+    "merge": export.merge_main,
     "mine": mine.main,
 }
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))

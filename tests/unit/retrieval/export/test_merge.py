@@ -18,7 +18,9 @@ from transformers import AutoModel
 from lodestar.config.loader import load
 from lodestar.errors import ConfigError, ModelError
 from retrieval.embedding.embedder import Embedder
-from retrieval.export.merge import MergeRecipe, main, merge
+from retrieval.export.cli import merge_main
+from retrieval.export.config import MergeRecipe
+from retrieval.export.merge import merge
 from tests import tiny
 
 WEIGHTS = "model.safetensors"
@@ -150,9 +152,9 @@ def test_what_differs_is_named_and_nothing_is_written(
     spoil: Callable[[Path], None], complaint: str, models: list[Path], tmp_path: Path
 ) -> None:
     spoil(models[1])
-    with pytest.raises(ModelError, match=complaint) as told:
+    with pytest.raises(ModelError, match=complaint) as raised:
         merge(models[:2], [1, 1], tmp_path / "merged")
-    assert "\n" not in str(told.value) and not (tmp_path / "merged").exists()
+    assert "\n" not in str(raised.value) and not (tmp_path / "merged").exists()
 
 
 def test_what_changes_no_embedding_may_differ(models: list[Path], tmp_path: Path) -> None:
@@ -163,17 +165,17 @@ def test_what_changes_no_embedding_may_differ(models: list[Path], tmp_path: Path
     assert torch.equal(_held(tmp_path / "merged")[POOLER], _held(models[0])[POOLER])
 
 
-def test_the_door_plans_without_writing_then_merges_once(
+def test_the_command_plans_without_writing_then_merges_once(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "merged"
     recipe = tmp_path / "merge.yaml"
     recipe.write_text(f"models:\n- {{path: {models[0]}}}\n- {{path: {models[1]}, weight: 3}}\noutput: {output}\n")
-    assert main(["--config", str(recipe), "--plan", "--json"]) == 0
+    assert merge_main(["--config", str(recipe), "--plan", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["models"] == f"0.25 x {models[0]} + 0.75 x {models[1]}" and not output.exists()
     assert planned["averaged_tensors"] + 3 == planned["averaged_tensors"] + planned["copied_tensors"]
-    assert main(["--config", str(recipe)]) == 0
+    assert merge_main(["--config", str(recipe)]) == 0
     assert (output / WEIGHTS).is_file()
     for overrides, complaint in (
         ([], "is there already"),
@@ -182,16 +184,16 @@ def test_the_door_plans_without_writing_then_merges_once(
         (["models=[{path: a, weight: -1}, {path: b}]"], "models: must be greater than or equal to 0"),
         (["models=[{path: a}, {path: b}]", "output=new"], "a: no such folder"),
     ):
-        assert main(["--config", str(recipe), *overrides]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
+        assert merge_main(["--config", str(recipe), *overrides]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and complaint in message and message.count("\n") == 1
 
 
-def test_the_recipe_that_comes_along_loads() -> None:
+def test_the_recipe_of_the_repository_loads() -> None:
     recipe = load(MergeRecipe, Path(__file__).parents[4] / "configs/merge/two.yaml")
-    assert [part.weight for part in recipe.models] == [0.5, 0.5] and recipe.prompts is None
+    assert [model.weight for model in recipe.models] == [0.5, 0.5] and recipe.prompts is None
 
 
-def test_an_output_that_is_there_is_not_replaced(models: list[Path]) -> None:
+def test_an_existing_output_is_not_replaced(models: list[Path]) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         merge(models[:2], [1, 1], models[2])
