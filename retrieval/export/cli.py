@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lodestar.cli import entry_point
 from lodestar.distributed.runtime import Placement
@@ -22,7 +21,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def export_plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
+def export_plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     check_absent(recipe.output)
     weights = sum(file.stat().st_size for file in Path(recipe.model).rglob("*.safetensors"))
     files = [FP32_FILE, *([INT8_FILE] if recipe.int8 else []), "tokenizer.json", INFO_FILE]
@@ -54,7 +53,7 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def merge_plan(recipe: MergeRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
+def merge_plan(recipe: MergeRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     check_absent(recipe.output)
     folders = [Path(model.path) for model in recipe.models]
     missing = [f"{folder}: no such folder; tensors are not counted" for folder in folders if not folder.is_dir()]

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from lodestar.errors import ModelError, first_line
 from lodestar.files import check_absent, replacing
@@ -128,7 +129,7 @@ def _embedding_info(path: str | Path, model: SentenceTransformer) -> EmbeddingIn
 
 def _write_tokenizer(model: SentenceTransformer, folder: Path, max_length: int | None) -> None:
     """With truncation and padding in tokenizer.json: `encode_batch` alone gives what the model reads."""
-    tokenizer: Any = model.tokenizer
+    tokenizer = cast(PreTrainedTokenizerFast, model.tokenizer)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     if max_length:
@@ -151,7 +152,7 @@ class _Graph(torch.nn.Module):
 
 
 def _write_fp32(path: str | Path, model: SentenceTransformer, file: Path) -> None:
-    tokenizer: Any = model.tokenizer
+    tokenizer = cast(PreTrainedTokenizerFast, model.tokenizer)
     parameters = inspect.signature(model[0].auto_model.forward).parameters  # type: ignore[union-attr,arg-type]
     names = [name for name in tokenizer.model_input_names if name in parameters]
     example = tokenizer(["one", "two of them, padded"], padding=True, return_tensors="pt")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources
@@ -18,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return entry_point(argv, usage="Mine hard negatives with a trained model.", schema=MineRecipe, plan=plan, run=run)
 
 
-def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
+def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     """What `--plan` prints."""
     corpus, missing = recipe.corpus_recipe, PlanWarnings([])
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.padding import Padding
@@ -41,7 +41,7 @@ def index_main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def index_plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
+def index_plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     missing = PlanWarnings([])
     rows = missing.or_default(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
     check_record(recipe.store, recipe.model, prompts=recipe.prompts)
@@ -120,7 +120,7 @@ def parse_search(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def search_plan(options: argparse.Namespace) -> dict[str, Any]:
+def search_plan(options: argparse.Namespace) -> dict[str, object]:
     if options.store:
         store, record, model, precision = find_table(options.store, options.model)
         return {

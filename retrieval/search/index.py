@@ -25,7 +25,7 @@ from retrieval.search.store_record import check_record, open_store
 @dataclass(frozen=True)
 class IndexSummary:
     rows: int
-    """Of the corpus; of rows with the same id the last one stays."""
+    """Of the corpus; of rows with the same id the last one is stored."""
     truncated: int
     """Texts that were longer than the model reads."""
     documents: int

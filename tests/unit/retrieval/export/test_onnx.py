@@ -42,7 +42,7 @@ def model_folder(
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, Any]:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, Any]:
     """(family, model, exported folder, its files); bert is larger, modernbert has its weights in a second file."""
     family: str = request.param
     root = tmp_path_factory.mktemp(family)
@@ -72,8 +72,8 @@ BATCHES = [
 ]
 
 
-def test_the_documented_example_gives_the_embedders_embeddings_at_any_shape(made: Any) -> None:
-    _, model, folder, files = made
+def test_the_documented_example_gives_the_embedders_embeddings_at_any_shape(exported: Any) -> None:
+    _, model, folder, files = exported
     embed, embedder = documented_embed(folder), Embedder(model)
     assert files["model.onnx"].largest_difference < 1e-5
     for texts in BATCHES:
@@ -84,8 +84,8 @@ def test_the_documented_example_gives_the_embedders_embeddings_at_any_shape(made
     assert not np.allclose(embed(BATCHES[2], "query"), embed(BATCHES[2], "document"), atol=1e-3)
 
 
-def test_the_folder_says_how_to_use_it(made: Any) -> None:
-    family, _, folder, _ = made
+def test_the_folder_says_how_to_use_it(exported: Any) -> None:
+    family, _, folder, _ = exported
     about = json.loads((folder / "embedding.json").read_text())
     width = 256 if family == "bert" else 32
     assert about == {
@@ -97,16 +97,16 @@ def test_the_folder_says_how_to_use_it(made: Any) -> None:
     more = {"bert": {"model_int8.onnx"}, "modernbert": {"model_int8.onnx", "model.onnx.data"}, "xlm-roberta": set()}
     assert names == written | more[family]
     session = ort.InferenceSession(folder / "model.onnx")
-    inputs = {each.name: each.shape for each in session.get_inputs()}
+    inputs = {argument.name: argument.shape for argument in session.get_inputs()}
     assert ("token_type_ids" in inputs) == (family == "bert")
     assert all(shape == ["batch", "length"] for shape in inputs.values())
-    outputs = {each.name: each.shape for each in session.get_outputs()}
+    outputs = {argument.name: argument.shape for argument in session.get_outputs()}
     assert outputs == {"sentence_embedding": ["batch", width], "last_hidden_state": ["batch", "length", width]}
 
 
-@pytest.mark.parametrize("made", ["bert"], indirect=True)
-def test_int8_is_near_fp32_and_about_a_quarter_of_it(made: Any) -> None:
-    _, _, folder, files = made
+@pytest.mark.parametrize("exported", ["bert"], indirect=True)
+def test_int8_is_near_fp32_and_about_a_quarter_of_it(exported: Any) -> None:
+    _, _, folder, files = exported
     texts = tiny.texts(30, seed=4)
     fp32, int8 = (documented_embed(folder, name)(texts, "query") for name in ("model.onnx", "model_int8.onnx"))
     cosine = int8 @ fp32.T
@@ -117,11 +117,11 @@ def test_int8_is_near_fp32_and_about_a_quarter_of_it(made: Any) -> None:
     assert files["model_int8.onnx"].bytes == (folder / "model_int8.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("made", ["xlm-roberta"], indirect=True)
+@pytest.mark.parametrize("exported", ["xlm-roberta"], indirect=True)
 def test_an_export_that_differs_is_refused_and_leaves_no_folder(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family, _, folder, _ = made
+    family, _, folder, _ = exported
     other = model_folder(tmp_path, family, pooling="mean")
     monkeypatch.setattr(onnx, "_write_fp32", lambda path, model, file: shutil.copy(folder / "model.onnx", file))
     with pytest.raises(ModelError, match="embeddings differ by"):
