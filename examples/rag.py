@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lodestar.errors import LodestarError
-from retrieval.search.index import IndexRecipe, index
+from retrieval.search.config import IndexRecipe, StoreConfig
+from retrieval.search.index import index
 from retrieval.search.search import Hit, StoreSearcher, open_searcher
-from retrieval.search.vector_stores import StoreSection
 
 PROMPT = """Answer the question from the documents alone, and name those that you used, as [1].
 If they do not hold the answer, say so.
@@ -37,7 +37,7 @@ def show(prompt: str) -> str:
 
 def rag(question: str, searcher: StoreSearcher, answer: Callable[[str], str] = show, k: int = 3) -> str:
     """What `answer` makes of the question behind the k nearest documents."""
-    return answer(build_prompt(question, searcher.ask(question, k)))
+    return answer(build_prompt(question, searcher.search(question, k)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         folder = options.store or f"runs/rag/{Path(options.corpus).resolve().name}"
-        store = StoreSection(kind="lancedb", path=folder)
+        store = StoreConfig(kind="lancedb", path=folder)
         index(IndexRecipe(model=options.model, corpus=options.corpus, store=store), progress=sys.stderr.isatty())
         with open_searcher(folder) as searcher:
             rag(options.question, searcher, k=options.top)

@@ -1,6 +1,6 @@
 """python launch/export.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
-from retrieval.export.onnx import main
+from retrieval.export.cli import export_main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(export_main())

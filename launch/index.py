@@ -1,6 +1,6 @@
 """python launch/index.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
-from retrieval.search.index import main
+from retrieval.search.cli import index_main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(index_main())

@@ -1,6 +1,6 @@
 """python launch/merge.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
-from retrieval.export.merge import main
+from retrieval.export.cli import merge_main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(merge_main())

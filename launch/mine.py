@@ -1,6 +1,6 @@
 """python | torchrun launch/mine.py --config FILE [KEY=VALUE ...]: hard negatives for a training file."""
 
-from retrieval.mining.hard_negatives import main
+from retrieval.mining.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

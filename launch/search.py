@@ -3,7 +3,7 @@
 python launch/search.py --store FOLDER_OR_RECIPE [--where FIELD=VALUE ...] [--top 5] "shuffle the rows of a tensor" ...
 """
 
-from retrieval.search.search import main
+from retrieval.search.cli import search_main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(search_main())

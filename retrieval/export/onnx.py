@@ -9,23 +9,28 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, cast
 
-from lodestar.cli import entry_point
-from lodestar.config.loader import Section
-from lodestar.distributed.runtime import Placement
-from lodestar.errors import ConfigError, LaunchError, ModelError
-from lodestar.files import check_absent, make_folder
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-if TYPE_CHECKING:
-    import numpy as np
-    from sentence_transformers import SentenceTransformer
+from lodestar.errors import ModelError, first_line
+from lodestar.files import check_absent, replacing
+from retrieval.embedding.embedder import encode_texts, load_model
+from retrieval.export.config import FP32_FILE, INFO_FILE, INT8_FILE
+from retrieval.export.libraries import require_onnx
 
-FP32, INT8 = "model.onnx", "model_int8.onnx"
-ABOUT = "embedding.json"
+if TYPE_CHECKING:  # an optional library
+    from onnxruntime import InferenceSession
+
 ONE_FILE_BYTES = 1_900_000_000
 """A larger model keeps its weights beside it, in model.onnx.data: protobuf ends at 2 GiB."""
 TOLERANCE = 1e-4
@@ -33,140 +38,128 @@ TOLERANCE = 1e-4
 SAMPLE = ["", "A", "Which planets have RINGS?", "Ça va, 你好! " * 8, "one word after another " * 200]
 
 
-class ExportRecipe(Section):
-    """What is exported, and where to."""
-
-    model: str
-    """A folder (or hub name) in sentence-transformers' format."""
-    output: str
-    """The folder to write; it must not be there."""
-    int8: bool = True
-    """Also model_int8.onnx: weights in 8 bits, about a quarter of the size."""
+class ExportedFile(NamedTuple):
+    bytes: int
+    largest_difference: float
+    """Of an element of the embeddings of `SAMPLE` from sentence-transformers' own."""
+    lowest_cosine: float
 
 
-def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> dict[str, Any]:
+class EmbeddingInfo(TypedDict):
+    """embedding.json: what a user has to know besides the graph and the tokenizer."""
+
+    max_length: int | None
+    width: int | None
+    pooling: str | Sequence[str]
+    normalised: bool
+    prompts: dict[str, str]
+
+
+def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> dict[str, ExportedFile]:
     """`folder`, whole or absent: model.onnx (and model_int8.onnx), tokenizer.json, embedding.json.
 
     Inputs are (N, L) int64: input_ids, attention_mask, and token_type_ids where the tokenizer gives them, with N and L
     free. Outputs are fp32: sentence_embedding (N, D), as the model's own modules pool and normalise it, and
-    last_hidden_state (N, L, D). Returns the files' sizes and how far the embeddings of a few texts are from
-    sentence-transformers' own. Raises ConfigError where a library is missing or `folder` is there, ModelError for
-    a model that cannot be exported or that differs once it is.
+    last_hidden_state (N, L, D). Raises ConfigError if a library is missing or `folder` exists, ModelError for a model
+    that cannot be exported or whose export differs.
     """
-    onnxruntime = _onnxruntime()
+    require_onnx()
     check_absent(folder)
-
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from tokenizers import Tokenizer
-
-    from lodestar.files import replacing
-    from retrieval.embedding.embedder import encode_texts, load_model
 
     model = load_model(path, "cpu").float()
-    about = _describe(path, model)
-    found: dict[str, Any] = {}
+    info = _embedding_info(path, model)
     with replacing(Path(folder)) as tmp, _quiet():
-        _write_tokenizer(model, tmp, about["max_length"])
-        _write_fp32(path, model, tmp / FP32)
+        _write_tokenizer(model, tmp, info["max_length"])
+        _write_fp32(path, model, tmp / FP32_FILE)
         if int8:
             # unsigned: signed weights saturate on CPUs without VNNI (docs/export.md)
-            quantize_dynamic(tmp / FP32, tmp / INT8, weight_type=QuantType.QUInt8, per_channel=True)
-        (tmp / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tokenizer = Tokenizer.from_file(str(tmp / "tokenizer.json"))
-        expected_ND = encode_texts(model, SAMPLE, "query").vectors_ND.numpy()
-        for name in [FP32, INT8] if int8 else [FP32]:
-            session = onnxruntime.InferenceSession(tmp / name)
-            got_ND = embed_onnx(session, tokenizer, SAMPLE, about["prompts"]["query"])
-            files = tmp.glob(f"{name}*")
-            found[name] = {
-                "bytes": sum(file.stat().st_size for file in files),
-                "largest_difference": float(abs(got_ND - expected_ND).max()),
-                "lowest_cosine": float(_cosine(got_ND, expected_ND).min()),
-            }
-        if not found[FP32]["largest_difference"] <= TOLERANCE:
-            far = found[FP32]["largest_difference"]
-            raise ModelError(f"{path}: the export's embeddings are off by {far:.1e} (use sentence-transformers itself)")
-    return found
+            quantize_dynamic(tmp / FP32_FILE, tmp / INT8_FILE, weight_type=QuantType.QUInt8, per_channel=True)
+        (tmp / INFO_FILE).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files = _compare(model, tmp, [FP32_FILE, INT8_FILE] if int8 else [FP32_FILE], info["prompts"]["query"])
+        difference = files[FP32_FILE].largest_difference
+        if not difference <= TOLERANCE:
+            raise ModelError(
+                f"{path}: the export's embeddings differ by {difference:.1e} (use sentence-transformers itself)"
+            )
+    return files
 
 
-def embed_onnx(session: Any, tokenizer: Any, texts: Sequence[str], prompt: str) -> np.ndarray:
-    """(N, D) float32 by an onnxruntime session and the `tokenizers.Tokenizer` of an exported folder."""
-    import numpy as np
+def _compare(model: SentenceTransformer, folder: Path, names: Sequence[str], prompt: str) -> dict[str, ExportedFile]:
+    """Each exported file beside sentence-transformers, on the same texts."""
+    from onnxruntime import InferenceSession
 
-    rows = tokenizer.encode_batch([prompt + text for text in texts])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected_ND = encode_texts(model, SAMPLE, "query").vectors_ND.numpy()
+    files = {}
+    for name in names:
+        actual_ND = embed_onnx(InferenceSession(folder / name), tokenizer, SAMPLE, prompt)
+        files[name] = ExportedFile(
+            bytes=sum(file.stat().st_size for file in folder.glob(f"{name}*")),
+            largest_difference=float(abs(actual_ND - expected_ND).max()),
+            lowest_cosine=float(_cosine(actual_ND, expected_ND).min()),
+        )
+    return files
+
+
+def embed_onnx(session: InferenceSession, tokenizer: Tokenizer, texts: Sequence[str], prompt: str) -> np.ndarray:
+    """(N, D) float32 by the session and the tokenizer of an exported folder."""
+    encodings = tokenizer.encode_batch([prompt + text for text in texts])
     fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-    names = [each.name for each in session.get_inputs()]
-    feed = {name: np.array([getattr(row, fields[name]) for row in rows], dtype=np.int64) for name in names}
-    return session.run(["sentence_embedding"], feed)[0]
+    names = [argument.name for argument in session.get_inputs()]
+    inputs = {
+        name: np.array([getattr(encoding, fields[name]) for encoding in encodings], dtype=np.int64) for name in names
+    }
+    return np.asarray(session.run(["sentence_embedding"], inputs)[0])
 
 
-def alone(placement: Placement) -> None:
-    if placement.world_size > 1:
-        raise LaunchError("launcher: one process writes the folder (start with python)")
-
-
-def _onnxruntime() -> Any:
-    """The library, if all that an export needs is installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        what = f"{error.name or 'a library'} is not installed"
-        raise ConfigError(f"onnx: {what} (pip install 'lodestar-embeddings[onnx]')") from None
-    return onnxruntime
-
-
-def _describe(path: str | Path, model: SentenceTransformer) -> dict[str, Any]:
-    """embedding.json: what one has to know beside the graph and the tokenizer."""
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-
+def _embedding_info(path: str | Path, model: SentenceTransformer) -> EmbeddingInfo:
     pooling = next((module for module in model if isinstance(module, Pooling)), None)
     if pooling is None or not pooling.include_prompt:
         raise ModelError(f"{path}: its pooling leaves out the prompt, or it has none (only plain pooling is exported)")
+    prompts = {role: prompt or "" for role, prompt in model.prompts.items()}
     return {
         "max_length": model.max_seq_length,
         "width": model.get_embedding_dimension(),
         "pooling": pooling.pooling_mode,
         "normalised": any(isinstance(module, Normalize) for module in model),
-        "prompts": {"query": "", "document": "", **model.prompts},
+        "prompts": {"query": "", "document": "", **prompts},
     }
 
 
 def _write_tokenizer(model: SentenceTransformer, folder: Path, max_length: int | None) -> None:
-    """With the cut and the padding in tokenizer.json: `encode_batch` alone gives what the model reads."""
-    tokenizer: Any = model.tokenizer
-    made = tokenizer.backend_tokenizer
-    made.no_truncation()
+    """With truncation and padding in tokenizer.json: `encode_batch` alone gives what the model reads."""
+    tokenizer = cast(PreTrainedTokenizerFast, model.tokenizer)
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
     if max_length:
-        made.enable_truncation(max_length)
-    made.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+        backend.enable_truncation(max_length)
+    backend.enable_padding(pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
     tokenizer.save_pretrained(folder)
     model[0].auto_model.config.save_pretrained(folder)  # type: ignore[operator,union-attr]
 
 
+class _Graph(torch.nn.Module):
+    """The model with its inputs by position, as the exporter wants them."""
+
+    def __init__(self, model: SentenceTransformer, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        outputs: Mapping[str, Tensor] = self.model(dict(zip(self.names, inputs, strict=True)))
+        return outputs["sentence_embedding"], outputs["token_embeddings"]
+
+
 def _write_fp32(path: str | Path, model: SentenceTransformer, file: Path) -> None:
-    import torch
-    from torch import Tensor
-
-    tokenizer: Any = model.tokenizer
-    known = inspect.signature(model[0].auto_model.forward).parameters  # type: ignore[union-attr,arg-type]
-    names = [name for name in tokenizer.model_input_names if name in known]
+    tokenizer = cast(PreTrainedTokenizerFast, model.tokenizer)
+    parameters = inspect.signature(model[0].auto_model.forward).parameters  # type: ignore[union-attr,arg-type]
+    names = [name for name in tokenizer.model_input_names if name in parameters]
     example = tokenizer(["one", "two of them, padded"], padding=True, return_tensors="pt")
-
-    class Graph(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *given: Tensor) -> tuple[Tensor, Tensor]:
-            found = self.model(dict(zip(names, given, strict=True)))
-            return found["sentence_embedding"], found["token_embeddings"]
-
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     try:
         torch.onnx.export(
-            Graph().eval(),
+            _Graph(model, names).eval(),
             tuple(example[name] for name in names),
             file,
             input_names=names,
@@ -176,19 +169,16 @@ def _write_fp32(path: str | Path, model: SentenceTransformer, file: Path) -> Non
             verbose=False,
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: torch.onnx cannot export it: {reason}") from None
+        raise ModelError(f"{path}: torch.onnx cannot export it: {first_line(error)}") from None
 
 
 def _cosine(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-    import numpy as np
-
     return (a_ND * b_ND).sum(1) / np.linalg.norm(a_ND, axis=1) / np.linalg.norm(b_ND, axis=1)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's and the quantiser's advice: the comparison says what matters."""
+    """Without the warnings of the exporter and the quantiser: the comparison shows whether they matter."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -196,34 +186,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-# --- the command -----------------------------------------------------------------------------
-
-
-def plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> dict[str, Any]:
-    check_absent(recipe.output)
-    weights = sum(file.stat().st_size for file in Path(recipe.model).rglob("*.safetensors"))
-    files = [FP32, *([INT8] if recipe.int8 else []), "tokenizer.json", ABOUT]
-    return {
-        "model": recipe.model,
-        "output": recipe.output,
-        "files": ", ".join(files),
-        "weights_megabytes": round(weights / 1e6),
-    }
-
-
-def run(recipe: ExportRecipe, placement: Placement) -> int:
-    alone(placement)
-    make_folder(Path(recipe.output).parent, "output")
-    for name, facts in export_onnx(recipe.model, recipe.output, int8=recipe.int8).items():
-        print(
-            f"{name}: {facts['bytes'] / 1e6:,.1f} MB; beside sentence-transformers: largest difference "
-            f"{facts['largest_difference']:.1e}, lowest cosine {facts['lowest_cosine']:.4f}"
-        )
-    print(f"written: {recipe.output}")
-    return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return entry_point(argv, usage="Export a trained model to ONNX.", schema=ExportRecipe, plan=plan, run=run)

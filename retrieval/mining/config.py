@@ -9,27 +9,28 @@ from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count, Natural, Positive
-from retrieval.embedding.config import Encode, Prompts
+from retrieval.embedding.config import Encode, EncodeRecipe, Output, Prompts
 
 
-class Mine(Section):
+class MineConfig(Section):
     negatives: Count = 15
-    """Of each row; fewer where the window and the margins leave fewer."""
+    """Of each query; fewer where the window and the margins leave fewer."""
     first_rank: Natural = 10
-    """Ranks before this one are passed over: they may be answers that nobody marked. Known positives have no rank."""
+    """Skip the ranks before this one: they may be unlabelled answers. Known positives have no rank."""
     last_rank: Count = 210
+    """Where the window of ranks ends."""
     pick: Literal["random", "top"] = "random"
-    """Which of those in the window."""
+    """Which texts of the window."""
     margin: Positive | None = None
-    """Pass over what scores more than the positive (of several the lowest) less this; none: do not."""
+    """Skip texts that score above the positive (of several the lowest) less this; none: skip none."""
     relative_margin: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Pass over what scores more than this share of the positive; NV-Retriever takes 0.95."""
+    """Skip texts that score above this fraction of the positive's score; NV-Retriever takes 0.95."""
     seed: int = 42
     block_rows: Count = 50_000
-    """Most queries that are searched at once; what an interrupted run has to do again on each rank."""
+    """Queries searched at once, at most; an interrupted run repeats up to so many on each rank."""
 
     @model_validator(mode="after")
-    def _window(self) -> Mine:
+    def _window(self) -> MineConfig:
         if self.last_rank <= self.first_rank:
             raise ValueError(f"last_rank must lie above first_rank, got {self.last_rank} and {self.first_rank}")
         return self
@@ -39,20 +40,29 @@ class MineRecipe(Section):
     """Hard negatives for a training file."""
 
     model: str
-    """A sentence-transformers folder or hub name: the one that is to be trained on, or a better one."""
+    """A sentence-transformers folder or hub name: the model that training starts from, or a better one."""
     data: Annotated[list[str], Field(min_length=1)]
-    """BGE JSONL, or (anchor, positive) columns; negatives that rows have already are replaced."""
+    """BGE JSONL, or (anchor, positive) columns; the new negatives replace those that rows have."""
     corpus: list[str] | None = None
     """Where negatives come from: files with `text`, or a BEIR folder; none: all passages of `data`."""
     output: str
-    """The JSONL file; embeddings and finished parts stay in a folder of its name with .work until you delete it."""
-    mine: Mine = Mine()
+    """The JSONL file; embeddings and finished parts stay in OUTPUT.work until you delete it."""
+    mine: MineConfig = MineConfig()
     encode: Encode = Encode()
     prompts: Prompts = {}
     cross_encoder: str | None = None
-    """A sentence-transformers CrossEncoder whose logits go into the file, not the model's scores: the teacher of
+    """A sentence-transformers CrossEncoder whose logits replace the model's scores in the file: the teacher of
     loss.distillation."""
 
     @property
     def work(self) -> Path:
         return Path(f"{self.output}.work")
+
+    @property
+    def corpus_recipe(self) -> EncodeRecipe | None:
+        """How `corpus` is read."""
+        return None if self.corpus is None else EncodeRecipe(model=self.model, texts=self.corpus, output=Output(dir=""))
+
+    def block_size(self, queries: int, world_size: int) -> int:
+        """Queries of a block, so that each rank has one."""
+        return min(self.mine.block_rows, max(1, -(-queries // world_size)))

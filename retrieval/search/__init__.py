@@ -1,1 +1,1 @@
-"""Questions to a model and a corpus."""
+"""Search in a corpus, in memory or in a vector database."""

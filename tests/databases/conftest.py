@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from retrieval.embedding.embedder import Embedder
-from retrieval.search.index import main
+from retrieval.search.cli import index_main
 from tests import pages, tiny
 
 MODEL = "runs/demo/finetune/model"
@@ -89,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "index.yaml").write_text(pages.blocks("databases.md", language="yaml")[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        assert main(["--config", "index.yaml"]) == 0
+        assert index_main(["--config", "index.yaml"]) == 0
     return root
 
 

@@ -15,10 +15,9 @@ import pytest
 from contrastive import cli as finetune
 from retrieval.embedding import encode
 from retrieval.evaluation import compare as evaluate
-from retrieval.export import merge
-from retrieval.export import onnx as export
-from retrieval.mining import hard_negatives as mine
-from retrieval.search import index, search
+from retrieval.export import cli as export
+from retrieval.mining import cli as mine
+from retrieval.search import cli as search
 from retromae import cli as pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +25,9 @@ COMMANDS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main
 OTHER_COMMANDS: dict[str, Any] = {
     "encode": encode.main,
     "evaluate": evaluate.main,
-    "export": export.main,
-    "index": index.main,
-    "merge": merge.main,
+    "export": export.export_main,
+    "index": search.index_main,
+    "merge": export.merge_main,
     "mine": mine.main,
 }
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -129,7 +128,7 @@ def test_every_command_of_the_documents_is_understood(
     assert (ROOT / script).is_file()
     arguments = words[words.index(script) + 1 :]
     if script == "launch/search.py":
-        search._parse(arguments)
+        search.parse_search(arguments)
     elif command := (COMMANDS | OTHER_COMMANDS).get(Path(script).stem):
         planned(command, [*arguments, *([] if "--plan" in arguments else ["--plan"])], capsys)
 

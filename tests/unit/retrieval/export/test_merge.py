@@ -18,7 +18,9 @@ from transformers import AutoModel
 from lodestar.config.loader import load
 from lodestar.errors import ConfigError, ModelError
 from retrieval.embedding.embedder import Embedder
-from retrieval.export.merge import MergeRecipe, main, merge
+from retrieval.export.cli import merge_main
+from retrieval.export.config import MergeRecipe
+from retrieval.export.merge import merge
 from tests import tiny
 
 WEIGHTS = "model.safetensors"
@@ -27,29 +29,29 @@ TEXTS = tiny.texts(12, seed=5)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    root = tmp_path_factory.mktemp("made")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("originals")
     plain = tiny.trained(root / "model", root / "plain")
     folders = [shutil.copytree(plain, root / name) for name in "abc"]
     for i, folder in enumerate(folders):
         torch.manual_seed(i)
-        held = load_file(folder / WEIGHTS)
-        held = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in held.items()}
-        held[POSITIONS] = torch.arange(64)[None] + i  # older folders hold integers that count positions
-        save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
+        tensors = load_file(folder / WEIGHTS)
+        tensors = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+        tensors[POSITIONS] = torch.arange(64)[None] + i  # older folders hold integers that count positions
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     return folders
 
 
 @pytest.fixture
-def models(made: Sequence[Path], tmp_path: Path) -> list[Path]:
+def models(originals: Sequence[Path], tmp_path: Path) -> list[Path]:
     """Three of one architecture, which a test may spoil."""
-    return [shutil.copytree(folder, tmp_path / folder.name) for folder in made]
+    return [shutil.copytree(folder, tmp_path / folder.name) for folder in originals]
 
 
-def change(folder: Path, how: Callable[[dict[str, Tensor]], object], file: str = WEIGHTS) -> None:
-    held = load_file(folder / file)
-    how(held)
-    save_file(held, folder / file, metadata={"format": "pt"})
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], object], file: str = WEIGHTS) -> None:
+    tensors = load_file(folder / file)
+    edit(tensors)
+    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def test_all_the_weight_on_one_model_gives_its_embeddings_exactly(models: list[Path], tmp_path: Path) -> None:
@@ -77,41 +79,44 @@ def test_tensors_are_the_weighted_mean_but_integers_and_the_pooler_are_the_first
 
 def test_it_opens_with_pooling_prompts_and_a_card_that_says_what_was_merged(models: list[Path], tmp_path: Path) -> None:
     merge(models[:2], [1, 1], tmp_path / "merged")
-    merge(models[:2], [1, 3], tmp_path / "asked", prompts={"query": "ask "})
-    opened, asked = (SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("merged", "asked"))
+    merge(models[:2], [1, 3], tmp_path / "prompted", prompts={"query": "ask "})
+    opened, prompted = (SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("merged", "prompted"))
     assert [type(module).__name__ for module in opened] == ["Transformer", "Pooling", "Normalize"]
     assert opened[1].pooling_mode == "cls" and opened.max_seq_length == 32
-    assert opened.prompts == {"query": "search ", "document": ""} and asked.prompts["query"] == "ask "
+    assert opened.prompts == {"query": "search ", "document": ""} and prompted.prompts["query"] == "ask "
     assert AutoModel.from_pretrained(tmp_path / "merged").config.hidden_size == 32
-    card = (tmp_path / "asked/README.md").read_text()
+    card = (tmp_path / "prompted/README.md").read_text()
     assert f"| {models[0]} | 0.25 |\n| {models[1]} | 0.75 |" in card
 
 
 def test_shards_and_half_precision_are_those_of_the_first(models: list[Path], tmp_path: Path) -> None:
-    held = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in _held(models[0]).items()}
-    names = sorted(held)
+    tensors = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in read_weights(models[0]).items()
+    }
+    names = sorted(tensors)
     for i, part in enumerate((names[::2], names[1::2])):
-        save_file({n: held[n] for n in part}, models[0] / f"model-{i + 1:05}-of-00002.safetensors", {"format": "pt"})
+        save_file({n: tensors[n] for n in part}, models[0] / f"model-{i + 1:05}-of-00002.safetensors", {"format": "pt"})
     where = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
     (models[0] / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     (models[0] / WEIGHTS).unlink()
     merge(models[:2], [1, 1], tmp_path / "merged")
-    found = load_file(tmp_path / "merged" / where[WORD])[WORD]
-    mean = (held[WORD].double() + _held(models[1])[WORD].double()) / 2
-    assert torch.equal(found, mean.half()) and not (tmp_path / "merged" / WEIGHTS).exists()
-    assert torch.equal(AutoModel.from_pretrained(tmp_path / "merged").get_input_embeddings().weight, found.float())
+    merged = load_file(tmp_path / "merged" / where[WORD])[WORD]
+    mean = (tensors[WORD].double() + read_weights(models[1])[WORD].double()) / 2
+    assert torch.equal(merged, mean.half()) and not (tmp_path / "merged" / WEIGHTS).exists()
+    assert torch.equal(AutoModel.from_pretrained(tmp_path / "merged").get_input_embeddings().weight, merged.float())
 
 
-def _held(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / WEIGHTS)
 
 
 def drop(name: str) -> Callable[[Path], None]:
-    return lambda folder: change(folder, lambda held: held.pop(name))
+    return lambda folder: change(folder, lambda tensors: tensors.pop(name))
 
 
 def put(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    return lambda folder: change(folder, lambda held: held.update({name: value(held[name])}))
+    return lambda folder: change(folder, lambda tensors: tensors.update({name: value(tensors[name])}))
 
 
 def config(file: str, **values: object) -> Callable[[Path], None]:
@@ -124,17 +129,17 @@ def config(file: str, **values: object) -> Callable[[Path], None]:
 
 def other_word(folder: Path) -> None:
     path = folder / "tokenizer.json"
-    made = json.loads(path.read_text())
-    vocabulary = made["model"]["vocab"]
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
     vocabulary["zebra"] = vocabulary.pop("z")
-    path.write_text(json.dumps(made))
+    path.write_text(json.dumps(tokenizer))
 
 
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (put(WORD, lambda held: held[:-1].clone()), rf"b: {WORD}: is F32 \[97, 32\], but F32 \[98, 32\] in "),
-        (put(WORD, lambda held: held.to(torch.int8)), rf"b: {WORD}: is I8 \[98, 32\], but F32 "),
+        (put(WORD, lambda tensor: tensor[:-1].clone()), rf"b: {WORD}: is F32 \[97, 32\], but F32 \[98, 32\] in "),
+        (put(WORD, lambda tensor: tensor.to(torch.int8)), rf"b: {WORD}: is I8 \[98, 32\], but F32 "),
         (drop(WORD), rf"b: {WORD}: is missing, but in .*/a "),
         (lambda folder: drop(WORD)(folder.parent / "a"), rf"a: {WORD}: is missing, but in .*/b "),
         (other_word, "b: vocabulary: 'z': is None, but "),
@@ -150,9 +155,9 @@ def test_what_differs_is_named_and_nothing_is_written(
     spoil: Callable[[Path], None], complaint: str, models: list[Path], tmp_path: Path
 ) -> None:
     spoil(models[1])
-    with pytest.raises(ModelError, match=complaint) as told:
+    with pytest.raises(ModelError, match=complaint) as raised:
         merge(models[:2], [1, 1], tmp_path / "merged")
-    assert "\n" not in str(told.value) and not (tmp_path / "merged").exists()
+    assert "\n" not in str(raised.value) and not (tmp_path / "merged").exists()
 
 
 def test_what_changes_no_embedding_may_differ(models: list[Path], tmp_path: Path) -> None:
@@ -160,20 +165,20 @@ def test_what_changes_no_embedding_may_differ(models: list[Path], tmp_path: Path
     drop(POSITIONS)(models[1])
     drop(POOLER)(models[1])
     merge(models[:2], [1, 1], tmp_path / "merged")
-    assert torch.equal(_held(tmp_path / "merged")[POOLER], _held(models[0])[POOLER])
+    assert torch.equal(read_weights(tmp_path / "merged")[POOLER], read_weights(models[0])[POOLER])
 
 
-def test_the_door_plans_without_writing_then_merges_once(
+def test_the_command_plans_without_writing_then_merges_once(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "merged"
     recipe = tmp_path / "merge.yaml"
     recipe.write_text(f"models:\n- {{path: {models[0]}}}\n- {{path: {models[1]}, weight: 3}}\noutput: {output}\n")
-    assert main(["--config", str(recipe), "--plan", "--json"]) == 0
+    assert merge_main(["--config", str(recipe), "--plan", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["models"] == f"0.25 x {models[0]} + 0.75 x {models[1]}" and not output.exists()
     assert planned["averaged_tensors"] + 3 == planned["averaged_tensors"] + planned["copied_tensors"]
-    assert main(["--config", str(recipe)]) == 0
+    assert merge_main(["--config", str(recipe)]) == 0
     assert (output / WEIGHTS).is_file()
     for overrides, complaint in (
         ([], "is there already"),
@@ -182,16 +187,16 @@ def test_the_door_plans_without_writing_then_merges_once(
         (["models=[{path: a, weight: -1}, {path: b}]"], "models: must be greater than or equal to 0"),
         (["models=[{path: a}, {path: b}]", "output=new"], "a: no such folder"),
     ):
-        assert main(["--config", str(recipe), *overrides]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
+        assert merge_main(["--config", str(recipe), *overrides]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and complaint in message and message.count("\n") == 1
 
 
-def test_the_recipe_that_comes_along_loads() -> None:
+def test_the_recipe_of_the_repository_loads() -> None:
     recipe = load(MergeRecipe, Path(__file__).parents[4] / "configs/merge/two.yaml")
-    assert [part.weight for part in recipe.models] == [0.5, 0.5] and recipe.prompts is None
+    assert [model.weight for model in recipe.models] == [0.5, 0.5] and recipe.prompts is None
 
 
-def test_an_output_that_is_there_is_not_replaced(models: list[Path]) -> None:
+def test_an_existing_output_is_not_replaced(models: list[Path]) -> None:
     with pytest.raises(ConfigError, match="is there already"):
         merge(models[:2], [1, 1], models[2])

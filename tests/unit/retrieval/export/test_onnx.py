@@ -16,7 +16,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 
 from lodestar.errors import ModelError
 from retrieval.embedding.embedder import Embedder
-from retrieval.export import onnx as export
+from retrieval.export import onnx
+from retrieval.export.cli import export_main
 from tests import tiny
 
 ROOT = Path(__file__).parents[4]
@@ -41,15 +42,15 @@ def model_folder(
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, Any]:
-    """(family, model, exported, facts); bert is larger, modernbert has its weights in a second file."""
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, Any]:
+    """(family, model, exported folder, its files); bert is larger, modernbert has its weights in a second file."""
     family: str = request.param
     root = tmp_path_factory.mktemp(family)
     model = model_folder(root, family, width=256 if family == "bert" else 32)
     with pytest.MonkeyPatch.context() as patch:
         if family == "modernbert":
-            patch.setattr(export, "ONE_FILE_BYTES", 0)
-        return family, model, root / "onnx", export.export_onnx(model, root / "onnx", int8=family != "xlm-roberta")
+            patch.setattr(onnx, "ONE_FILE_BYTES", 0)
+        return family, model, root / "onnx", onnx.export_onnx(model, root / "onnx", int8=family != "xlm-roberta")
 
 
 def documented_embed(folder: Path, file: str = "model.onnx") -> Any:
@@ -71,10 +72,10 @@ BATCHES = [
 ]
 
 
-def test_the_documented_example_gives_the_embedders_embeddings_at_any_shape(made: Any) -> None:
-    _, model, folder, facts = made
+def test_the_documented_example_gives_the_embedders_embeddings_at_any_shape(exported: Any) -> None:
+    _, model, folder, files = exported
     embed, embedder = documented_embed(folder), Embedder(model)
-    assert facts["model.onnx"]["largest_difference"] < 1e-5
+    assert files["model.onnx"].largest_difference < 1e-5
     for texts in BATCHES:
         queries = embed(texts, "query")
         np.testing.assert_allclose(queries, embedder.encode_queries(texts), atol=1e-5)
@@ -83,8 +84,8 @@ def test_the_documented_example_gives_the_embedders_embeddings_at_any_shape(made
     assert not np.allclose(embed(BATCHES[2], "query"), embed(BATCHES[2], "document"), atol=1e-3)
 
 
-def test_the_folder_says_what_one_has_to_know(made: Any) -> None:
-    family, _, folder, _ = made
+def test_the_folder_says_how_to_use_it(exported: Any) -> None:
+    family, _, folder, _ = exported
     about = json.loads((folder / "embedding.json").read_text())
     width = 256 if family == "bert" else 32
     assert about == {
@@ -96,50 +97,50 @@ def test_the_folder_says_what_one_has_to_know(made: Any) -> None:
     more = {"bert": {"model_int8.onnx"}, "modernbert": {"model_int8.onnx", "model.onnx.data"}, "xlm-roberta": set()}
     assert names == written | more[family]
     session = ort.InferenceSession(folder / "model.onnx")
-    inputs = {each.name: each.shape for each in session.get_inputs()}
+    inputs = {argument.name: argument.shape for argument in session.get_inputs()}
     assert ("token_type_ids" in inputs) == (family == "bert")
     assert all(shape == ["batch", "length"] for shape in inputs.values())
-    outputs = {each.name: each.shape for each in session.get_outputs()}
+    outputs = {argument.name: argument.shape for argument in session.get_outputs()}
     assert outputs == {"sentence_embedding": ["batch", width], "last_hidden_state": ["batch", "length", width]}
 
 
-@pytest.mark.parametrize("made", ["bert"], indirect=True)
-def test_int8_is_near_fp32_and_about_a_quarter_of_it(made: Any) -> None:
-    _, _, folder, facts = made
+@pytest.mark.parametrize("exported", ["bert"], indirect=True)
+def test_int8_is_near_fp32_and_about_a_quarter_of_it(exported: Any) -> None:
+    _, _, folder, files = exported
     texts = tiny.texts(30, seed=4)
     fp32, int8 = (documented_embed(folder, name)(texts, "query") for name in ("model.onnx", "model_int8.onnx"))
     cosine = int8 @ fp32.T
     assert cosine.diagonal().min() > 0.98
     assert not np.allclose(fp32, int8, atol=1e-4)
     assert (cosine.argmax(1) == np.arange(30)).all() and np.median(cosine) < 0.95  # other texts are further
-    assert 0.2 < facts["model_int8.onnx"]["bytes"] / facts["model.onnx"]["bytes"] < 0.33
-    assert facts["model_int8.onnx"]["bytes"] == (folder / "model_int8.onnx").stat().st_size
+    assert 0.2 < files["model_int8.onnx"].bytes / files["model.onnx"].bytes < 0.33
+    assert files["model_int8.onnx"].bytes == (folder / "model_int8.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("made", ["xlm-roberta"], indirect=True)
+@pytest.mark.parametrize("exported", ["xlm-roberta"], indirect=True)
 def test_an_export_that_differs_is_refused_and_leaves_no_folder(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family, _, folder, _ = made
+    family, _, folder, _ = exported
     other = model_folder(tmp_path, family, pooling="mean")
-    monkeypatch.setattr(export, "_write_fp32", lambda path, model, file: shutil.copy(folder / "model.onnx", file))
-    with pytest.raises(ModelError, match="embeddings are off by"):
-        export.export_onnx(other, tmp_path / "onnx", int8=False)
+    monkeypatch.setattr(onnx, "_write_fp32", lambda path, model, file: shutil.copy(folder / "model.onnx", file))
+    with pytest.raises(ModelError, match="embeddings differ by"):
+        onnx.export_onnx(other, tmp_path / "onnx", int8=False)
     assert not (tmp_path / "onnx").exists()
 
 
 def test_pooling_that_needs_more_than_the_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="leaves out the prompt"):
-        export.export_onnx(model_folder(tmp_path, "bert", include_prompt=False), tmp_path / "onnx")
+        onnx.export_onnx(model_folder(tmp_path, "bert", include_prompt=False), tmp_path / "onnx")
 
 
-def test_the_door_plans_and_tells_each_mistake_in_one_line(
+def test_the_command_plans_and_tells_each_mistake_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = str(ROOT / "configs/export/onnx.yaml")
     model, output = tiny.trained(tmp_path / "model", tmp_path / "plain"), tmp_path / "onnx"
     argv = ["--config", recipe, f"model={model}", f"output={output}"]
-    assert export.main([*argv, "--plan", "--json"]) == 0
+    assert export_main([*argv, "--plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"].startswith("model.onnx, model_int8.onnx, ")
     assert not output.exists()
     for overrides, complaint in (
@@ -147,10 +148,10 @@ def test_the_door_plans_and_tells_each_mistake_in_one_line(
         (["int8=yes"], "int8: must be"),
         ([f"model={tmp_path / 'absent'}"], "absent: no such folder"),
     ):
-        assert export.main([*argv, *overrides]) == 2
-        told = capsys.readouterr().err
-        assert told.startswith("error: ") and complaint in told and told.count("\n") == 1
+        assert export_main([*argv, *overrides]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and complaint in message and message.count("\n") == 1
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
-    assert export.main(argv) == 2
-    told = capsys.readouterr().err
-    assert told == "error: onnx: onnxruntime is not installed (pip install 'lodestar-embeddings[onnx]')\n"
+    assert export_main(argv) == 2
+    message = capsys.readouterr().err
+    assert message == "error: onnx: onnxruntime is not installed (pip install 'lodestar-embeddings[onnx]')\n"

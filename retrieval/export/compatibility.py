@@ -1,0 +1,117 @@
+"""Whether models can be merged: the tensors that their files hold, and the settings that must agree.
+
+Loads without torch until there are settings to compare.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from lodestar.errors import ModelError, first_line
+
+NEUTRAL_FIELDS = {
+    "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "id2label",
+    "label2id", "problem_type", "gradient_checkpointing",
+}  # fmt: skip
+"""Fields of config.json that change no embedding; nor do dropout rates and names that begin with an underscore."""
+REMEDY = "merge only models that were trained from one model"
+
+
+class TensorHeader(NamedTuple):
+    """What a file says about one of its tensors."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: list[int]
+
+    @property
+    def is_averaged(self) -> bool:
+        """Not integers, as positions, nor the pooler, which [CLS] does not need: they stay the first model's."""
+        return self.dtype.startswith(("F", "BF")) and not self.name.startswith("pooler.")
+
+
+Headers = dict[str, TensorHeader]
+"""By tensor name with the module's subfolder before it; the names of files may differ between models."""
+
+
+def check_mergeable(folders: Sequence[Path]) -> list[Headers]:
+    """The tensors of each folder, by the headers of its files.
+
+    Raises ModelError, naming what differs, if a folder does not hold the first one's architecture and vocabulary.
+    """
+    headers = [read_headers(folder) for folder in folders]
+    settings = [_settings(folder) for folder in folders]
+    for i in range(1, len(folders)):
+        _compare_tensors(folders[0], headers[0], folders[i], headers[i])
+        _compare_settings(folders[0], settings[0], folders[i], settings[i])
+    return headers
+
+
+def _compare_tensors(first: Path, first_headers: Headers, other: Path, other_headers: Headers) -> None:
+    for name in sorted(first_headers.keys() | other_headers.keys()):
+        a, b = first_headers.get(name), other_headers.get(name)
+        if a and b and (a.shape, a.is_averaged) != (b.shape, b.is_averaged):
+            difference = f"is {b.dtype} {b.shape}, but {a.dtype} {a.shape} in {first}"
+            raise ModelError(f"{other}: {name}: {difference} ({REMEDY})")
+        if a and not b and a.is_averaged:
+            raise ModelError(f"{other}: {name}: is missing, but in {first} ({REMEDY})")
+        if b and not a and b.is_averaged:
+            raise ModelError(f"{first}: {name}: is missing, but in {other} ({REMEDY})")
+
+
+def _compare_settings(
+    first: Path, first_settings: Mapping[str, object], other: Path, other_settings: Mapping[str, object]
+) -> None:
+    for name in sorted(first_settings.keys() | other_settings.keys()):
+        a, b = first_settings.get(name), other_settings.get(name)
+        if a != b:
+            raise ModelError(f"{other}: {name}: is {b!r}, but {a!r} in {first} ({REMEDY})")
+
+
+def read_headers(folder: Path) -> Headers:
+    """ModelError for a folder that is not in sentence-transformers' format, or whose files cannot be read."""
+    if not (folder / "modules.json").is_file():
+        problem = "no modules.json there" if folder.is_dir() else "no such folder"
+        raise ModelError(f"{folder}: {problem} (name a sentence-transformers folder, as model/ of a run)")
+    headers: Headers = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    tensor = tensors.get_slice(name)
+                    full_name = (file.parent.relative_to(folder) / name).as_posix()
+                    headers[full_name] = TensorHeader(file, name, tensor.get_dtype(), tensor.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: cannot be read: {error}") from None
+    if not headers:
+        raise ModelError(f"{folder}: holds no *.safetensors (open it with sentence-transformers and save it once)")
+    return headers
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    """What must be equal besides the tensors, each under the name that an error gives it."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder).to_dict()
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        types = [module["type"].rpartition(".")[2] for module in modules]
+        subfolders = [module["path"] for module, type_ in zip(modules, types, strict=True) if type_ == "Pooling"]
+        pooling = [Pooling.load_config(str(folder), subfolder=name)["pooling_mode"] for name in subfolders]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: cannot be opened: {first_line(error)}") from None
+    fields = {
+        name: value
+        for name, value in config.items()
+        if name not in NEUTRAL_FIELDS and not name.startswith("_") and "dropout" not in name
+    }
+    tokens = {f"vocabulary: {token!r}": token_id for token, token_id in vocabulary.items()}
+    return {**fields, **tokens, "modules": types, "pooling": pooling}

@@ -1,0 +1,53 @@
+"""The command that mines hard negatives. Loads without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lodestar.cli import entry_point
+from lodestar.data.readers import count_rows, find_sources
+from lodestar.distributed.runtime import Placement
+from lodestar.errors import ModelError
+from lodestar.planning.plan import PlanWarnings
+from retrieval.embedding.shards import files_of
+from retrieval.mining.config import MineRecipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return entry_point(argv, usage="Mine hard negatives with a trained model.", schema=MineRecipe, plan=plan, run=run)
+
+
+def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
+    """What `--plan` prints."""
+    corpus, missing = recipe.corpus_recipe, PlanWarnings([])
+
+    def count(files: Sequence[str], field: str) -> int | None:
+        return missing.or_default(None, lambda: count_rows(find_sources(files, field)), "rows are not known")
+
+    queries = count(recipe.data, "data")
+    return {
+        "model": recipe.model,
+        "output": recipe.output,
+        "work": str(recipe.work),
+        "world_size": world_size,
+        "queries": queries,
+        "corpus_rows": count(files_of(corpus), "corpus") if corpus else "all passages of data",
+        "negatives_per_query": recipe.mine.negatives,
+        "ranks": f"{recipe.mine.first_rank} to {recipe.mine.last_rank}, {recipe.mine.pick}",
+        "blocks": None if queries is None else -(-queries // recipe.block_size(queries, world_size)),
+        "missing": missing.lines,
+    }
+
+
+def run(recipe: MineRecipe, placement: Placement) -> int:
+    try:
+        import faiss  # noqa: F401
+    except ImportError:
+        raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
+    from lodestar.distributed.session import distributed_session
+    from retrieval.embedding.encode import TIMEOUT_MINUTES
+    from retrieval.mining.hard_negatives import mine
+
+    with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
+        mine(recipe, runtime)
+    return 0

@@ -1,0 +1,71 @@
+"""faiss: TABLE.faiss holds the vectors by number, TABLE.sqlite the rows by the same numbers; `close` writes both.
+
+Shape suffixes: N documents, D embedding width, K results.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from lodestar.files import replacing_file
+from retrieval.search.vector_stores import Row, SearchHit
+
+
+class FaissStore:
+    def __init__(self, path: str, table: str, dimension: int) -> None:
+        self._path = Path(path) / f"{table}.faiss"
+        self._rows = sqlite3.connect(self._path.with_suffix(".sqlite"))
+        self._rows.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, id TEXT UNIQUE, row TEXT)")
+        if self._path.is_file():
+            self._index = faiss.read_index(str(self._path))
+            # A kill between the two files of a close leaves vectors without rows.
+            with_row = faiss.IDSelectorBatch(self._numbers("SELECT number FROM rows"))
+            self._index.remove_ids(faiss.IDSelectorNot(with_row))
+        else:
+            self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
+        self._changed = False
+
+    def upsert(self, vectors_ND: np.ndarray, rows: Sequence[Row]) -> None:
+        self._changed = True
+        put = """INSERT INTO rows (id, row) VALUES (?, ?)
+                 ON CONFLICT (id) DO UPDATE SET row = excluded.row RETURNING number"""
+        numbers = [
+            self._rows.execute(put, (row["id"], json.dumps(dict(row), ensure_ascii=False))).fetchone()[0]
+            for row in rows
+        ]
+        numbers_N = np.array(numbers, np.int64)
+        self._index.remove_ids(numbers_N)  # type: ignore[arg-type]
+        self._index.add_with_ids(np.ascontiguousarray(vectors_ND, np.float32), numbers_N)
+
+    def search(self, vector_D: np.ndarray, k: int, where: Mapping[str, str]) -> list[SearchHit]:
+        params = None
+        if where:
+            conditions = " AND ".join(f"json_extract(row, '$.{name}') = ?" for name in where)
+            numbers_N = self._numbers(f"SELECT number FROM rows WHERE {conditions}", *where.values())
+            params = faiss.SearchParameters(sel=faiss.IDSelectorBatch(numbers_N))  # type: ignore[call-arg]
+        scores_1K, numbers_1K = self._index.search(vector_D[None], k, params=params)
+        get = "SELECT row FROM rows WHERE number = ?"
+        return [
+            SearchHit(score, json.loads(self._rows.execute(get, (number,)).fetchone()[0]))
+            for score, number in zip(scores_1K[0].tolist(), numbers_1K[0].tolist(), strict=True)
+            if number >= 0  # -1: there are fewer than k
+        ]
+
+    def count(self) -> int:
+        return self._rows.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+    def close(self) -> None:
+        if self._changed:
+            with replacing_file(self._path) as tmp:
+                faiss.write_index(self._index, str(tmp))
+            self._rows.commit()  # last: search would never return rows without a vector
+        self._rows.close()
+
+    def _numbers(self, select: str, *values: str) -> np.ndarray:
+        return np.array([number for (number,) in self._rows.execute(select, values)], np.int64)
