@@ -91,8 +91,8 @@ def kind(field: Node) -> str:
         return f"list of {kind(field['items'])}"
     if field.get("type") == "object":
         return f"mapping of {kind(field['additionalProperties'])}"
-    names = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "none"}
-    return names[field["type"]] + bounds(field)
+    names = {"string": "text", "integer": "whole number", "boolean": "true or false", "null": "none"}
+    return names.get(field["type"], field["type"]) + bounds(field)
 
 
 def bounds(field: Node) -> str:
