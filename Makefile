@@ -3,23 +3,32 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install test test-slurm slurm browser lint types check bench demo demo-ablation clean
+.PHONY: help install install-all test test-slurm slurm browser lint types check bench demo demo-ablation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-install: $(VENV)/installed ## make .venv with everything
+# Locks are complete, so nothing is resolved; deepspeed alone comes as source. Bytecode is written at the first import.
+INSTALL := $(VENV)/bin/pip install --quiet --no-deps --no-compile --only-binary :all: --no-binary deepspeed
 
-$(VENV)/installed: requirements.lock pyproject.toml
+install: $(VENV)/demo ## make .venv with what training and the demo need
+
+$(VENV)/demo: requirements-demo.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --requirement requirements.lock
+	$(INSTALL) --requirement requirements-demo.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test: install ## run all tests
+install-all: $(VENV)/complete ## add what the tests need: databases, ONNX, LLM libraries, tools
+
+$(VENV)/complete: requirements.lock $(VENV)/demo
+	$(INSTALL) --requirement requirements.lock
+	@touch $@
+
+test: install-all ## run all tests
 	$(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slurm: install slurm ## run the batch scripts on a real SLURM of two simulated nodes
+test-slurm: install-all slurm ## run the batch scripts on a real SLURM of two simulated nodes
 	$(RUN)/pytest -rs -m 'slow or not slow' tests/slurm
 
 slurm: ## install SLURM where that can be done: root and apt
@@ -31,10 +40,10 @@ browser: ## install Chromium where that can be done: root and apt
 	@command -v chromium > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium > /dev/null; } || true
 
-lint: install ## check style
+lint: install-all ## check style
 	$(VENV)/bin/ruff check .
 
-types: install ## check types
+types: install-all ## check types
 	$(VENV)/bin/pyright
 
 check: lint types test ## what CI runs
@@ -45,8 +54,8 @@ demo: install ## train a search engine over the installed Python libraries
 demo-ablation: install ## the demo, and stage 2 without stage 1
 	$(VENV)/bin/python examples/demo.py --ablation
 
-bench: install ## measure loss, head, masks and gather
+bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
 
 clean: ## delete .venv and the demo's runs
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build
