@@ -17,7 +17,7 @@ from lodestar.distributed.runtime import Placement
 from lodestar.files import make_folder
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import Prompts
-from retrieval.embedding.embedder import check_folder, embed
+from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.results import Result, Row, about, counts, show_all, show_differences, write_json
 from retrieval.evaluation.tasks import Run, Task, measure_run, retrieval
@@ -45,7 +45,8 @@ def evaluate_model(
     progress: bool = False,
 ) -> tuple[dict[str, float], Run]:
     """The metrics of a model, and its run: (Q, K) scores and rows, deep enough to mix with another."""
-    from retrieval.embedding.embedder import load_model
+    from retrieval.embedding.distributed_embed import embed
+    from retrieval.embedding.load_model import load_model
 
     how: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision, "progress": progress}
     found = retrieval(beir).measure(partial(embed, load_model(path, device), **how), device)
@@ -74,7 +75,8 @@ def measure(
     Rows with BM25 are rank 0's alone.
     """
     from lodestar.distributed.collectives import agreed, rank
-    from retrieval.embedding.embedder import fingerprint, load_model
+    from retrieval.embedding.distributed_embed import embed
+    from retrieval.embedding.load_model import load_model
     from retrieval.evaluation.bm25 import POOL, fuse, rank_bm25
     from retrieval.evaluation.report import view
 

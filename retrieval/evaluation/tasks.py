@@ -93,12 +93,12 @@ class Retrieval(Section):
 
 def retrieval(beir: Beir, split: str = "test") -> Task:
     """Exact search; the metrics of `retrieval.evaluation.metrics.metrics`, per query nDCG@10."""
-    from retrieval.embedding.exact_search import search_together
+    from retrieval.embedding.exact_search import distributed_search
     from retrieval.evaluation.bm25 import POOL
 
     def measure(embed: Embed, device: torch.device) -> TaskResult:
         query_QD, document_ND = embed(beir.queries, "query"), embed(beir.documents, "document")
-        found = measure_run(beir, search_together(query_QD, document_ND, POOL, device))
+        found = measure_run(beir, distributed_search(query_QD, document_ND, POOL, device))
         return found._replace(vectors=(query_QD, document_ND))
 
     counts = {"queries": len(beir.queries), "documents": len(beir.documents)}

@@ -167,7 +167,7 @@ def merge(
     from safetensors.torch import save_file
 
     from lodestar.files import replacing
-    from retrieval.embedding.embedder import load_model
+    from retrieval.embedding.load_model import load_model
 
     shares = _shares(weights)
     with replacing(Path(output)) as tmp:

@@ -60,7 +60,8 @@ def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> d
     from tokenizers import Tokenizer
 
     from lodestar.files import replacing
-    from retrieval.embedding.embedder import encode_texts, load_model
+    from retrieval.embedding.encode_texts import encode_texts
+    from retrieval.embedding.load_model import load_model
 
     model = load_model(path, "cpu").float()
     about = _describe(path, model)

@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count, Natural, Positive
-from retrieval.embedding.config import Encode, Prompts
+from retrieval.embedding.config import EncodeConfig as Encode
+from retrieval.embedding.config import Prompts
 
 
 class Mine(Section):

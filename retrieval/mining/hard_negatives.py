@@ -22,10 +22,11 @@ from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, ModelError
 from lodestar.files import make_folder, replacing_file, write_json
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.config import EncodeRecipe, Output, Role
-from retrieval.embedding.embedder import check_folder, fingerprint
-from retrieval.embedding.encode import TIMEOUT_MINUTES, encode
-from retrieval.embedding.shards import files_of, read_embeddings, read_texts
+from retrieval.embedding.config import EncodeRecipe, Role
+from retrieval.embedding.config import OutputConfig as Output
+from retrieval.embedding.corpus import files_of, read_texts
+from retrieval.embedding.model_folder import check_folder, fingerprint
+from retrieval.embedding.shards import read_embeddings
 from retrieval.mining.config import MineRecipe
 from retrieval.mining.shard_search import _Rows, _vectors, choose, search_shards
 
@@ -114,6 +115,7 @@ def mine(recipe: MineRecipe, runtime: Runtime) -> None:
     import numpy as np
 
     from lodestar.distributed.collectives import agreed, barrier, on_main
+    from retrieval.embedding.encode import encode
 
     check_folder(recipe.model)  # now, not after the corpus was read
     name, counts = on_main(lambda: _lay_out(recipe))
@@ -308,6 +310,7 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
 def run(recipe: MineRecipe, placement: Placement) -> int:
     from lodestar.distributed.session import distributed_session
+    from retrieval.embedding.encode import TIMEOUT_MINUTES
 
     try:
         import faiss  # noqa: F401

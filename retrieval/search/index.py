@@ -21,8 +21,9 @@ from lodestar.distributed.runtime import Placement
 from lodestar.errors import DataError, LaunchError
 from lodestar.files import make_folder
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.config import Encode, EncodeRecipe, Output, Prompts
-from retrieval.embedding.encode import encode
+from retrieval.embedding.config import EncodeConfig as Encode
+from retrieval.embedding.config import EncodeRecipe, Prompts
+from retrieval.embedding.config import OutputConfig as Output
 from retrieval.embedding.shards import read_embeddings, read_manifest
 from retrieval.search.vector_stores import Row, StoreSection, check, open_store, read_record, record_path
 
@@ -69,6 +70,7 @@ def index(recipe: IndexRecipe, *, progress: bool = False) -> Indexed:
     from tqdm import tqdm
 
     from lodestar.distributed.runtime import Runtime, choose_device
+    from retrieval.embedding.encode import encode
 
     work = make_folder(section.path, "store.path") / f"{section.table}.work"
     output = Output(dir=str(work), width=recipe.encode.width)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from lodestar.cli import Parser
 from lodestar.errors import ConfigError, DataError, LodestarError
 from lodestar.planning.plan import in_words
-from retrieval.embedding.cache import cached, file_for
-from retrieval.embedding.embedder import fingerprint
+from retrieval.embedding.cache import cache_path as file_for
+from retrieval.embedding.cache import load_or_compute as cached
+from retrieval.embedding.model_folder import fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -51,7 +52,7 @@ class Searcher:
         progress: bool = False,
     ) -> None:
         """cache   a safetensors file of (N, D) fp32, named by `cache_file`; written if it is not there"""
-        from retrieval.embedding.embedder import embed
+        from retrieval.embedding.distributed_embed import embed
 
         self.model, self.documents = model, list(documents)
         texts = [document.full for document in self.documents]
@@ -63,7 +64,7 @@ class Searcher:
 
     def ask(self, query: str, k: int = 5) -> list[Hit]:
         """The k nearest documents, best first."""
-        from retrieval.embedding.embedder import embed
+        from retrieval.embedding.distributed_embed import embed
         from retrieval.embedding.exact_search import search
 
         scores, found = search(embed(self.model, [query], "query"), self.document_ND, k)
@@ -233,7 +234,7 @@ def _open(options: argparse.Namespace) -> AbstractContextManager[Searcher | Stor
 
 def _open_corpus(options: argparse.Namespace) -> Searcher:
     from lodestar.distributed.runtime import choose_device
-    from retrieval.embedding.embedder import load_model
+    from retrieval.embedding.load_model import load_model
 
     folder, _, documents = _read_corpus(options)
     model = load_model(folder, choose_device(0))
@@ -242,7 +243,7 @@ def _open_corpus(options: argparse.Namespace) -> Searcher:
 
 def _read_corpus(options: argparse.Namespace) -> tuple[Path, str, list[Document]]:
     """The model's folder, where its corpus is, and that."""
-    from retrieval.embedding.embedder import check_folder
+    from retrieval.embedding.model_folder import check_folder
     from retrieval.evaluation.beir import read_corpus
 
     folder = Path(options.model)

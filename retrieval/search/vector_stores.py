@@ -22,7 +22,7 @@ from lodestar.config.loader import Section
 from lodestar.errors import ConfigError
 from lodestar.files import make_folder, replacing_file, write_text
 from retrieval.embedding.config import Prompts
-from retrieval.embedding.embedder import fingerprint
+from retrieval.embedding.model_folder import fingerprint
 
 if TYPE_CHECKING:
     import numpy as np

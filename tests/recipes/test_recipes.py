@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from contrastive import cli as finetune
-from retrieval.embedding import encode
+from retrieval.embedding import cli as encode
 from retrieval.evaluation import compare as evaluate
 from retrieval.export import merge
 from retrieval.export import onnx as export

@@ -10,7 +10,10 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from lodestar.errors import ConfigError, ModelError
-from retrieval.embedding.embedder import Embedder, _runs, encode_texts, fingerprint, load_model
+from retrieval.embedding.embedder import Embedder
+from retrieval.embedding.encode_texts import cut_batches, encode_texts
+from retrieval.embedding.load_model import load_model
+from retrieval.embedding.model_folder import fingerprint
 from tests import tiny
 
 TEXTS = [*tiny.texts(40, seed=5), "", "mask " * 100]
@@ -67,21 +70,21 @@ def test_texts_that_are_cut_are_counted(folder: Path) -> None:
 def test_batches_keep_to_the_budget_and_hold_each_text_once() -> None:
     lengths = [3, 50, 8, 8, 20, 7]
     order = sorted(range(6), key=lengths.__getitem__, reverse=True)
-    runs = [list(run) for run in _runs(order, lengths, 24)]
-    assert runs == [[1], [4], [2, 3, 5], [0]]  # the longest has a batch of its own although it is over the budget
+    batches = [list(batch) for batch in cut_batches(order, lengths, 24)]
+    assert batches == [[1], [4], [2, 3, 5], [0]]  # the longest has a batch of its own although it is over the budget
 
 
 def test_a_stream_keeps_the_order_of_its_jobs(folder: Path) -> None:
     jobs = [TEXTS[i : i + 5] for i in range(0, 40, 5)]
     with Embedder(folder, ["cpu", "cpu"]) as embedder:
-        found = [each.vectors_ND.numpy() for each in embedder.stream((job, "document") for job in jobs)]
-    np.testing.assert_allclose(np.concatenate(found), Embedder(folder).encode_documents(TEXTS[:40]), atol=1e-6)
+        vectors = [embeddings.vectors_ND.numpy() for embeddings in embedder.stream((job, "document") for job in jobs)]
+    np.testing.assert_allclose(np.concatenate(vectors), Embedder(folder).encode_documents(TEXTS[:40]), atol=1e-6)
 
 
 def test_a_device_that_is_not_there_and_a_folder_without_a_model_are_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cuda:99: this machine shows"):
+    with pytest.raises(ConfigError, match="cuda:99: this machine has"):
         Embedder(folder, ["cuda:99"])
-    with pytest.raises(ConfigError, match="no such kind of device"):
+    with pytest.raises(ConfigError, match="unknown kind of device"):
         Embedder(folder, ["gpu1"])
     shutil.copytree(folder, tmp_path / "torn")
     weights = tmp_path / "torn/model.safetensors"

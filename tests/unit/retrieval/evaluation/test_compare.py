@@ -11,9 +11,10 @@ import torch
 
 from lodestar.distributed.testing import run_world
 from lodestar.errors import ModelError
-from retrieval.embedding import embedder
-from retrieval.embedding.embedder import embed, load_model
+from retrieval.embedding import distributed_embed
+from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.exact_search import search
+from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.beir import read_beir
 from retrieval.evaluation.bm25 import rank_bm25
 from retrieval.evaluation.compare import compare, evaluate_model, main
@@ -102,8 +103,10 @@ def test_an_interrupted_run_goes_on_with_the_embeddings_it_has(
     assert len(list(tmp_path.glob("out/embeddings.work/*/*.safetensors"))) == 2  # queries and documents of the first
 
     (damaged / "model.safetensors").write_bytes(weights)
-    embedded, really = [], embedder.encode_texts
-    monkeypatch.setattr(embedder, "encode_texts", lambda *args, **how: embedded.append(args) or really(*args, **how))
+    embedded, really = [], distributed_embed.encode_texts
+    monkeypatch.setattr(
+        distributed_embed, "encode_texts", lambda *args, **how: embedded.append(args) or really(*args, **how)
+    )
     assert main(options) == 0
     assert len(embedded) == 2  # of the second
     rows = json.loads((tmp_path / "out/evaluation.json").read_text())["rows"]

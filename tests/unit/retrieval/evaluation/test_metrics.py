@@ -15,7 +15,7 @@ import torch
 
 from lodestar.distributed.testing import run_world
 from lodestar.errors import DataError
-from retrieval.embedding.exact_search import search, search_together, top_k
+from retrieval.embedding.exact_search import distributed_search, search, top_k
 from retrieval.evaluation.beir import read_beir, read_corpus
 from retrieval.evaluation.metrics import as_run, evaluate_run, metrics, trec_order
 
@@ -252,14 +252,14 @@ def test_ranks_share_a_search_and_find_what_one_does():
     document_ND = torch.randint(-3, 4, (40, 4), generator=generator).float()
     expected = search(query_QD, document_ND, 7)
     for world_size in (2, 3, 7):  # of 7 ranks, two have no query
-        for found in run_world(_search_together, world_size, query_QD, document_ND):
+        for found in run_world(_distributed_search, world_size, query_QD, document_ND):
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def _search_together(
+def _distributed_search(
     rank: int, world_size: int, query_QD: torch.Tensor, document_ND: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    return search_together(query_QD, document_ND, 7, torch.device("cpu"))
+    return distributed_search(query_QD, document_ND, 7, torch.device("cpu"))
 
 
 def test_minus_infinity_stands_for_no_document(tmp_path):

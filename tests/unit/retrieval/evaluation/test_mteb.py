@@ -13,7 +13,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from retrieval.embedding.embedder import embed, load_model
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.tasks import AnyTask
 from tests import tiny
 from tests.unit.retrieval.evaluation.test_tasks import sections

@@ -16,7 +16,8 @@ from pydantic import TypeAdapter
 from lodestar.config.loader import load
 from lodestar.distributed.testing import run_world
 from lodestar.errors import DataError
-from retrieval.embedding.embedder import embed, load_model
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.compare import main, measure
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.significance import Bootstrap, paired_bootstrap

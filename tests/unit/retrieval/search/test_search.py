@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrieval.embedding.embedder import embed, load_model
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.beir import Document, read_corpus
 from retrieval.search.search import Searcher, cache_file, main
 from tests import tiny
