@@ -14,7 +14,7 @@ import pytest
 
 from contrastive import cli as finetune
 from retrieval.embedding import cli as encode
-from retrieval.evaluation import compare as evaluate
+from retrieval.evaluation import cli as evaluate
 from retrieval.export import merge
 from retrieval.export import onnx as export
 from retrieval.mining import hard_negatives as mine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from retrieval.embedding import distributed_embed
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.exact_search import search
 from retrieval.embedding.load_model import load_model
-from retrieval.evaluation.beir import read_beir
+from retrieval.evaluation.beir import Beir, read_beir
 from retrieval.evaluation.bm25 import rank_bm25
-from retrieval.evaluation.compare import compare, evaluate_model, main
+from retrieval.evaluation.cli import main
+from retrieval.evaluation.compare import compare
 from retrieval.evaluation.metrics import evaluate_run
+from retrieval.evaluation.tasks import TaskResult, retrieval_task
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -42,6 +45,10 @@ def recipe(folder: Path, **values: object) -> str:
     return str(path)
 
 
+def evaluate_model(folder: Path, beir: Beir) -> TaskResult:
+    return retrieval_task(beir).measure(partial(embed, load_model(folder, CPU)), CPU)
+
+
 def test_embeddings_are_the_cls_vectors_in_the_order_of_the_texts_with_the_query_prompt(model_folder):
     from transformers import AutoModel, AutoTokenizer
 
@@ -59,13 +66,13 @@ def test_embeddings_are_the_cls_vectors_in_the_order_of_the_texts_with_the_query
 
 def test_a_model_is_measured_as_its_embeddings_are(model_folder, beir_folder):
     beir = read_beir(beir_folder, "test")
-    found, (scores, rows) = evaluate_model(model_folder, beir, device=CPU)
+    found = evaluate_model(model_folder, beir)
     model = load_model(model_folder, CPU)
     expected = evaluate_run(
         beir, *search(embed(model, beir.queries, "query"), embed(model, beir.documents, "document"), 100)
     )
-    assert found == expected
-    assert scores.shape == rows.shape == (12, 12)
+    assert found.metrics == expected
+    assert found.retrieval.ranking.scores_QK.shape == found.retrieval.ranking.index_QK.shape == (12, 12)
 
 
 def test_models_stand_beside_bm25_and_the_last_is_mixed_with_it(model_folder, beir_folder):
@@ -105,7 +112,7 @@ def test_an_interrupted_run_goes_on_with_the_embeddings_it_has(
     (damaged / "model.safetensors").write_bytes(weights)
     embedded, really = [], distributed_embed.encode_texts
     monkeypatch.setattr(
-        distributed_embed, "encode_texts", lambda *args, **how: embedded.append(args) or really(*args, **how)
+        distributed_embed, "encode_texts", lambda *args, **options: embedded.append(args) or really(*args, **options)
     )
     assert main(options) == 0
     assert len(embedded) == 2  # of the second
@@ -129,7 +136,7 @@ def test_more_ranks_than_texts_measure_what_one_does(model_folder, tmp_path):
 
 
 def _measured(_rank, _world_size, model_folder, folder):
-    return evaluate_model(model_folder, read_beir(folder), device=CPU)[0]
+    return evaluate_model(model_folder, read_beir(folder)).metrics
 
 
 def test_prompts_stand_in_for_a_models_own_by_its_label(model_folder, beir_folder, tmp_path, capsys):
@@ -139,7 +146,7 @@ def test_prompts_stand_in_for_a_models_own_by_its_label(model_folder, beir_folde
     _, own, other, _ = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
     assert {**own, "model": ""} != {**other, "model": ""}
     assert main(["--config", recipe(tmp_path, **values, prompts={"another": {"query": ""}})]) == 2
-    assert "prompts.another: no model of that label (there: own, other)" in capsys.readouterr().err
+    assert "prompts.another: no model has that label (known: own, other)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

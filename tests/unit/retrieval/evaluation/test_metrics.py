@@ -94,7 +94,7 @@ def test_limits_keep_the_first_queries_their_judged_documents_and_the_first_othe
         ({"test": [*QRELS, "q1\td9\t1"]}, "qrels/test.tsv:7: corpus-id: no document 'd9' in"),
         ({"test": [*QRELS, "q9\td1\t1"]}, "qrels/test.tsv:7: query-id: no query 'q9' in"),
         ({"test": [*QRELS, "q1\td1\tgood"]}, "qrels/test.tsv:7: score: must be a whole number, got 'good'"),
-        ({"test": [*QRELS, "q1\td1\t0"]}, "qrels/test.tsv:7: score: 'q1' with 'd1' was judged 2 above"),
+        ({"test": [*QRELS, "q1\td1\t0"]}, "qrels/test.tsv:7: score: 'q1' with 'd1' has the score 2 above"),
         ({"test": [*QRELS, "q1 0 d1 1"]}, "qrels/test.tsv:7: row: 1 fields"),
         ({"test": ["q3\td3\t0"]}, "qrels/test.tsv:1: score: no query has a relevant document"),
     ],
@@ -111,7 +111,7 @@ def test_a_missing_folder_file_split_or_header_is_told_with_what_is_there(tmp_pa
     with pytest.raises(DataError, match="no such folder"):
         read_beir(tmp_path / "absent", "test")
     folder = write_beir(tmp_path / "pets", dev=QRELS)
-    with pytest.raises(DataError, match=r"no split 'train' \(there: dev, test\)"):
+    with pytest.raises(DataError, match=r"no split 'train' \(known: dev, test\)"):
         read_beir(folder, "train")
     (folder / "qrels/test.tsv").write_text("q1\td1\t1\n")
     with pytest.raises(DataError, match=r"test\.tsv:1: row: no header"):

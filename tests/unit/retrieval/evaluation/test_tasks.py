@@ -18,10 +18,12 @@ from lodestar.distributed.testing import run_world
 from lodestar.errors import DataError
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.load_model import load_model
-from retrieval.evaluation.compare import main, measure
-from retrieval.evaluation.config import EvaluateRecipe
-from retrieval.evaluation.significance import Bootstrap, paired_bootstrap
-from retrieval.evaluation.tasks import AnyTask, classify, cluster, pair_classification_scores, spearman, undersample
+from retrieval.evaluation.cli import main
+from retrieval.evaluation.compare import measure
+from retrieval.evaluation.config import BootstrapConfig, EvaluateRecipe, TaskConfig
+from retrieval.evaluation.significance import paired_bootstrap
+from retrieval.evaluation.task_metrics import classify, cluster, pair_classification_scores, spearman
+from retrieval.evaluation.tasks import Task, read_task, undersample
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -62,8 +64,8 @@ def sections(folder: Path) -> dict[str, dict[str, object]]:
     }
 
 
-def read(section: dict[str, object]):
-    return TypeAdapter(AnyTask).validate_python(section).read("mine")
+def read(section: dict[str, object]) -> Task:
+    return read_task(TypeAdapter(TaskConfig).validate_python(section), "mine")
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +279,7 @@ def test_the_documented_recipe_is_one(tmp_path):
     path.write_text(text)
     recipe = load(EvaluateRecipe, path)
     assert {section.kind for section in recipe.all_tasks.values()} == set(KINDS)
-    assert list(recipe.all_tasks)[:2] == ["scifact", "boolq"] and recipe.bootstrap == Bootstrap()
+    assert list(recipe.all_tasks)[:2] == ["scifact", "boolq"] and recipe.bootstrap == BootstrapConfig()
 
 
 def test_labels_of_one_kind_cannot_be_told_apart(tmp_path):
