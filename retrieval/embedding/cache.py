@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from lodestar.files import replacing_file
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 
 def load_or_compute(file: Path | None, num_rows: int, compute: Callable[[], Tensor]) -> Tensor:
     """(N, D) fp32 from a safetensors file; computed and saved if the file is missing, damaged or of another length."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     if file is None:

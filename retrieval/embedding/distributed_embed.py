@@ -1,11 +1,11 @@
-"""Embeddings of the same texts on every rank, where each rank embeds a part of them.
+"""Embeddings of the same texts on every rank, by a trained model and from its cache.
 
-Shape suffixes: N texts, n texts of this rank, D embedding width.
+Shape suffixes: N texts, D embedding width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,30 +14,14 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from lodestar.config.schema import Precision
-from lodestar.distributed.collectives import agreed, gather_rows, rank, world_size
+from lodestar.distributed.collectives import agreed
 from retrieval.embedding.cache import cache_path, load_or_compute
 from retrieval.embedding.config import Role
+from retrieval.embedding.embed_in_turns import embed_in_turns
 from retrieval.embedding.encode_texts import encode_texts
 
 CACHE_SHARD_ROWS = 100_000
 """Rows of one file of the embedding cache. An interrupted run repeats at most this many on each rank."""
-
-
-def embed_in_turns(order: Sequence[int], embed_indices: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """(N, D) on the CPU, on every rank, in the order 0 to N-1; every rank must call.
-
-    order          the indices 0 to N-1 in any order: rank r of W takes order[r], order[r + W], ...
-    embed_indices  (n, D) for the n indices of this rank
-    """
-    size = world_size()
-    shards = [order[turn::size] for turn in range(size)]
-    shard_nD = embed_indices(shards[rank()])
-    if size == 1 and order == range(len(order)):
-        return shard_nD.cpu()
-    gathered_ND = gather_rows(shard_nD, [len(shard) for shard in shards]).cpu()
-    result_ND = torch.empty_like(gathered_ND)
-    result_ND[torch.tensor([i for shard in shards for i in shard], dtype=torch.int64)] = gathered_ND
-    return result_ND
 
 
 def embed(

@@ -13,7 +13,7 @@ from lodestar.config.schema import EvaluateConfig
 from lodestar.data.loader import cut, padded
 from lodestar.distributed.collectives import from_main
 from lodestar.distributed.runtime import Runtime
-from retrieval.embedding.distributed_embed import embed_in_turns
+from retrieval.embedding.embed_in_turns import embed_in_turns
 from retrieval.embedding.exact_search import distributed_search
 from retrieval.embedding.protocols import EmbedTokens
 from retrieval.evaluation.beir import read_beir
