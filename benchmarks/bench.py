@@ -40,7 +40,8 @@ from lodestar.distributed.runtime import Placement, joined
 from lodestar.distributed.testing import run_world
 from lodestar.training.build_engine import build
 from lodestar.training.synthetic import generated_text
-from retrieval.embedding.embedder import encode_texts, load_model
+from retrieval.embedding.encode_texts import encode_texts
+from retrieval.embedding.load_model import load_model
 from retromae.loss import summed_nll
 from retromae.masks import decoder_visibility, mask_tokens
 from tests import tiny

@@ -1,6 +1,6 @@
 """python launch/evaluate.py --config FILE [KEY=VALUE ...] [--plan [WORLD_SIZE]] [--json]"""
 
-from retrieval.evaluation.compare import main
+from retrieval.evaluation.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

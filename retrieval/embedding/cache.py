@@ -1,4 +1,4 @@
-"""Embeddings that are kept on disk, so that what was interrupted, or is asked again, does not make them anew.
+"""An embedding cache on the disk, so that a repeated or interrupted run does not embed again. Loads without torch.
 
 Shape suffixes: N texts, D embedding width.
 """
@@ -10,7 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from lodestar.files import replacing_file
 
@@ -18,33 +20,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def cached(file: Path | None, rows: int, make: Callable[[], Tensor]) -> Tensor:
-    """(N, D) fp32 from a safetensors file; made, and put there, where there are none, damaged ones or not `rows`."""
-    from safetensors import SafetensorError
+def load_or_compute(file: Path | None, num_rows: int, compute: Callable[[], Tensor]) -> Tensor:
+    """(N, D) fp32 from a safetensors file; computed and saved if the file is missing, damaged or of another length."""
     from safetensors.torch import load_file, save_file
 
     if file is None:
-        return make()
+        return compute()
     if file.is_file():
         try:
-            found_ND = load_file(file)["embeddings"]
-            if len(found_ND) == rows:
-                return found_ND
+            cached_ND = load_file(file)["embeddings"]
+            if len(cached_ND) == num_rows:
+                return cached_ND
         except (SafetensorError, KeyError):
             pass
-    made_ND = make()
+    computed_ND = compute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing_file(file) as tmp:
-            save_file({"embeddings": made_ND.contiguous()}, tmp)
-    except (OSError, SafetensorError) as error:  # the latter is what save_file makes of the former
+            save_file({"embeddings": computed_ND.contiguous()}, tmp)
+    except (OSError, SafetensorError) as error:  # safetensors turns an OSError into its own
         print(f"warning: {file}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
-    return made_ND
+    return computed_ND
 
 
-def file_for(folder: Path, *said: Any, texts: Iterable[Any]) -> Path:
-    """`folder`/KEY.safetensors; the key changes with all that is said, and with the texts and their order."""
-    digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=12)
+def cache_path(folder: Path, *settings: str, texts: Iterable[object]) -> Path:
+    """`folder`/KEY.safetensors, where KEY is a hash of the settings and of the texts in their order."""
+    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=12)
     for text in texts:
         digest.update(json.dumps(text).encode())
     return folder / f"{digest.hexdigest()}.safetensors"

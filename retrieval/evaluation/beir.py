@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from lodestar.data.readers import read_json, read_lines
+from lodestar.data.readers import Row, read_json, read_lines
 from lodestar.errors import DataError
 
 Relevant = Mapping[str, Mapping[str, int]]
-"""For each query the grades of its judged documents; 0 and below: judged, and not relevant."""
+"""For each query the grades of its judged documents; 0 and below: judged as not relevant."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Document:
 
     @property
     def full(self) -> str:
-        """What a model is given."""
+        """The text that a model embeds."""
         return f"{self.title} {self.text}" if self.title else self.text
 
 
@@ -37,7 +37,7 @@ class Beir:
     query_ids: list[str]
     queries: list[str]
     relevant: dict[str, dict[str, int]]
-    """For each query all its judgements."""
+    """For each query all its judgements, as `Relevant`."""
 
 
 def read_beir(
@@ -45,7 +45,7 @@ def read_beir(
 ) -> Beir:
     """Read `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`, each with .gz or without.
 
-    Only queries with a relevant document in the split are kept.
+    Only queries with a relevant document in the split remain.
     max_queries    only the first so many of them
     max_documents  only the documents judged for those queries (all of them) and the first others, up to so many
     Raises DataError, as `FILE:LINE: FIELD: what is wrong (what to do)`.
@@ -55,60 +55,62 @@ def read_beir(
         raise DataError(f"{folder}: no such folder (name one with corpus.jsonl, queries.jsonl and qrels/)")
     qrels_path = _split_path(folder, split)
     corpus_path, queries_path = (_plain_or_gz(folder / name) for name in ("corpus.jsonl", "queries.jsonl"))
-    judged, query_lines, document_lines = _read_qrels(qrels_path)
+    qrels = _read_qrels(qrels_path)
+    queries = _read_queries(queries_path)
+    if unknown := [query_id for query_id in qrels.grades if query_id not in queries]:
+        where = f"{qrels_path}:{qrels.query_lines[unknown[0]]}"
+        raise DataError(f"{where}: query-id: no query {unknown[0]!r} in {queries_path} (correct one of the two)")
 
+    answered = [query_id for query_id in queries if any(grade > 0 for grade in qrels.grades.get(query_id, {}).values())]
+    if not answered:
+        raise DataError(f"{qrels_path}:1: score: no query has a relevant document (a score of 1 or more)")
+    query_ids = answered[:max_queries]
+    judged_ids = {document_id for query_id in query_ids for document_id in qrels.grades[query_id]}
+    num_others = None if max_documents is None else max(0, max_documents - len(judged_ids))
+
+    document_ids, documents, missing = [], [], dict(qrels.document_lines)
+    for document in read_corpus(corpus_path):
+        missing.pop(document.id, None)
+        if document.id not in judged_ids and num_others is not None:
+            if not num_others:
+                continue
+            num_others -= 1
+        document_ids.append(document.id)
+        documents.append(document.full)
+    if missing:
+        first = min(missing, key=lambda document_id: missing[document_id])
+        where = f"{qrels_path}:{missing[first]}"
+        raise DataError(f"{where}: corpus-id: no document {first!r} in {corpus_path} (correct one of the two)")
+    return Beir(
+        name=folder.resolve().name,
+        document_ids=document_ids,
+        documents=documents,
+        query_ids=query_ids,
+        queries=[queries[query_id] for query_id in query_ids],
+        relevant={query_id: qrels.grades[query_id] for query_id in query_ids},
+    )
+
+
+def _read_queries(path: Path) -> dict[str, str]:
     queries: dict[str, str] = {}
-    for where, row in read_json(queries_path):
+    for where, row in read_json(path):
         query_id = _text(where, row, "_id")
         if query_id in queries:
             raise DataError(f"{where}: _id: query {query_id!r} occurs twice (keep one)")
         queries[query_id] = _text(where, row, "text")
-    for query_id in judged:
-        if query_id not in queries:
-            where = f"{qrels_path}:{query_lines[query_id]}"
-            raise DataError(f"{where}: query-id: no query {query_id!r} in {queries_path} (mend the one or the other)")
-
-    kept = [query_id for query_id in queries if any(grade > 0 for grade in judged.get(query_id, {}).values())]
-    if not kept:
-        raise DataError(f"{qrels_path}:1: score: no query has a relevant document (a score of 1 or more)")
-    kept = kept[:max_queries]
-    needed = {document_id for query_id in kept for document_id in judged[query_id]}
-    unknown = {document_id for grades in judged.values() for document_id in grades}
-    room = None if max_documents is None else max(0, max_documents - len(needed))
-
-    ids, texts = [], []
-    for document in read_corpus(corpus_path):
-        unknown.discard(document.id)
-        if document.id not in needed and room is not None:
-            if not room:
-                continue
-            room -= 1
-        ids.append(document.id)
-        texts.append(document.full)
-    if unknown:
-        first = min(unknown, key=lambda document_id: document_lines[document_id])
-        where = f"{qrels_path}:{document_lines[first]}"
-        raise DataError(f"{where}: corpus-id: no document {first!r} in {corpus_path} (mend the one or the other)")
-    return Beir(
-        name=folder.resolve().name,
-        document_ids=ids,
-        documents=texts,
-        query_ids=kept,
-        queries=[queries[query_id] for query_id in kept],
-        relevant={query_id: judged[query_id] for query_id in kept},
-    )
+    return queries
 
 
 def read_corpus(path: str | Path) -> Iterator[Document]:
     """The documents of a BEIR folder, or of a `corpus.jsonl[.gz]` itself, in the file's order."""
     path = Path(path)
     path = _plain_or_gz(path / "corpus.jsonl" if path.is_dir() else path)
-    seen: set[str] = set()
+    document_ids: set[str] = set()
     for where, row in read_json(path):
         document_id = _text(where, row, "_id")
-        if document_id in seen:
+        if document_id in document_ids:
             raise DataError(f"{where}: _id: document {document_id!r} occurs twice (keep one)")
-        seen.add(document_id)
+        document_ids.add(document_id)
         title = row.get("title") or ""
         if not isinstance(title, str):
             raise DataError(f"{where}: title: must be text, got {type(title).__name__}")
@@ -119,8 +121,8 @@ def _split_path(folder: Path, split: str) -> Path:
     for path in (folder / "qrels" / f"{split}.tsv", folder / "qrels" / f"{split}.tsv.gz"):
         if path.is_file():
             return path
-    there = sorted({path.name.removesuffix(".gz").removesuffix(".tsv") for path in folder.glob("qrels/*.tsv*")})
-    raise DataError(f"{folder / 'qrels'}: no split {split!r} (there: {', '.join(there) or 'none'})")
+    splits = sorted({path.name.removesuffix(".gz").removesuffix(".tsv") for path in folder.glob("qrels/*.tsv*")})
+    raise DataError(f"{folder / 'qrels'}: no split {split!r} (known: {', '.join(splits) or 'none'})")
 
 
 def _plain_or_gz(path: Path) -> Path:
@@ -130,11 +132,16 @@ def _plain_or_gz(path: Path) -> Path:
     raise DataError(f"{path}: no such file, nor with .gz (BEIR's layout has corpus.jsonl, queries.jsonl and qrels/)")
 
 
-def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, int], dict[str, int]]:
-    """Grades by query and document; the line that first names each query, and each document."""
-    judged: dict[str, dict[str, int]] = {}
-    query_lines: dict[str, int] = {}
-    document_lines: dict[str, int] = {}
+class _Qrels(NamedTuple):
+    grades: dict[str, dict[str, int]]
+    """By query and document."""
+    query_lines: dict[str, int]
+    """The line that first names each query."""
+    document_lines: dict[str, int]
+
+
+def _read_qrels(path: Path) -> _Qrels:
+    qrels = _Qrels({}, {}, {})
     for number, line in read_lines(path):
         fields = [field.strip() for field in line.split("\t")]
         if len(fields) != 3:
@@ -145,18 +152,18 @@ def _read_qrels(path: Path) -> tuple[dict[str, dict[str, int]], dict[str, int], 
             continue
         query_id, document_id, grade = fields
         try:
-            found = judged.setdefault(query_id, {}).setdefault(document_id, int(grade))
+            first_grade = qrels.grades.setdefault(query_id, {}).setdefault(document_id, int(grade))
         except ValueError:
             raise DataError(f"{path}:{number}: score: must be a whole number, got {grade!r}") from None
-        if found != int(grade):
+        if first_grade != int(grade):
             pair = f"{query_id!r} with {document_id!r}"
-            raise DataError(f"{path}:{number}: score: {pair} was judged {found} above (keep one)")
-        query_lines.setdefault(query_id, number)
-        document_lines.setdefault(document_id, number)
-    return judged, query_lines, document_lines
+            raise DataError(f"{path}:{number}: score: {pair} has the score {first_grade} above (keep one)")
+        qrels.query_lines.setdefault(query_id, number)
+        qrels.document_lines.setdefault(document_id, number)
+    return qrels
 
 
-def _text(where: str, row: Mapping[str, Any], field: str) -> str:
+def _text(where: str, row: Row, field: str) -> str:
     if field not in row:
         raise DataError(f"{where}: {field}: not set (every row of BEIR's layout has it)")
     if not isinstance(row[field], str):

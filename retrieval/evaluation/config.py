@@ -8,57 +8,137 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Count, EvaluateConfig
+from lodestar.config.schema import Count, EvaluateConfig, Natural, Precision
 from retrieval.embedding.config import Prompts
-from retrieval.evaluation.significance import Bootstrap
-from retrieval.evaluation.tasks import AnyTask, Retrieval
+
+# --- tasks -----------------------------------------------------------------------------------
+
+
+class RetrievalConfig(Section):
+    kind: Literal["retrieval"]
+    data: str
+    """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
+    split: str = "test"
+    """Which file of qrels/."""
+    max_queries: Count | None = None
+    """Use only the first so many queries; none: all."""
+    max_documents: Count | None = None
+    """Use only the documents that answer those queries and the first others, up to so many; none: all."""
+
+
+class LabelledTextsConfig(Section):
+    text: str = "text"
+    """The field of a row that holds its text."""
+    label: str = "label"
+    """The field that holds its label, a text or a whole number."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+
+
+class ClassificationConfig(LabelledTextsConfig):
+    """Logistic regression on the embeddings of a few texts of each label."""
+
+    kind: Literal["classification"]
+    train: str
+    """JSONL, Parquet, a folder or a glob of them, or a data set of the hub; the same holds for every file of a task."""
+    test: str
+    samples_per_label: Count = 8
+    """Texts of each label in one training set."""
+    experiments: Count = 10
+    """Number of training sets to draw; metrics are means over them."""
+
+
+class ClusteringConfig(LabelledTextsConfig):
+    """k-means with as many clusters as there are labels."""
+
+    kind: Literal["clustering"]
+    data: str
+
+
+class PairsConfig(Section):
+    data: str
+    sentence1: str = "sentence1"
+    """The field of a row that holds its first text."""
+    sentence2: str = "sentence2"
+
+
+class StsConfig(PairsConfig):
+    """How well cosines order pairs as human similarity scores do."""
+
+    kind: Literal["sts"]
+    score: str = "score"
+    """The field that holds a number: the larger, the more similar."""
+
+
+class PairClassificationConfig(PairsConfig):
+    """How well a cosine separates pairs that belong together (1) from others (0)."""
+
+    kind: Literal["pair_classification"]
+    label: str = "label"
+    """The field that holds 0 or 1."""
+
+
+TaskConfig = Annotated[
+    RetrievalConfig | ClassificationConfig | ClusteringConfig | StsConfig | PairClassificationConfig,
+    Field(discriminator="kind"),
+]
+"""A new kind of task also needs a reader in `retrieval.evaluation.tasks.READERS`."""
+
+# --- the recipe ------------------------------------------------------------------------------
+
+
+class BootstrapConfig(Section):
+    resamples: Natural = 10_000
+    """0: no comparison."""
+    seed: Annotated[int, Field(ge=0)] = 42
 
 
 class EvaluateRecipe(Section):
-    """Models that are trained already, and what they are measured by."""
+    """Trained models, and the tasks that measure them."""
 
     models: Annotated[list[str] | dict[str, str], Field(min_length=1)]
-    """Folders (or hub names) in sentence-transformers' format; or the same, each under a label."""
+    """Folders (or hub names) in sentence-transformers' format; or a mapping from labels to them."""
     prompts: dict[str, Prompts] = {}
-    """By a model's label (or name), in place of its folder's own."""
+    """By a model's label (or name); replace the prompts of its folder."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Retrieval on one BEIR folder."""
-    tasks: dict[str, AnyTask] = {}
-    """More to measure, each under a label."""
+    tasks: dict[str, TaskConfig] = {}
+    """More tasks, each under a label."""
     bm25: bool = True
-    """Beside each retrieval also BM25, and its mix with the last model."""
-    bootstrap: Bootstrap = Bootstrap()
-    """Each row's difference to the first model."""
+    """Add BM25 to each retrieval task, and its fusion with the last model."""
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    """Statistical significance of each row's difference to the first model."""
     output_dir: str | None = None
-    """Where evaluation.json and reports go; embeddings stay there until the end, for a run that is interrupted."""
-    precision: Literal["bf16", "fp16", "fp32"] = "fp32"
+    """Where evaluation.json and reports go. Embeddings stay there until the end, for an interrupted run."""
+    precision: Precision = "fp32"
     batch_tokens: Count | None = None
-    """Tokens at once on a device, padding counted; none: 4,096 on a CPU, 65,536 on a GPU."""
+    """Tokens of one batch on a device, padding included; none: 4,096 on a CPU, 65,536 on a GPU."""
     device: Literal["auto", "cpu"] = "auto"
     """auto: a GPU if there is one."""
 
     @model_validator(mode="after")
-    def _on_something(self) -> EvaluateRecipe:
-        if of_training := self.evaluate.model_fields_set & {"batch_size", "every_steps", "at_start"}:
-            raise ValueError(f"evaluate.{min(of_training)}: only for training (here batch_tokens bounds memory)")
+    def _has_a_task(self) -> EvaluateRecipe:
+        if training_only := self.evaluate.model_fields_set & {"batch_size", "every_steps", "at_start"}:
+            raise ValueError(f"evaluate.{min(training_only)}: only for training (here batch_tokens bounds memory)")
         if not self.all_tasks:
             raise ValueError("needs evaluate.data (name a BEIR folder) or tasks")
         if len(self.all_tasks) == len(self.tasks) and self.evaluate.data:
             raise ValueError(
                 f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
             )
-        if unknown := sorted(self.prompts.keys() - self.labelled.keys()):
-            raise ValueError(f"prompts.{unknown[0]}: no model of that label (there: {', '.join(self.labelled)})")
+        if unknown := sorted(self.prompts.keys() - self.labelled_models.keys()):
+            raise ValueError(
+                f"prompts.{unknown[0]}: no model has that label (known: {', '.join(self.labelled_models)})"
+            )
         return self
 
     @property
-    def all_tasks(self) -> dict[str, AnyTask]:
+    def all_tasks(self) -> dict[str, TaskConfig]:
         """That of `evaluate` first, under its folder's name."""
         if self.evaluate.data is None:
             return self.tasks
-        kept = self.evaluate.model_dump(include={"data", "split", "max_queries", "max_documents"})
-        return {Path(self.evaluate.data).resolve().name: Retrieval(kind="retrieval", **kept), **self.tasks}
+        values = self.evaluate.model_dump(include={"data", "split", "max_queries", "max_documents"})
+        return {Path(self.evaluate.data).resolve().name: RetrievalConfig(kind="retrieval", **values), **self.tasks}
 
     @property
-    def labelled(self) -> dict[str, str]:
+    def labelled_models(self) -> dict[str, str]:
         return self.models if isinstance(self.models, dict) else {path: path for path in self.models}

@@ -1,8 +1,8 @@
-"""Retrieval during training: texts embedded by all ranks, tokenized once, measured on a BEIR folder."""
+"""Retrieval measured during training: all ranks embed a BEIR folder, whose texts are tokenized once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,22 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lodestar.config.schema import EvaluateConfig
 from lodestar.data.loader import cut, padded
-from lodestar.distributed.collectives import from_main, gather_rows
+from lodestar.distributed.collectives import from_main
 from lodestar.distributed.runtime import Runtime
-from retrieval.embedding.exact_search import search_together
+from retrieval.embedding.embed_in_turns import embed_in_turns
+from retrieval.embedding.exact_search import distributed_search
+from retrieval.embedding.protocols import EmbedTokens
 from retrieval.evaluation.beir import read_beir
 from retrieval.evaluation.metrics import evaluate_run
 
-Embed = Callable[[Tensor, Tensor], Tensor]
-"""(B, L) ids, (B,) lengths -> (B, D) unit vectors, fp32."""
-
 
 class InTrainingEvaluator:
-    """A BEIR folder, and the numbers that an encoder reaches on it."""
+    """A BEIR folder that measures the encoder in training."""
 
     def __init__(
         self,
-        section: EvaluateConfig,
+        config: EvaluateConfig,
         tokenizer: PreTrainedTokenizerBase,
         runtime: Runtime,
         *,
@@ -34,40 +33,41 @@ class InTrainingEvaluator:
         prompts: Mapping[str, str],
     ) -> None:
         """max_lengths, prompts   by role: query, document"""
-        assert section.data is not None
+        assert config.data is not None
         self._beir = read_beir(
-            section.data, section.split, max_queries=section.max_queries, max_documents=section.max_documents
+            config.data, config.split, max_queries=config.max_queries, max_documents=config.max_documents
         )
-        self.name = Path(section.data).name
-        self._batch_size, self._runtime, self._fill = section.batch_size, runtime, tokenizer.pad_token_id
-        texts = {"query": self._beir.queries, "document": self._beir.documents}
-        self._ids = {
-            role: tokenizer(
-                [prompts.get(role, "") + text for text in those], truncation=True, max_length=max_lengths[role]
-            )["input_ids"]
-            for role, those in texts.items()
-        }
+        self.name = Path(config.data).name
+        self._batch_size, self._runtime, self._pad_id = config.batch_size, runtime, tokenizer.pad_token_id
 
-    def measure(self, embed: Embed) -> dict[str, float]:
+        def token_ids(role: str, texts: Sequence[str]) -> list[list[int]]:
+            texts_with_prompt = [prompts.get(role, "") + text for text in texts]
+            return tokenizer(texts_with_prompt, truncation=True, max_length=max_lengths[role])["input_ids"]
+
+        self._query_ids = token_ids("query", self._beir.queries)
+        self._document_ids = token_ids("document", self._beir.documents)
+
+    def measure(self, embed: EmbedTokens) -> dict[str, float]:
         """The metrics, the same on every rank; every rank must call."""
-        query_QD, document_ND = (self._embed(embed, self._ids[role]) for role in ("query", "document"))
-        run = search_together(query_QD, document_ND, 100, self._runtime.device)
-        return from_main(evaluate_run(self._beir, *run) if self._runtime.is_main else None)
+        query_QD, document_ND = (self._embed(embed, ids) for ids in (self._query_ids, self._document_ids))
+        ranking = distributed_search(query_QD, document_ND, 100, self._runtime.device)
+        return from_main(evaluate_run(self._beir, *ranking) if self._runtime.is_main else None)
 
     @torch.no_grad()
-    def _embed(self, embed: Embed, ids: Sequence[Sequence[int]]) -> Tensor:
-        """(N, D) fp32 on the CPU: texts sorted by length, dealt out to the ranks in turn, as many batches on each."""
-        size, device = self._runtime.world_size, self._runtime.device
-        by_length = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        dealt = [by_length[rank::size] for rank in range(size)]
-        mine = dealt[self._runtime.rank]
-        parts = []
-        for run in cut(mine, -(-len(dealt[0]) // self._batch_size)):
-            chosen = list(run) or by_length[:1]  # sharded parameters are gathered by all ranks distributed_session
-            rows = padded([ids[i] for i in chosen], self._fill)  # type: ignore[arg-type]
-            lengths = torch.tensor([len(ids[i]) for i in chosen])
-            parts.append(embed(rows.to(device), lengths.to(device))[: len(run)].float())
-        gathered = gather_rows(torch.cat(parts), [len(rows) for rows in dealt]).cpu()
-        result = torch.empty_like(gathered)
-        result[torch.tensor([i for rows in dealt for i in rows])] = gathered
-        return result
+    def _embed(self, embed: EmbedTokens, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """(N, D) fp32 on the CPU: the longest texts first, the same number of batches on every rank."""
+        longest_first = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+        most_per_rank = -(-len(token_ids) // self._runtime.world_size)
+        num_batches = -(-most_per_rank // self._batch_size)
+
+        def embed_indices(indices: Sequence[int]) -> Tensor:
+            embeddings = []
+            for batch_indices in cut(indices, num_batches):
+                # With sharded parameters all ranks must embed together: a rank without texts embeds any text.
+                ids = [token_ids[i] for i in batch_indices or longest_first[:1]]
+                input_ids_BL, length_B = padded(ids, self._pad_id), torch.tensor([len(row) for row in ids])  # type: ignore[arg-type]
+                embedding_BD = embed(input_ids_BL.to(self._runtime.device), length_B.to(self._runtime.device))
+                embeddings.append(embedding_BD[: len(batch_indices)].float())
+            return torch.cat(embeddings)
+
+        return embed_in_turns(longest_first, embed_indices)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lodestar.files import check_absent, replacing
-from retrieval.embedding.embedder import load_model
+from retrieval.embedding.load_model import load_model
 from retrieval.export.compatibility import TensorHeader, check_mergeable
 
 NOT_COPIED = ("*.safetensors", "*.bin", "*.onnx*", "onnx", "openvino", ".*", "README.md")

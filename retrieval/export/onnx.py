@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lodestar.errors import ModelError, first_line
 from lodestar.files import check_absent, replacing
-from retrieval.embedding.embedder import encode_texts, load_model
+from retrieval.embedding.encode_texts import encode_texts
+from retrieval.embedding.load_model import load_model
 from retrieval.export.config import FP32_FILE, INFO_FILE, INT8_FILE
 from retrieval.export.libraries import require_onnx
 

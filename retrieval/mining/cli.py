@@ -9,7 +9,7 @@ from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import ModelError
 from lodestar.planning.plan import PlanWarnings
-from retrieval.embedding.shards import files_of
+from retrieval.embedding.corpus import files_of
 from retrieval.mining.config import MineRecipe
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count, Natural, Positive
-from retrieval.embedding.config import Encode, EncodeRecipe, Output, Prompts
+from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig, Prompts
 
 
 class MineConfig(Section):
@@ -48,7 +48,7 @@ class MineRecipe(Section):
     output: str
     """The JSONL file; embeddings and finished parts stay in OUTPUT.work until you delete it."""
     mine: MineConfig = MineConfig()
-    encode: Encode = Encode()
+    encode: EncodeConfig = EncodeConfig()
     prompts: Prompts = {}
     cross_encoder: str | None = None
     """A sentence-transformers CrossEncoder whose logits replace the model's scores in the file: the teacher of
@@ -61,7 +61,11 @@ class MineRecipe(Section):
     @property
     def corpus_recipe(self) -> EncodeRecipe | None:
         """How `corpus` is read."""
-        return None if self.corpus is None else EncodeRecipe(model=self.model, texts=self.corpus, output=Output(dir=""))
+        return (
+            None
+            if self.corpus is None
+            else EncodeRecipe(model=self.model, texts=self.corpus, output=OutputConfig(dir=""))
+        )
 
     def block_size(self, queries: int, world_size: int) -> int:
         """Queries of a block, so that each rank has one."""

@@ -16,9 +16,9 @@ from lodestar.distributed.collectives import agreed, barrier, on_main
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import DataError
 from lodestar.files import replacing_file
-from retrieval.embedding.config import EncodeRecipe, Output, Role
-from retrieval.embedding.embedder import check_folder, fingerprint
+from retrieval.embedding.config import EncodeRecipe, OutputConfig, Role
 from retrieval.embedding.encode import encode
+from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.mining.block_miner import BlockMiner
 from retrieval.mining.config import MineRecipe
 from retrieval.mining.cross_encoder import load_cross_encoder
@@ -48,7 +48,7 @@ def _embed_texts(recipe: MineRecipe, runtime: Runtime, folder: Path) -> None:
         encode_recipe = EncodeRecipe(
             model=recipe.model,
             texts=[str(folder / f"{name}.jsonl")],
-            output=Output(dir=str(folder / name)),
+            output=OutputConfig(dir=str(folder / name)),
             role=role,
             encode=recipe.encode,
             prompts=recipe.prompts,

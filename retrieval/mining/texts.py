@@ -16,8 +16,8 @@ import numpy as np
 from lodestar.data.readers import find_sources, read_json, read_rows
 from lodestar.data.training_examples import check_row, content_hash
 from lodestar.files import make_folder, write_json
-from retrieval.embedding.embedder import fingerprint
-from retrieval.embedding.shards import files_of, read_texts
+from retrieval.embedding.corpus import files_of, read_texts
+from retrieval.embedding.model_folder import fingerprint
 from retrieval.mining.config import MineRecipe
 
 CORPUS, QUERIES = "corpus", "queries"

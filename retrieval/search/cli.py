@@ -19,7 +19,7 @@ from lodestar.data.readers import count_rows
 from lodestar.distributed.runtime import Placement, choose_device
 from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError
 from lodestar.planning.plan import PlanWarnings, in_words
-from retrieval.embedding.embedder import check_folder
+from retrieval.embedding.model_folder import check_folder
 from retrieval.evaluation.beir import Document, read_corpus
 from retrieval.search.config import IndexRecipe
 from retrieval.search.corpus import FIELD, cache_file, corpus_of_run, find_corpus
@@ -150,7 +150,7 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
 
         return table_searcher(table, where)
     corpus = _read_corpus(options)
-    from retrieval.embedding.embedder import load_model
+    from retrieval.embedding.load_model import load_model
     from retrieval.search.search import Searcher
 
     model = load_model(corpus.model_folder, choose_device(0))

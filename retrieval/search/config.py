@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import Count
-from retrieval.embedding.config import Encode, Prompts
+from retrieval.embedding.config import EncodeConfig, Prompts
 from retrieval.search.vector_stores import StoreKind
 
 
@@ -21,7 +21,7 @@ class StoreConfig(Section):
     """Qdrant calls it a collection."""
 
 
-class IndexEncodeConfig(Encode):
+class IndexEncodeConfig(EncodeConfig):
     width: Count | None = None
     """The first so many dimensions, normalised again (Matryoshka); none: all."""
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from lodestar.data.readers import Source, find_sources, read_rows
 from lodestar.errors import ConfigError, DataError
-from retrieval.embedding.cache import file_for
-from retrieval.embedding.embedder import fingerprint
+from retrieval.embedding.cache import cache_path
+from retrieval.embedding.model_folder import fingerprint
 from retrieval.evaluation.beir import Document
 from retrieval.search.vector_stores import Row
 
@@ -73,4 +73,4 @@ def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
     """`search_cache/KEY.safetensors` beside the model; the key changes with the model's files and the documents."""
     folder = model_folder.resolve().parent / "search_cache"
     texts = ([document.id, document.full] for document in documents)
-    return file_for(folder, fingerprint(str(model_folder)), texts=texts)
+    return cache_path(folder, fingerprint(str(model_folder)), texts=texts)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lodestar.distributed.runtime import Runtime, choose_device
 from lodestar.files import make_folder
-from retrieval.embedding.config import Encode, EncodeRecipe, Output
+from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig
 from retrieval.embedding.shards import read_embeddings, read_manifest
 from retrieval.search.config import IndexRecipe
 from retrieval.search.corpus import find_corpus, read_chunks
@@ -65,8 +65,8 @@ def _embed_corpus(recipe: IndexRecipe, folder: Path) -> None:
     encode_recipe = EncodeRecipe(
         model=recipe.model,
         texts=[recipe.corpus],
-        encode=Encode(**recipe.encode.model_dump(exclude={"width"})),
-        output=Output(dir=str(folder), width=recipe.encode.width),
+        encode=EncodeConfig(**recipe.encode.model_dump(exclude={"width"})),
+        output=OutputConfig(dir=str(folder), width=recipe.encode.width),
         prompts=recipe.prompts,
     )
     encode(encode_recipe, Runtime(0, 1, 0, choose_device(0)), tells=False)

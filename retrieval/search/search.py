@@ -12,8 +12,9 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from lodestar.distributed.runtime import choose_device
-from retrieval.embedding.cache import cached
-from retrieval.embedding.embedder import Embedder, embed
+from retrieval.embedding.cache import load_or_compute
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.embedder import Embedder
 from retrieval.embedding.exact_search import search
 from retrieval.evaluation.beir import Document
 from retrieval.search.store_record import IndexedTable, find_table, open_store
@@ -42,7 +43,7 @@ class Searcher:
         """cache   a safetensors file of (N, D) fp32, named by `corpus.cache_file`; written if it does not exist"""
         self.model, self.documents = model, list(documents)
         texts = [document.full for document in self.documents]
-        self.document_ND = cached(
+        self.document_ND = load_or_compute(
             cache,
             len(texts),
             lambda: embed(model, texts, "document", batch_tokens=batch_tokens, progress=progress),

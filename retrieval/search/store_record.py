@@ -15,7 +15,7 @@ from lodestar.config.schema import Precision
 from lodestar.errors import ConfigError
 from lodestar.files import make_folder, write_text
 from retrieval.embedding.config import Prompts
-from retrieval.embedding.embedder import fingerprint
+from retrieval.embedding.model_folder import fingerprint
 from retrieval.search.config import IndexRecipe, StoreConfig
 from retrieval.search.vector_stores import Store, StoreKind, store_class
 

@@ -13,7 +13,7 @@ from contrastive.loss import contrastive_local_loss
 from lodestar.distributed.runtime import Placement, Runtime, joined
 from lodestar.training.build_engine import build
 from retrieval.embedding.embedder import Embedder
-from retrieval.embedding.exact_search import search_together
+from retrieval.embedding.exact_search import distributed_search
 from retrieval.mining.shard_search import nearest
 from retromae.masks import decoder_visibility
 from tests import tiny
@@ -77,5 +77,5 @@ def test_embeddings_and_searches_on_a_gpu_are_those_of_a_cpu(tmp_path: Path) -> 
     np.testing.assert_allclose(gpu_scores, cpu_scores, atol=1e-4)
     assert rows[:, 0].tolist() == list(range(9))
     x_ND = torch.from_numpy(on_cpu)
-    together = search_together(x_ND[:9], x_ND, 5, torch.device("cuda"))
+    together = distributed_search(x_ND[:9], x_ND, 5, torch.device("cuda"))
     assert together[0].device.type == "cpu" and together[1][:, 0].tolist() == list(range(9))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from contrastive import cli as finetune
-from retrieval.embedding import encode
-from retrieval.evaluation import compare as evaluate
+from retrieval.embedding import cli as encode
+from retrieval.evaluation import cli as evaluate
 from retrieval.export import cli as export
 from retrieval.mining import cli as mine
 from retrieval.search import cli as search

@@ -38,7 +38,7 @@ def test_the_converters_of_the_data_page(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_embeddings_of_the_mining_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from retrieval.embedding.encode import main
+    from retrieval.embedding.cli import main
 
     monkeypatch.chdir(tmp_path)
     tiny.trained(tmp_path / "model", tmp_path / "plain")

@@ -21,9 +21,10 @@ from lodestar.reporting.training_report import thinned, write_report
 from retrieval.embedding.exact_search import search
 from retrieval.evaluation import report as evaluation_report
 from retrieval.evaluation.beir import Beir, read_beir
-from retrieval.evaluation.compare import Row, main
+from retrieval.evaluation.cli import main
 from retrieval.evaluation.metrics import evaluate_run
-from retrieval.evaluation.report import View, view
+from retrieval.evaluation.report import Row, View, make_view
+from retrieval.evaluation.tasks import RetrievalOutput
 from tests import tiny
 
 HOSTILE = '<script>console.error("a text was run")</script><img src="http://example.org/x.png">'
@@ -126,42 +127,43 @@ def small() -> tuple[Beir, torch.Tensor, torch.Tensor]:
 
 def small_view() -> tuple[Beir, View, dict[str, float]]:
     beir, query_QD, document_ND = small()
-    scores_QK, index_QK = search(query_QD, document_ND, 4)
-    seen = view("tiny & <co>", beir, query_QD, document_ND, scores_QK, index_QK)
-    return beir, seen, evaluate_run(beir, scores_QK, index_QK)
+    ranking = search(query_QD, document_ND, 4)
+    view = make_view("tiny & <co>", beir, RetrievalOutput(query_QD, document_ND, ranking))
+    return beir, view, evaluate_run(beir, *ranking)
 
 
 def test_queries_stand_from_worst_to_best_with_what_was_found_instead() -> None:
-    beir, seen, metrics = small_view()
-    assert [each.query for each in seen.ranked] == [beir.queries[1], "third", "first"]
-    worst, middle, best = seen.ranked
-    assert worst.relevant == (beir.documents[1], pytest.approx(0.2), 2)
-    assert worst.instead == ("an impostor", pytest.approx(0.8)) and worst.margin == pytest.approx(-0.6)
-    assert (middle.ndcg, best.ndcg) == (1.0, 1.0) and best.margin > middle.margin > 0
-    assert sum(each.ndcg for each in seen.ranked) / 3 == pytest.approx(metrics["ndcg_at_10"])
-    assert seen.positive_P.tolist() == pytest.approx([0.9, 0.2, 0.6])
-    assert seen.hardest_Q.tolist() == pytest.approx([0.1, 0.8, 0.5])
-    assert 0 < len(seen.negative_P) <= 60 and not set(seen.negative_P.tolist()) & set(seen.positive_P.tolist())
+    beir, view, metrics = small_view()
+    assert [result.query for result in view.query_results] == [beir.queries[1], "third", "first"]
+    worst, middle, best = view.query_results
+    assert (worst.relevant, worst.relevant_rank) == (beir.documents[1], 2)
+    assert worst.other == "an impostor"
+    assert (worst.relevant_score, worst.other_score, worst.margin) == pytest.approx((0.2, 0.8, -0.6))
+    assert (middle.ndcg_at_10, best.ndcg_at_10) == (1.0, 1.0) and best.margin > middle.margin > 0
+    assert sum(result.ndcg_at_10 for result in view.query_results) / 3 == pytest.approx(metrics["ndcg_at_10"])
+    assert view.positive_P.tolist() == pytest.approx([0.9, 0.2, 0.6])
+    assert view.hardest_Q.tolist() == pytest.approx([0.1, 0.8, 0.5])
+    assert 0 < len(view.negative_P) <= 60 and not set(view.negative_P.tolist()) & set(view.positive_P.tolist())
 
 
 def test_the_map_joins_each_query_with_its_document() -> None:
-    beir, seen, _ = small_view()
-    assert len(seen.point_MD) == len(seen.point_texts) == 7 and seen.map_queries == 3
-    assert [(seen.point_texts[q], seen.point_texts[d]) for q, d in seen.pairs] == [
+    beir, view, _ = small_view()
+    assert len(view.point_MD) == len(view.point_texts) == 7 and view.map_queries == 3
+    assert [(view.point_texts[q], view.point_texts[d]) for q, d in view.pairs] == [
         (query, document) for query, document in zip(beir.queries, beir.documents[:3], strict=True)
     ]
 
 
 def test_the_same_values_give_the_same_file_and_others_another(tmp_path: Path) -> None:
-    def written(folder: str, rows: list[Row], seen: View) -> bytes:
+    def written(folder: str, rows: list[Row], view: View) -> bytes:
         return evaluation_report.write_report(
-            tmp_path / folder / "evaluation.html", small()[0], "test", rows, [seen]
+            tmp_path / folder / "evaluation.html", small()[0], "test", rows, [view]
         ).read_bytes()
 
     rows = [{"model": "tiny & <co>", "ndcg_at_10": 0.5}]
-    seen = small_view()[1]
-    assert written("a", rows, seen) == written("b", rows, small_view()[1])
-    assert written("a", rows, seen) != written("c", rows, replace(seen, point_MD=seen.point_MD[::-1].copy()))
+    view = small_view()[1]
+    assert written("a", rows, view) == written("b", rows, small_view()[1])
+    assert written("a", rows, view) != written("c", rows, replace(view, point_MD=view.point_MD[::-1].copy()))
 
 
 def test_a_large_evaluation_gives_a_map_of_a_thousand_points(tmp_path: Path) -> None:
@@ -170,11 +172,13 @@ def test_a_large_evaluation_gives_a_map_of_a_thousand_points(tmp_path: Path) -> 
     relevant = {f"q{i}": {f"d{i}": 1} for i in range(1000)}
     beir = Beir("large", ids, [f"text {i}" for i in ids], list(relevant), [f"ask {q}" for q in relevant], relevant)
     document_ND = torch.nn.functional.normalize(torch.randn(5000, 8, generator=generator), dim=1)
-    seen = view("m", beir, document_ND[:1000], document_ND, *search(document_ND[:1000], document_ND, 100))
-    assert (len(seen.point_MD), seen.map_queries, len(seen.pairs)) == (1000, 250, 250)
-    for q, d in seen.pairs:
-        assert seen.point_texts[q].removeprefix("ask q") == seen.point_texts[d].removeprefix("text d")
-    assert (seen.positive_P > 0.999).all() and len(seen.ranked) == 10
+    view = make_view(
+        "m", beir, RetrievalOutput(document_ND[:1000], document_ND, search(document_ND[:1000], document_ND, 100))
+    )
+    assert (len(view.point_MD), view.map_queries, len(view.pairs)) == (1000, 250, 250)
+    for q, d in view.pairs:
+        assert view.point_texts[q].removeprefix("ask q") == view.point_texts[d].removeprefix("text d")
+    assert (view.positive_P > 0.999).all() and len(view.query_results) == 10
 
 
 def test_the_door_writes_the_report_beside_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,9 +215,9 @@ def test_the_door_writes_the_report_beside_the_json(tmp_path: Path, capsys: pyte
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Title and file of each; both hold a text that would be run if it were not escaped."""
     root = tmp_path_factory.mktemp("reports")
-    beir, seen, metrics = small_view()
-    path, rows = root / "evaluation.html", [{"model": seen.model, **metrics}]
-    evaluation = evaluation_report.write_report(path, beir, "test", rows, [seen])
+    beir, view, metrics = small_view()
+    path, rows = root / "evaluation.html", [{"model": view.model, **metrics}]
+    evaluation = evaluation_report.write_report(path, beir, "test", rows, [view])
     return {"run": write_report(run_folder(root / "run")), "words, test": evaluation}
 
 

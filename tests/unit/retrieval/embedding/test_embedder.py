@@ -10,24 +10,18 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from lodestar.errors import ConfigError, ModelError
-from retrieval.embedding.embedder import Embedder, _runs, encode_texts, fingerprint, load_model
+from retrieval.embedding.embedder import Embedder
 from tests import tiny
 
 TEXTS = [*tiny.texts(40, seed=5), "", "mask " * 100]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    return tiny.trained(root / "model", root / "plain")
-
-
 @pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
 def test_embeddings_are_sentence_transformers_own_with_the_prompt_of_each_role(
-    devices: list[str] | None, folder: Path
+    devices: list[str] | None, model_folder: Path
 ) -> None:
-    theirs = SentenceTransformer(str(folder), device="cpu")
-    with Embedder(folder, devices, batch_tokens=200) as embedder:
+    theirs = SentenceTransformer(str(model_folder), device="cpu")
+    with Embedder(model_folder, devices, batch_tokens=200) as embedder:
         for ours, expected in (
             (embedder.encode_queries(TEXTS), theirs.encode_query(TEXTS)),
             (embedder.encode_documents(TEXTS), theirs.encode_document(TEXTS)),
@@ -38,52 +32,32 @@ def test_embeddings_are_sentence_transformers_own_with_the_prompt_of_each_role(
         assert embedder.encode_queries([]).shape == (0, 32)
 
 
-def test_a_single_text_and_an_array_of_texts_serve(folder: Path) -> None:
-    embedder = Embedder(folder)
+def test_a_single_text_and_an_array_of_texts_serve(model_folder: Path) -> None:
+    embedder = Embedder(model_folder)
     np.testing.assert_array_equal(embedder.encode_queries(TEXTS[0]), embedder.encode_queries(TEXTS[:1])[0])
     assert embedder.encode_queries(np.array(TEXTS[:3])).shape == (3, 32)
 
 
-def test_a_fingerprint_changes_with_all_that_decides(folder: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "model"
-    shutil.copytree(folder, copy)
-    assert fingerprint(str(copy)) == fingerprint(str(folder))
-    (copy / "README.md").write_text("another card")
-    assert fingerprint(str(copy)) == fingerprint(str(folder))
-    (copy / "1_Pooling/config.json").write_text('{"pooling_mode": "mean"}')
-    assert fingerprint(str(copy)) != fingerprint(str(folder))
-
-
-def test_fewer_dimensions_are_normalised_again(folder: Path) -> None:
-    whole, narrow = (Embedder(folder, width=width).encode_documents(TEXTS) for width in (None, 8))
+def test_fewer_dimensions_are_normalised_again(model_folder: Path) -> None:
+    whole, narrow = (Embedder(model_folder, width=width).encode_documents(TEXTS) for width in (None, 8))
     np.testing.assert_allclose(narrow, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_texts_that_are_cut_are_counted(folder: Path) -> None:
-    model = load_model(folder, "cpu")
-    assert encode_texts(model, ["mask", "mask " * 30, "mask " * 31, "mask " * 100], "document").truncated == 2
-
-
-def test_batches_keep_to_the_budget_and_hold_each_text_once() -> None:
-    lengths = [3, 50, 8, 8, 20, 7]
-    order = sorted(range(6), key=lengths.__getitem__, reverse=True)
-    runs = [list(run) for run in _runs(order, lengths, 24)]
-    assert runs == [[1], [4], [2, 3, 5], [0]]  # the longest has a batch of its own although it is over the budget
-
-
-def test_a_stream_keeps_the_order_of_its_jobs(folder: Path) -> None:
+def test_a_stream_keeps_the_order_of_its_jobs(model_folder: Path) -> None:
     jobs = [TEXTS[i : i + 5] for i in range(0, 40, 5)]
-    with Embedder(folder, ["cpu", "cpu"]) as embedder:
-        found = [each.vectors_ND.numpy() for each in embedder.stream((job, "document") for job in jobs)]
-    np.testing.assert_allclose(np.concatenate(found), Embedder(folder).encode_documents(TEXTS[:40]), atol=1e-6)
+    with Embedder(model_folder, ["cpu", "cpu"]) as embedder:
+        vectors = [embeddings.vectors_ND.numpy() for embeddings in embedder.stream((job, "document") for job in jobs)]
+    np.testing.assert_allclose(np.concatenate(vectors), Embedder(model_folder).encode_documents(TEXTS[:40]), atol=1e-6)
 
 
-def test_a_device_that_is_not_there_and_a_folder_without_a_model_are_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cuda:99: this machine shows"):
-        Embedder(folder, ["cuda:99"])
-    with pytest.raises(ConfigError, match="no such kind of device"):
-        Embedder(folder, ["gpu1"])
-    shutil.copytree(folder, tmp_path / "torn")
+def test_a_device_that_is_not_there_and_a_folder_without_a_model_are_one_line(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="cuda:99: this machine has"):
+        Embedder(model_folder, ["cuda:99"])
+    with pytest.raises(ConfigError, match="unknown kind of device"):
+        Embedder(model_folder, ["gpu1"])
+    shutil.copytree(model_folder, tmp_path / "torn")
     weights = tmp_path / "torn/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be opened"):
@@ -91,12 +65,3 @@ def test_a_device_that_is_not_there_and_a_folder_without_a_model_are_one_line(fo
     for devices in (None, ["cpu", "cpu"]):
         with pytest.raises(ModelError, match="no such folder"):
             Embedder(tmp_path / "absent", devices)
-
-
-def test_a_folder_without_its_tokenizers_files_is_an_error(folder: Path, tmp_path: Path) -> None:
-    """transformers would make up a tokenizer, to which every text is [UNK]."""
-    shutil.copytree(folder, tmp_path / "model")
-    for path in (tmp_path / "model").glob("*token*"):
-        path.unlink()
-    with pytest.raises(ModelError, match=r"no token but special ones|cannot be opened"):
-        load_model(tmp_path / "model", "cpu")

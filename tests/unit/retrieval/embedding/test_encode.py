@@ -15,9 +15,11 @@ from lodestar.config import loader
 from lodestar.distributed.runtime import Runtime
 from lodestar.distributed.testing import run_world
 from lodestar.errors import ConfigError, DataError
+from retrieval.embedding.cli import main, plan
 from retrieval.embedding.config import EncodeRecipe
-from retrieval.embedding.encode import encode, main, plan
-from retrieval.embedding.shards import MANIFEST, read_embeddings, read_shard, read_texts
+from retrieval.embedding.corpus import read_texts
+from retrieval.embedding.encode import encode
+from retrieval.embedding.shards import MANIFEST, read_embeddings, read_shard
 from tests import tiny
 
 ROWS = tiny.texts(50, seed=5)

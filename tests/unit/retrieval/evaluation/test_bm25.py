@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from retrieval.embedding.exact_search import SearchResult
 from retrieval.evaluation.beir import Beir, read_beir
-from retrieval.evaluation.bm25 import fuse, rank_bm25, words
+from retrieval.evaluation.bm25 import fuse, rank_bm25, tokenize
 from retrieval.evaluation.metrics import evaluate_run
 
 DOCUMENTS = ["the cats purr and purr", "dogs bark", "cat and dog and fish", "fish swim in the sea", "of the and"]
@@ -23,9 +24,9 @@ def a_beir(queries: list[str]) -> Beir:
 
 
 def test_terms_are_stems_without_stop_words_and_chinese_characters_with_their_pairs():
-    assert words(["The running Cats, and 3 ponies"]) == [["run", "cat", "3", "poni"]]
-    assert words(["战国无双3 game"]) == [["战", "国", "无", "双", "战国", "国无", "无双", "3", "game"]]
-    assert words(["", "the of"]) == [[], []]
+    assert tokenize(["The running Cats, and 3 ponies"]) == [["run", "cat", "3", "poni"]]
+    assert tokenize(["战国无双3 game"]) == [["战", "国", "无", "双", "战国", "国无", "无双", "3", "game"]]
+    assert tokenize(["", "the of"]) == [[], []]
 
 
 def bm25_by_loops(query: list[str], documents: list[list[str]], k1: float, b: float) -> list[float]:
@@ -47,8 +48,8 @@ def test_scores_equal_the_formula_written_by_loops():
     queries = ["a cat that purrs", "fish and dogs", "fish fish", "whales"]
     scores, rows = rank_bm25(a_beir(queries), 10)
     assert scores.shape == rows.shape == (4, 5)
-    terms = words(DOCUMENTS)
-    for q, query in enumerate(words(queries)):
+    terms = tokenize(DOCUMENTS)
+    for q, query in enumerate(tokenize(queries)):
         expected = torch.tensor(bm25_by_loops(query, terms, 1.2, 0.75))
         got = torch.zeros(5).scatter(0, rows[q], scores[q].clamp_min(0))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # bm25s keeps fp32
@@ -60,8 +61,8 @@ def test_documents_without_a_common_term_are_not_found():
 
 
 def test_a_mix_is_the_sum_of_standardised_scores():
-    one = (torch.tensor([[5.0, 3.0, 1.0]]), torch.tensor([[7, 2, 4]]))
-    two = (torch.tensor([[0.9, 0.8, -math.inf]]), torch.tensor([[2, 9, 7]]))
+    one = SearchResult(torch.tensor([[5.0, 3.0, 1.0]]), torch.tensor([[7, 2, 4]]))
+    two = SearchResult(torch.tensor([[0.9, 0.8, -math.inf]]), torch.tensor([[2, 9, 7]]))
     scores, rows = fuse([one, two], 5, weights=[0.5, 0.5])
     spread = math.sqrt(8 / 3)  # of 5, 3, 1; that of 0.9, 0.8 is 0.05
     expected = {7: 0.5 * 4 / spread, 2: 0.5 * 2 / spread + 0.5 * 0.1 / 0.05, 4: 0.0, 9: 0.0}
@@ -75,16 +76,17 @@ def test_a_mix_does_not_depend_on_the_scale_of_its_parts_and_of_one_run_alone_ke
     first, second = (torch.randn(6, 20, generator=g).sort(dim=1, descending=True).values for _ in range(2))
     rows = torch.stack([torch.randperm(50, generator=g)[:20] for _ in range(6)])
     other = torch.stack([torch.randperm(50, generator=g)[:20] for _ in range(6)])
-    expected = fuse([(first, rows), (second, other)], 10)
-    got = fuse([(1000 * first + 5, rows), (second / 100, other)], 10)
+    expected = fuse([SearchResult(first, rows), SearchResult(second, other)], 10)
+    got = fuse([SearchResult(1000 * first + 5, rows), SearchResult(second / 100, other)], 10)
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)  # 1000 x + 5 rounds x in fp32
     assert torch.equal(got[1], expected[1])
-    assert torch.equal(fuse([(first, rows)], 10)[1], rows[:, :10])
+    assert torch.equal(fuse([SearchResult(first, rows)], 10)[1], rows[:, :10])
 
 
 def test_a_query_with_equal_scores_or_none_mixes_without_a_division_by_zero():
-    none = torch.full((1, 2), -math.inf)
-    scores, rows = fuse([(torch.ones(1, 2), torch.tensor([[3, 1]])), (none, torch.tensor([[0, 1]]))], 4)
+    equal = SearchResult(torch.ones(1, 2), torch.tensor([[3, 1]]))
+    none = SearchResult(torch.full((1, 2), -math.inf), torch.tensor([[0, 1]]))
+    scores, rows = fuse([equal, none], 4)
     assert rows[0, :2].tolist() == [1, 3]
     assert scores[0].tolist() == [0.0, 0.0, -math.inf, -math.inf]
 

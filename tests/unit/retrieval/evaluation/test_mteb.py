@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 
-from retrieval.embedding.embedder import embed, load_model
-from retrieval.evaluation.tasks import AnyTask
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.load_model import load_model
 from tests import tiny
-from tests.unit.retrieval.evaluation.test_tasks import sections
+from tests.unit.retrieval.evaluation.test_tasks import read, sections
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -102,13 +101,7 @@ def test_mteb_puts_the_query_prompt_on_queries_alone_and_finds_our_numbers(tmp_p
     printed = float(capsys.readouterr().out.split()[-1])
     for kind, task in zip(OURS_AND_THEIRS, [documented["Mine"](), *local_tasks(data)], strict=True):
         theirs = scores_by_mteb(model, task)
-        ours = (
-            TypeAdapter(AnyTask)
-            .validate_python(data[kind])
-            .read(kind)
-            .measure(partial(embed, model), torch.device("cpu"))
-            .metrics
-        )
+        ours = read(data[kind]).measure(partial(embed, model), torch.device("cpu")).metrics
         for our_name, their_name in OURS_AND_THEIRS[kind]:
             assert ours[our_name] == pytest.approx(theirs[their_name], abs=1e-5), our_name  # mteb rounds some
         main = OURS_AND_THEIRS[kind][0][1]

@@ -15,7 +15,7 @@ from lodestar.data.training_examples import check_row
 from lodestar.distributed.runtime import Runtime
 from lodestar.distributed.testing import run_world
 from lodestar.errors import DataError
-from retrieval.embedding.config import Encode
+from retrieval.embedding.config import EncodeConfig as Encode
 from retrieval.embedding.embedder import Embedder
 from retrieval.embedding.shards import read_embeddings
 from retrieval.mining.cli import main

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrieval.embedding.embedder import embed, load_model
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.beir import Document
 from retrieval.search.corpus import cache_file
 from retrieval.search.search import Searcher

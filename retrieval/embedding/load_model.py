@@ -1,0 +1,63 @@
+"""A sentence-transformers model from a folder or the hub, with every tensor of its encoder checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from lodestar.errors import ModelError, first_line
+from lodestar.models.load import check_vocabulary
+from retrieval.embedding.config import Prompts
+from retrieval.embedding.model_folder import check_folder
+
+
+def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | None = None) -> SentenceTransformer:
+    """Load a sentence-transformers folder or hub name; ModelError for anything else, and for missing tensors.
+
+    prompts   by role, replace the folder's own
+    """
+    folder = check_folder(path)
+    try:
+        with _quiet_transformers():
+            model = SentenceTransformer(str(path), device=str(device)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be opened: {first_line(error)} (check the name)") from None
+    check_vocabulary(model.tokenizer, str(path))
+    model.prompts |= prompts or {}
+    if missing := _missing_parameters(model, folder):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{path}: {missing[0]}{more} not in its files (use the folder that the model was saved to)")
+    return model
+
+
+def _missing_parameters(model: SentenceTransformer, folder: Path) -> list[str]:
+    """Encoder parameters that the folder does not hold: transformers initialises them randomly and only warns."""
+    files = list(folder.glob("*.safetensors"))
+    encoder = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if not files or encoder is None:
+        return []
+    saved = {name for file in files for name in safe_open(file, framework="pt").keys()}  # noqa: SIM118 (not a dict)
+    prefix = f"{encoder.base_model_prefix}."
+    names = (name for name, _ in encoder.named_parameters() if not name.startswith("pooler."))  # [CLS] needs no pooler
+    return [name for name in names if not saved & {name, prefix + name, name.removeprefix(prefix)}]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without progress bars and without transformers' report on tensors, which `_missing_parameters` replaces."""
+    verbosity, bar_enabled = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar_enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,49 @@
+"""The command that evaluates models: python | torchrun launch/evaluate.py --config FILE [KEY=VALUE ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from lodestar.cli import entry_point
+from lodestar.distributed.runtime import Placement
+from lodestar.planning.plan import PlanWarnings
+from retrieval.embedding.model_folder import check_folder
+from retrieval.evaluation.config import EvaluateRecipe
+from retrieval.evaluation.tasks import read_task
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    usage = "Measure models: retrieval, classification, clustering, STS, pair classification."
+    return entry_point(argv, usage=usage, schema=EvaluateRecipe, plan=plan, run=run)
+
+
+def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
+    """What `--plan` prints: sizes of the tasks. Opens no model."""
+    missing = PlanWarnings([])
+    for path in recipe.labelled_models.values():
+        missing.or_default(None, partial(check_folder, path), "it cannot be measured")
+    facts: dict[str, object] = {"world_size": world_size, "models": ", ".join(recipe.labelled_models)}
+    num_texts = num_characters = 0
+    for name, config in recipe.all_tasks.items():
+        task = missing.or_default(None, partial(read_task, config, name), "not counted")
+        if task is None:
+            continue
+        num_texts += len(task.texts)
+        num_characters += sum(map(len, task.texts))
+        if name in recipe.tasks:
+            facts[f"task {name}"] = f"{task.kind}: {task.counts_in_words}"
+        else:
+            facts |= task.describe(name)
+    texts_per_rank = -(-num_texts // world_size)
+    return facts | {"texts_per_rank": texts_per_rank, "characters": num_characters, "missing": missing.lines}
+
+
+def run(recipe: EvaluateRecipe, placement: Placement) -> int:
+    tasks = {name: read_task(config, name) for name, config in recipe.all_tasks.items()}
+    for path in recipe.labelled_models.values():
+        check_folder(path)  # now, not after hours with the first model
+    from retrieval.evaluation.compare import evaluate
+
+    evaluate(recipe, tasks, placement)
+    return 0

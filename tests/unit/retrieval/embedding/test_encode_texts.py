@@ -1,0 +1,32 @@
+"""Texts to embeddings on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lodestar.errors import ModelError
+from retrieval.embedding.encode_texts import cut_batches, encode_texts
+from retrieval.embedding.load_model import load_model
+
+
+def test_embeddings_that_are_not_numbers_are_an_error_not_a_low_score(model_folder: Path) -> None:
+    model = load_model(model_folder, "cpu")
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ModelError, match="not all are finite"):
+        encode_texts(model, ["mask"], "document")
+
+
+def test_truncated_texts_are_counted(model_folder: Path) -> None:
+    model = load_model(model_folder, "cpu")
+    assert encode_texts(model, ["mask", "mask " * 30, "mask " * 31, "mask " * 100], "document").truncated == 2
+
+
+def test_batches_keep_to_the_budget_and_hold_each_text_once() -> None:
+    lengths = [3, 50, 8, 8, 20, 7]
+    order = sorted(range(6), key=lengths.__getitem__, reverse=True)
+    batches = [list(batch) for batch in cut_batches(order, lengths, 24)]
+    assert batches == [[1], [4], [2, 3, 5], [0]]  # the longest has a batch of its own although it is over the budget
