@@ -1,9 +1,8 @@
-"""ONNX files beside the model they came from, used as docs/export.md says."""
+"""ONNX files beside the model they came from, used as docs/deploy.md says."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from lodestar.errors import ModelError
 from retrieval.embedding.embedder import Embedder
 from retrieval.export import onnx as export
-from tests import tiny
+from tests import pages, tiny
 
 ROOT = Path(__file__).parents[4]
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -53,8 +52,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def documented_embed(folder: Path, file: str = "model.onnx") -> Any:
-    """`embed` of the example in docs/export.md, executed on `folder`."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(encoding="utf-8"), re.DOTALL)
+    """`embed` of the example in docs/deploy.md, executed on `folder`."""
+    (example,) = pages.blocks("deploy.md", "ONNX")
     assert "runs/demo/onnx" in example and "torch" not in example and "/model.onnx" in example
     scope: dict[str, Any] = {}
     exec(example.replace("runs/demo/onnx", str(folder)).replace("/model.onnx", f"/{file}"), scope)
