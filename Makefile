@@ -1,9 +1,10 @@
 # `make help` lists the targets.
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install install-all test test-slurm slurm browser lint types check bench demo demo-ablation clean
+.PHONY: help install install-all test test-slurm slurm browser lint types check bench docs reference demo demo-ablation clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -57,5 +58,13 @@ demo-ablation: install ## the demo, and stage 2 without stage 1
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
 
-clean: ## delete .venv and the demo's runs
-	rm -rf $(VENV) runs build
+docs: $(DOCS_VENV)/installed ## build the documentation into build/site; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+
+$(DOCS_VENV)/installed: pyproject.toml # the extra `docs` alone: the site needs neither torch nor Lodestar
+	$(PYTHON) -m venv $(DOCS_VENV)
+	sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d ',' | xargs $(DOCS_VENV)/bin/pip install --quiet
+	@touch $@
+
+clean: ## delete the environments, the demo's runs and what was built
+	rm -rf $(VENV) $(DOCS_VENV) runs build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -66,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif name in COMMANDS:
         return load(COMMANDS[name].main)(arguments[1:])  # type: ignore[operator]
     else:
-        from difflib import get_close_matches
-
         close = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean '{close[0]}'?" if close else "see lodestar --help"
         print(f"error: command line: {name}: unknown command ({hint})", file=sys.stderr)

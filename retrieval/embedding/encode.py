@@ -32,10 +32,10 @@ TIMEOUT_MINUTES = 24 * 60.0
 """How long a rank waits for the others: they may have the longer texts."""
 
 
-def encode(recipe: EncodeRecipe, runtime: Runtime, *, tells: bool = True) -> None:
+def encode(recipe: EncodeRecipe, runtime: Runtime, *, verbose: bool = True) -> None:
     """Rank r of W writes the missing ones of the shards r, r + W, ...; then rank 0 writes the manifest.
 
-    tells   print a line at the end
+    verbose   print a line at the end
     """
     output = recipe.output
     with agreed():
@@ -69,15 +69,15 @@ def encode(recipe: EncodeRecipe, runtime: Runtime, *, tells: bool = True) -> Non
         "ranges": RANGES if ranges_2D is not None else None,
         "files": [shard_path(output, number).name for number in range(-(-num_rows // recipe.encode.shard_rows))],
     }
-    on_main(lambda: _finish(Path(output.dir), manifest, tells))
+    on_main(lambda: _finish(Path(output.dir), manifest, verbose))
 
 
-def _finish(folder: Path, manifest: Manifest, tells: bool) -> None:
+def _finish(folder: Path, manifest: Manifest, verbose: bool) -> None:
     files = manifest["files"]
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise ConfigError(f"output.dir: {folder}: {missing[0]} is not there (name a folder that all nodes see)")
     write_json(folder / MANIFEST, manifest)
-    if tells:
+    if verbose:
         rows = f"{manifest['rows']:,} embeddings of width {manifest['width']} in {len(files):,} files"
         print(f"{folder}: {rows}, {manifest['truncated']:,} texts truncated", flush=True)
 

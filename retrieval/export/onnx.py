@@ -74,7 +74,7 @@ def export_onnx(path: str | Path, folder: str | Path, *, int8: bool = True) -> d
         _write_tokenizer(model, tmp, info["max_length"])
         _write_fp32(path, model, tmp / FP32_FILE)
         if int8:
-            # unsigned: signed weights saturate on CPUs without VNNI (docs/export.md)
+            # unsigned: signed weights saturate on CPUs without VNNI (docs/deploy.md)
             quantize_dynamic(tmp / FP32_FILE, tmp / INT8_FILE, weight_type=QuantType.QUInt8, per_channel=True)
         (tmp / INFO_FILE).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         files = _compare(model, tmp, [FP32_FILE, INT8_FILE] if int8 else [FP32_FILE], info["prompts"]["query"])

@@ -69,4 +69,4 @@ def _embed_corpus(recipe: IndexRecipe, folder: Path) -> None:
         output=OutputConfig(dir=str(folder), width=recipe.encode.width),
         prompts=recipe.prompts,
     )
-    encode(encode_recipe, Runtime(0, 1, 0, choose_device(0)), tells=False)
+    encode(encode_recipe, Runtime(0, 1, 0, choose_device(0)), verbose=False)

@@ -1,4 +1,4 @@
-"""What docs/databases.md takes as given, and a Postgres with pgvector of the test's own."""
+"""What docs/search.md takes as given, and a Postgres with pgvector of the test's own."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = enumerate(tiny.texts(200, seed=4, longest=10))
     rows = [{"_id": f"d{i}", "title": "T", "text": text, "lang": ["en", "zh"][i % 2]} for i, text in texts]
     tiny.write_jsonl(root / "corpus.jsonl", rows)
-    (root / "index.yaml").write_text(pages.blocks("databases.md", language="yaml")[0])
+    (root / "index.yaml").write_text(pages.blocks("search.md", language="yaml")[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert index_main(["--config", "index.yaml"]) == 0

@@ -1,4 +1,4 @@
-"""The code of docs/databases.md, as it stands there, on real databases."""
+"""The code of docs/search.md, as it stands there, on real databases."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from retrieval.search.cli import index_main
 from tests import pages
 
-PAGE = "databases.md"
+PAGE = "search.md"
 CLIENTS = {"LanceDB": "lancedb", "Qdrant": "qdrant_client", "faiss": "faiss"}
 
 

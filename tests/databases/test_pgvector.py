@@ -1,4 +1,4 @@
-"""The SQL of docs/databases.md on a real Postgres with pgvector."""
+"""The SQL of docs/search.md on a real Postgres with pgvector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def test_the_sql_of_the_page_finds_the_nearest_documents_and_inserts_once(expect
     import psycopg
 
     for _ in range(2):
-        assert pages.execute("databases.md", None, "Postgres with pgvector")["found"] == expected
+        assert pages.execute("search.md", None, "Postgres with pgvector")["found"] == expected
     with psycopg.connect("dbname=search") as connection:
         assert connection.execute("SELECT count(*), count(DISTINCT lang) FROM documents").fetchone() == (200, 2)
         with pytest.raises(psycopg.errors.DataException, match="expected 32 dimensions, not 2"):

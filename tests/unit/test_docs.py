@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import datasets
 import pytest
 
 from lodestar.data.training_examples import check_row
+from retrieval.evaluation.beir import read_beir
 from tests import tiny
-from tests.pages import execute
+from tests.pages import DOCS, execute
 
 
 def rows(path: str) -> list[dict[str, Any]]:
@@ -49,3 +52,31 @@ def test_the_embeddings_of_the_mining_page(
     found = execute("mining.md", "Embeddings of a corpus")
     assert found["scores"].shape == (1, 2)
     assert "5 (5, 32)" in capsys.readouterr().out
+
+
+def test_the_custom_page_splits_a_csv_into_training_rows_and_a_beir_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = [(f"question {i % 30}", f" answer {i}, é ") for i in range(40)]  # ten questions have two answers
+    with open("faq.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("question", "answer"), *pairs])
+    execute("custom.md", "1. Convert the data")
+    train = rows("data/custom/train.jsonl")
+    splits = [set(read_beir("data/custom", split).queries) for split in ("dev", "test")]
+    splits.append({row["query"] for row in train})
+    assert [len(split) for split in splits] == [3, 3, 24] and len(set.union(*splits)) == 30
+    answers = {question: {text.strip() for name, text in pairs if name == question} for question, _ in pairs}
+    assert all(set(row["pos"]) == answers[row["query"]] for row in train)
+    for split in ("dev", "test"):
+        beir = read_beir("data/custom", split)
+        text = dict(zip(beir.document_ids, beir.documents, strict=True))
+        assert len(text) == 40
+        for query_id, query in zip(beir.query_ids, beir.queries, strict=True):
+            assert {text[document] for document in beir.relevant[query_id]} == answers[query]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(page: str) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", (DOCS.parent / page).read_text(encoding="utf-8"))
+    assert targets and not [target for target in targets if not (DOCS.parent / target).is_file()]

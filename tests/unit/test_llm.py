@@ -1,4 +1,4 @@
-"""docs/llm.md: LangChain, LlamaIndex and the example give a query its prompt, and a document none."""
+"""docs/deploy.md: LangChain, LlamaIndex and the example give a query its prompt, and a document none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from examples.rag import build_prompt, main
 from retrieval.embedding.embedder import Embedder
 from tests import pages, tiny
 
-PAGE = "llm.md"
+PAGE = "deploy.md"
 MODEL = "runs/demo/finetune/model"
 TEXTS = tiny.texts(10, seed=8, longest=40)
 QUESTION = "How are the rows of a tensor shuffled?"

@@ -20,7 +20,7 @@ from tests.unit.retrieval.evaluation.test_tasks import read, sections
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-DOCUMENT = Path(__file__).parents[4] / "docs/evaluation.md"
+DOCUMENT = Path(__file__).parents[4] / "docs/evaluate.md"
 mteb = pytest.importorskip("mteb", reason="the extra mteb is not installed")
 OURS_AND_THEIRS = {
     "retrieval": [("ndcg_at_10", "ndcg_at_10"), ("map_at_100", "map_at_100"), ("recall_at_10", "recall_at_10")],
@@ -36,7 +36,7 @@ def rows(path: str) -> list[dict[str, object]]:
 
 
 def local_tasks(data: dict[str, dict[str, object]]) -> list[AbsTask]:
-    """The same files as tasks of mteb: but for retrieval, which docs/evaluation.md shows."""
+    """The same files as tasks of mteb: but for retrieval, which docs/evaluate.md shows."""
     from datasets import Dataset, DatasetDict
     from mteb.abstasks import AbsTaskClassification, AbsTaskPairClassification, AbsTaskSTS
     from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy

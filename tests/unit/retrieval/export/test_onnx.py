@@ -1,9 +1,8 @@
-"""ONNX files beside the model they came from, used as docs/export.md says."""
+"""ONNX files beside the model they came from, used as docs/deploy.md says."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from lodestar.errors import ModelError
 from retrieval.embedding.embedder import Embedder
 from retrieval.export import onnx
 from retrieval.export.cli import export_main
-from tests import tiny
+from tests import pages, tiny
 
 ROOT = Path(__file__).parents[4]
 ort = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -54,8 +53,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def documented_embed(folder: Path, file: str = "model.onnx") -> Any:
-    """`embed` of the example in docs/export.md, executed on `folder`."""
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(encoding="utf-8"), re.DOTALL)
+    """`embed` of the example in docs/deploy.md, executed on `folder`."""
+    (example,) = pages.blocks("deploy.md", "ONNX")
     assert "runs/demo/onnx" in example and "torch" not in example and "/model.onnx" in example
     scope: dict[str, Any] = {}
     exec(example.replace("runs/demo/onnx", str(folder)).replace("/model.onnx", f"/{file}"), scope)

@@ -15,7 +15,7 @@ from lodestar.data.training_examples import check_row
 from lodestar.distributed.runtime import Runtime
 from lodestar.distributed.testing import run_world
 from lodestar.errors import DataError
-from retrieval.embedding.config import EncodeConfig as Encode
+from retrieval.embedding.config import EncodeConfig
 from retrieval.embedding.embedder import Embedder
 from retrieval.embedding.shards import read_embeddings
 from retrieval.mining.cli import main
@@ -222,7 +222,7 @@ def test_the_name_of_the_work_folder_tells_what_decides_its_content(folder: Path
         (tmp_path / f"d/{name}.jsonl").write_text((folder / "train.jsonl").read_text())
     both = recipe(folder, tmp_path / "out.jsonl", f"data=[{tmp_path}/d]")
     one = recipe(folder, tmp_path / "out.jsonl", f"data=[{tmp_path}/d/a.jsonl]", f"corpus=[{tmp_path}/d/b.jsonl]")
-    assert write_texts(both).folder != write_texts(both.model_copy(update={"encode": Encode(precision="bf16")})).folder
+    assert write_texts(both).folder != write_texts(both.model_copy(update={"encode": EncodeConfig(precision="bf16")})).folder
     with pytest.raises(DataError, match="text: must be a text"):
         write_texts(one)
 
