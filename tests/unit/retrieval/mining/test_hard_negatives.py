@@ -222,7 +222,8 @@ def test_the_name_of_the_work_folder_tells_what_decides_its_content(folder: Path
         (tmp_path / f"d/{name}.jsonl").write_text((folder / "train.jsonl").read_text())
     both = recipe(folder, tmp_path / "out.jsonl", f"data=[{tmp_path}/d]")
     one = recipe(folder, tmp_path / "out.jsonl", f"data=[{tmp_path}/d/a.jsonl]", f"corpus=[{tmp_path}/d/b.jsonl]")
-    assert write_texts(both).folder != write_texts(both.model_copy(update={"encode": EncodeConfig(precision="bf16")})).folder
+    in_bf16 = both.model_copy(update={"encode": EncodeConfig(precision="bf16")})
+    assert write_texts(both).folder != write_texts(in_bf16).folder
     with pytest.raises(DataError, match="text: must be a text"):
         write_texts(one)
 
