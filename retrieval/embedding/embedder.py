@@ -48,7 +48,7 @@ class Embedder:
         Raises ModelError, or ConfigError for a device that does not exist.
         """
         self._devices = list(devices) if devices else visible_devices()
-        _check_devices(self._devices)
+        check_devices(self._devices)
         encode = partial(encode_texts, batch_tokens=batch_tokens, precision=precision, width=width)
         self._resources = ExitStack()
         self._encode: Encode
@@ -105,11 +105,12 @@ def visible_devices() -> list[str]:
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def _check_devices(devices: Sequence[str]) -> None:
+def check_devices(devices: Sequence[str], field: str = "devices") -> None:
+    """ConfigError for a device that this machine does not have."""
     for name in devices:
         try:
             device = torch.device(name)
         except RuntimeError:
-            raise ConfigError(f"devices: {name!r}: unknown kind of device (write cuda:0 or cpu)") from None
+            raise ConfigError(f"{field}: {name!r}: unknown kind of device (write cuda:0 or cpu)") from None
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"devices: {name}: this machine has {torch.cuda.device_count()} GPUs (name one of them)")
+            raise ConfigError(f"{field}: {name}: this machine has {torch.cuda.device_count()} GPUs (name one of them)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,29 +13,40 @@ from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from lodestar.distributed.collectives import rank
 from lodestar.errors import ModelError, first_line
 from lodestar.models.load import check_vocabulary
 from retrieval.embedding.config import Prompts
+from retrieval.embedding.known_models import resolve_prompts
 from retrieval.embedding.model_folder import check_folder
 
 
 def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | None = None) -> SentenceTransformer:
     """Load a sentence-transformers folder or hub name; ModelError for anything else, and for missing tensors.
 
-    prompts   by role, replace the folder's own
+    prompts   by role, replace the folder's own; none: those of the model card, where `known_models` has it
     """
     folder = check_folder(path)
+    prompts = announce_prompts(path, prompts)
     try:
         with _quiet_transformers():
             model = SentenceTransformer(str(path), device=str(device)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be opened: {first_line(error)} (check the name)") from None
     check_vocabulary(model.tokenizer, str(path))
-    model.prompts |= prompts or {}
+    model.prompts |= prompts
     if missing := _missing_parameters(model, folder):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{path}: {missing[0]}{more} not in its files (use the folder that the model was saved to)")
     return model
+
+
+def announce_prompts(path: str | Path, prompts: Prompts | None) -> Prompts:
+    """The prompts to use in place of the folder's own; rank 0 prints those that a model card gave."""
+    resolved = resolve_prompts(path, prompts)
+    if resolved and not prompts and rank() == 0:
+        print(f"{path}: prompts of its model card: {resolved}", file=sys.stderr)
+    return resolved
 
 
 def _missing_parameters(model: SentenceTransformer, folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lodestar.data.readers import Source
 from lodestar.errors import ModelError
 from retrieval.embedding.config import Prompts
+from retrieval.embedding.known_models import resolve_prompts
 
 
 def check_folder(path: str | Path) -> Path:
@@ -27,6 +28,7 @@ def fingerprint(model: str, prompts: Prompts | None = None) -> str:
 
     prompts   replace the folder's own
     """
+    prompts = resolve_prompts(model, prompts)
     folder, digest = Path(model), hashlib.blake2b(digest_size=12)
     if prompts:
         digest.update(json.dumps(prompts, sort_keys=True).encode())

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from lodestar.errors import LodestarError, ModelError
 from retrieval.embedding.config import Prompts, Role
 from retrieval.embedding.encode_texts import TextEmbeddings
-from retrieval.embedding.load_model import load_model
+from retrieval.embedding.load_model import announce_prompts, load_model
 
 EncodeByModel = Callable[[SentenceTransformer, Sequence[str], Role], TextEmbeddings]
 Encode = Callable[[Sequence[str], Role], TextEmbeddings]
@@ -40,6 +40,7 @@ def worker_processes(
 
     encode   what each process runs; must be picklable
     """
+    prompts = announce_prompts(path, prompts)  # here alone, not in each process
     context = mp.get_context("spawn")
     num_threads = max(1, torch.get_num_threads() // len(devices))
     idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()

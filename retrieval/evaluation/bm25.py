@@ -70,17 +70,38 @@ def fuse(rankings: Sequence[SearchResult], k: int, *, weights: Sequence[float] |
     the first document leads.
     """
     weights = [1 / len(rankings)] * len(rankings) if weights is None else weights
-    standardised = [_standardise(ranking.scores_QK) for ranking in rankings]
+    points = [weight * _standardise(x.scores_QK) for weight, x in zip(weights, rankings, strict=True)]
+    return _add_up(rankings, points, k)
+
+
+RRF_CONSTANT = 60
+
+
+def fuse_ranks(rankings: Sequence[SearchResult], k: int) -> SearchResult:
+    """Reciprocal rank fusion: the sum of 1 / (60 + rank), ranks from 1.
+
+    Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion outperforms Condorcet and individual rank learning
+    methods"; the convention of vector databases. A document that a ranking lacks gets 0 from it.
+    """
+    points = [1 / (RRF_CONSTANT + 1 + torch.arange(x.index_QK.shape[1]).expand_as(x.index_QK)) for x in rankings]
+    return _add_up(rankings, points, k)
+
+
+FUSIONS = {"scores": fuse, "rrf": fuse_ranks}
+
+
+def _add_up(rankings: Sequence[SearchResult], points: Sequence[Tensor], k: int) -> SearchResult:
+    """The k documents with the most points, (Q, K) for each ranking."""
     num_documents = 1 + max(int(ranking.index_QK.max()) for ranking in rankings)
     block_size = max(1, (1 << 24) // num_documents)
     blocks = []
-    for start in range(0, len(standardised[0]), block_size):
+    for start in range(0, len(points[0]), block_size):
         block = slice(start, start + block_size)
-        total_qN = torch.zeros(len(standardised[0][block]), num_documents)
+        total_qN = torch.zeros(len(points[0][block]), num_documents)
         ranked_qN = torch.zeros_like(total_qN, dtype=torch.bool)
-        for weight, z_QK, (score_QK, index_QK) in zip(weights, standardised, rankings, strict=True):
+        for points_QK, (score_QK, index_QK) in zip(points, rankings, strict=True):
             is_ranked_qK = score_QK[block] > -torch.inf
-            total_qN.scatter_add_(1, index_QK[block], weight * z_QK[block])
+            total_qN.scatter_add_(1, index_QK[block], points_QK[block].masked_fill(~is_ranked_qK, 0.0))
             ranked_qN.scatter_(1, index_QK[block], is_ranked_qK | ranked_qN.gather(1, index_QK[block]))
         blocks.append(top_k(total_qN.masked_fill(~ranked_qN, -torch.inf), k))
     return SearchResult(*map(torch.cat, zip(*blocks, strict=True)))

@@ -20,10 +20,11 @@ from lodestar.distributed.session import distributed_session
 from lodestar.files import make_folder
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.embedder import check_devices
 from retrieval.embedding.load_model import load_model
 from retrieval.embedding.model_folder import fingerprint
 from retrieval.evaluation.beir import Beir
-from retrieval.evaluation.bm25 import FUSION_DEPTH, fuse, rank_bm25
+from retrieval.evaluation.bm25 import FUSION_DEPTH, FUSIONS, rank_bm25
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.report import Row, make_view, write_report
 from retrieval.evaluation.results import Difference, Result, show_all, show_differences, write_json
@@ -48,6 +49,7 @@ def measure(
     *,
     device: torch.device,
     bm25: bool = True,
+    fusion: str = "scores",
     batch_tokens: int | None = None,
     precision: Precision = "fp32",
     progress: bool = False,
@@ -85,8 +87,8 @@ def measure(
             if with_views:
                 results[name].views.append(make_view(label, task.beir, result.retrieval))
             if label == last_label and name in bm25_rankings:
-                fusion = fuse([bm25_rankings[name], result.retrieval.ranking], 100)
-                results[name].add(f"{label} + BM25", measure_ranking(task.beir, fusion))
+                fused = FUSIONS[fusion]([bm25_rankings[name], result.retrieval.ranking], 100)
+                results[name].add(f"{label} + BM25", measure_ranking(task.beir, fused))
     return results
 
 
@@ -98,8 +100,13 @@ def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Pa
 # --- the command -----------------------------------------------------------------------------
 
 
-def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Placement) -> None:
-    """Measure the recipe's models on all ranks; rank 0 prints tables and writes the output folder."""
+def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Placement) -> dict[str, Result]:
+    """Measure the recipe's models on all ranks; rank 0 prints tables and writes the output folder.
+
+    Returns the results by task; rank 0 alone has the rows with BM25.
+    """
+    if recipe.device != "auto":
+        check_devices([recipe.device], "device")
     cache_dir = Path(recipe.output_dir) / "embeddings.work" if recipe.output_dir else None
     with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
         if recipe.output_dir:
@@ -108,8 +115,9 @@ def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Place
         results = measure(
             recipe.labelled_models,
             tasks,
-            device=runtime.device if recipe.device == "auto" else torch.device("cpu"),
+            device=runtime.device if recipe.device == "auto" else torch.device(recipe.device),
             bm25=recipe.bm25,
+            fusion=recipe.fusion,
             batch_tokens=recipe.batch_tokens,
             precision=recipe.precision,
             progress=runtime.is_main and sys.stderr.isatty(),
@@ -118,7 +126,7 @@ def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Place
             cache_dir=cache_dir,
         )
     if placement.rank != 0:
-        return
+        return results
     first = next(iter(recipe.labelled_models))
     differences = {name: result.differences(first, recipe.bootstrap) for name, result in results.items()}
     show_all(results)
@@ -126,6 +134,7 @@ def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Place
     if recipe.output_dir and cache_dir:
         _write_files(recipe, Path(recipe.output_dir), results, differences)
         shutil.rmtree(cache_dir, ignore_errors=True)
+    return results
 
 
 def _write_files(

@@ -105,6 +105,8 @@ class EvaluateRecipe(Section):
     """More tasks, each under a label."""
     bm25: bool = True
     """Add BM25 to each retrieval task, and its fusion with the last model."""
+    fusion: Literal["scores", "rrf"] = "scores"
+    """scores: standardised scores are added up; rrf: reciprocal ranks, as vector databases do."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     """Statistical significance of each row's difference to the first model."""
     output_dir: str | None = None
@@ -112,8 +114,8 @@ class EvaluateRecipe(Section):
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
     """Tokens of one batch on a device, padding included; none: 4,096 on a CPU, 65,536 on a GPU."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto: a GPU if there is one."""
+    device: str = "auto"
+    """auto: a GPU for each rank if there are any; or one device, as cpu or cuda:1."""
 
     @model_validator(mode="after")
     def _has_a_task(self) -> EvaluateRecipe:

@@ -11,7 +11,7 @@ import torch
 
 from retrieval.embedding.exact_search import SearchResult
 from retrieval.evaluation.beir import Beir, read_beir
-from retrieval.evaluation.bm25 import fuse, rank_bm25, tokenize
+from retrieval.evaluation.bm25 import fuse, fuse_ranks, rank_bm25, tokenize
 from retrieval.evaluation.metrics import evaluate_run
 
 DOCUMENTS = ["the cats purr and purr", "dogs bark", "cat and dog and fish", "fish swim in the sea", "of the and"]
@@ -81,6 +81,16 @@ def test_a_mix_does_not_depend_on_the_scale_of_its_parts_and_of_one_run_alone_ke
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)  # 1000 x + 5 rounds x in fp32
     assert torch.equal(got[1], expected[1])
     assert torch.equal(fuse([SearchResult(first, rows)], 10)[1], rows[:, :10])
+
+
+def test_reciprocal_ranks_add_up_and_scores_do_not_count():
+    first = SearchResult(torch.tensor([[9.0, 1.0, -torch.inf]]), torch.tensor([[3, 0, 1]]))
+    second = SearchResult(torch.tensor([[0.5, 0.4, 0.3]]), torch.tensor([[0, 2, 3]]))
+    fused = fuse_ranks([first, second], 9)
+    assert fused.index_QK[0, :3].tolist() == [0, 3, 2]  # 1 is in neither: its score was -inf
+    expected = torch.tensor([1 / 62 + 1 / 61, 1 / 61 + 1 / 63, 1 / 62])
+    torch.testing.assert_close(fused.scores_QK[0, :3], expected)
+    assert fused.scores_QK[0, 3:].eq(-torch.inf).all()
 
 
 def test_a_query_with_equal_scores_or_none_mixes_without_a_division_by_zero():
