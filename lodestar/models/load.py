@@ -270,7 +270,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _check_length(model: ModelConfig, encoder: PreTrainedModel) -> None:
-    rows, (_, first) = getattr(encoder.config, "max_position_embeddings", None), _positions_of(encoder.base_model)
+    rows = getattr(encoder.config, "max_position_embeddings", None)
+    _, first = position_embeddings(encoder.base_model)
     if rows is not None and model.max_length > rows - first:
         raise ModelError(
             f"model.max_length: {model.max_length} tokens but {model.encoder} knows {rows - first} positions (lower it)"
@@ -329,8 +330,8 @@ def _dropout_rates(config: Any) -> list[str]:
 # --- parts -----------------------------------------------------------------------------------
 
 
-def _positions_of(base: nn.Module) -> tuple[nn.Embedding | None, int]:
-    """The table of absolute positions, if there is one, and its row for a text's first token."""
+def position_embeddings(base: nn.Module) -> tuple[nn.Embedding | None, int]:
+    """The table of absolute positions, none where positions are rotary, and its row for a text's first token."""
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return table, 0 if padding is None else padding + 1

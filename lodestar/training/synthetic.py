@@ -33,8 +33,8 @@ class LongestFirst:
     seed: int
     name: str = ""
 
-    def batch(self, number: int, part: range) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(part.start, part.stop) + min(number, 1) * self.global_size
+    def batch(self, index: int, positions: range) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(positions.start, positions.stop) + min(index, 1) * self.global_size
         return torch.zeros_like(rows), rows
 
 

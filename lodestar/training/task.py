@@ -46,8 +46,8 @@ class TrainingTask:
     """Those of rank 0 in the first step of a batch so planned; none for a stream."""
     held_micro_batches: int = 1
     """How many have their graphs in memory at once, where a step has several."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Counts of the data: rows, tokens, truncated, dropped; for summary.json."""
+    data_counts: Mapping[str, int] = field(default_factory=dict)
+    """Of the training data: rows, tokens, truncated, dropped; for summary.json."""
     new_names: Mapping[str, str] = field(default_factory=dict)
     """Beginnings of parameter names that checkpoints of earlier versions have, and what they are today."""
     keep_best: str | None = None
@@ -55,7 +55,9 @@ class TrainingTask:
 
 
 class BuildTask(Protocol[AnyRecipe]):
-    def __call__(self, recipe: AnyRecipe, runtime: Runtime, sampler: MakeSampler = ShuffledSampler) -> TrainingTask: ...
+    def __call__(
+        self, recipe: AnyRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler
+    ) -> TrainingTask: ...
 
 
 @dataclass(frozen=True)

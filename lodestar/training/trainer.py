@@ -281,7 +281,7 @@ class Trainer(Generic[Recipe]):
         weights = engine.weights()
         if self.runtime.is_main:
             with replacing(self.folder / "model") as tmp:
-                task.export(weights, tmp, {**task.facts, **facts})
+                task.export(weights, tmp, {**task.data_counts, **facts})
         barrier()
 
     def _summarise(self, task: TrainingTask, progress: Progress) -> None:
@@ -295,7 +295,7 @@ class Trainer(Generic[Recipe]):
                 "steps": progress.step,
                 "total_steps": progress.total_steps,
                 "skipped": int(progress.skipped),
-                **task.facts,
+                **task.data_counts,
                 "seconds": (earlier.get("seconds", 0.0) if went_on else 0.0) + self.clock.seconds(),
                 "final": progress.final,
             },

@@ -118,7 +118,7 @@ def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     batch = next(task.batches(0))
     model: Any = task.module.double().eval()
     texts = [ids for micro_batch in batch.micro_batches for ids in _embed(model, micro_batch)]
-    vectors = torch.stack([texts[i] for i in batch.place_N.argsort()])
+    vectors = torch.stack([texts[i] for i in batch.text_index_N.argsort()])
     q, d = vectors[:ROWS], vectors[ROWS:]
     t = made.loss.temperature if model.log_temperature is None else model.log_temperature.exp()
     widths = [q.shape[1], *made.loss.matryoshka]
