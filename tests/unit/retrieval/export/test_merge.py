@@ -176,7 +176,7 @@ def test_the_door_plans_without_writing_then_merges_once(
     assert main(["--config", str(recipe)]) == 0
     assert (output / WEIGHTS).is_file()
     for overrides, complaint in (
-        ([], "is there already"),
+        ([], "already exists"),
         (["models=[{path: a}]"], "models: a merge takes two or more"),
         (["models=[{path: a, weight: 0}, {path: b, weight: 0}]"], "every weight is 0"),
         (["models=[{path: a, weight: -1}, {path: b}]"], "models: must be greater than or equal to 0"),
@@ -193,5 +193,5 @@ def test_the_recipe_that_comes_along_loads() -> None:
 
 
 def test_an_output_that_is_there_is_not_replaced(models: list[Path]) -> None:
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         merge(models[:2], [1, 1], models[2])
