@@ -149,10 +149,10 @@ def whole(queries: int = 32_768, passages: int = 65_536, width: int = 768) -> di
 def loader(rows: int = 2048) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         made = _recipe(Path(name), rows, micro_size=rows)
-        task, _ = steps.built(made, 0, 1)
+        task, _ = steps.built_task(made, 0, 1)
         batch: Any = next(task.batches(0))
         seconds = _seconds(lambda: next(task.batches(0)))
-    texts = len(batch.place_N)
+    texts = len(batch.text_index_N)
     return {"texts_per_second": texts / seconds, "tokens_per_text": batch.tokens / texts}
 
 
@@ -177,7 +177,7 @@ def curve() -> dict[str, Any]:
 
 
 def _grown(rank: int, size: int, made: Any) -> int:
-    task, runtime = steps.built(made, rank, size)
+    task, runtime = steps.built_task(made, rank, size)
     engine = build(task.module, runtime, made.engine, made.optim, made.precision)
     batch = next(task.batches(0))
     before = _peak_bytes()
@@ -188,7 +188,7 @@ def _grown(rank: int, size: int, made: Any) -> int:
 def _step(made: Any) -> float:
     """Seconds of one step on this process."""
     with joined(Placement(0, 1, 0)) as runtime:
-        task, _ = steps.built(made, 0, 1)
+        task, _ = steps.built_task(made, 0, 1)
         engine = build(task.module, runtime, made.engine, made.optim, made.precision)
         batch = next(task.batches(0))
         return _seconds(lambda: (task.stage.backward(batch, engine, 0), engine.step(0.0)))

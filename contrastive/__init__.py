@@ -1,1 +1,1 @@
-"""Stage 2: contrastive fine-tuning, and what a retrieval model needs around it."""
+"""Stage 2: contrastive fine-tuning."""

@@ -1,4 +1,4 @@
-"""The command of fine-tuning: torchrun, deepspeed, srun or python launch/finetune.py --config FILE [KEY=VALUE ...]."""
+"""The fine-tuning command: torchrun, deepspeed, srun or python launch/finetune.py --config FILE [KEY=VALUE ...]."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(recipe: FinetuneRecipe, placement: Placement) -> int:
 
 
 def rehearse(recipe: FinetuneRecipe, placement: Placement, steps: int) -> int:
-    """What `--rehearse` does."""
+    """The dry run of `--rehearse`."""
     from contrastive.task import SPEC
     from lodestar.training.dry_run import rehearse
 

@@ -1,4 +1,4 @@
-"""Queries with their passages: one rank's part of a step's global batch as micro-batches of texts.
+"""This rank's queries and passages of a global batch, as micro-batches of token ids.
 
 Queries and passages go through the encoder together, sorted by length: less padding, the same mathematics.
 Shape suffixes: B texts of a micro-batch, L tokens (padded), Q queries, P passages of this rank, G passages of a query,
@@ -21,7 +21,7 @@ from lodestar.data.loader import cut, padded
 from lodestar.data.sampler import DatasetMixture, Sampler
 
 LENGTH_GROUPS = 4
-"""Micro-batches of a step that needs no second pass: cut by length, all their graphs kept."""
+"""Micro-batches, by length, of a batch that fits into memory at once: less padding, and all graphs are kept."""
 
 
 class Query(NamedTuple):
@@ -33,48 +33,53 @@ class Passage(NamedTuple):
     ids: list[int]
     hash: int
     score: float | None
-    """A teacher's."""
+    """From a teacher; none where the data has no scores."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
+    """Texts that go through the encoder at once."""
+
     ids_BL: Tensor
     lengths_B: Tensor
-    real: bool
-    """False where its text only fills an empty place."""
+    is_real: bool
+    """False for a filler: this rank has fewer texts than micro-batches."""
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """In the order of BiEncoder.forward."""
         return [self.ids_BL.to(device, non_blocking=True), self.lengths_B.to(device, non_blocking=True)]
 
     def pin_memory(self) -> MicroBatch:
-        return MicroBatch(self.ids_BL.pin_memory(), self.lengths_B.pin_memory(), self.real)
+        return MicroBatch(self.ids_BL.pin_memory(), self.lengths_B.pin_memory(), self.is_real)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's queries and passages of one step; texts are numbered queries first, then passages."""
+    """This rank's queries and passages of one step; texts are indexed queries first, then passages."""
 
     micro_batches: list[MicroBatch]
-    place_N: Tensor
-    """Where the texts of all micro-batches, one after another, belong."""
+    text_index_N: Tensor
+    """Index of each text, in the order of the micro-batches."""
     query_hash_Q: Tensor
+    """Content hash of each query."""
     passage_hash_P: Tensor
     owner_P: Tensor
-    """The query hash where a passage is that query's positive, else -1."""
+    """Hash of the query that a passage answers; -1 for a negative."""
     start_Q: Tensor
-    """Each query's first passage, its positive, among this rank's passages."""
+    """Index of each query's first passage, its positive, among this rank's passages."""
     count_Q: Tensor
-    """How many passages each query brought."""
+    """Number of passages of each query."""
     teacher_QG: Tensor
-    """Scores of each query's own passages; NaN where there are none."""
+    """Teacher scores of each query's own passages; NaN where there are none."""
     in_batch_negatives: bool
-    """Whether queries see the passages of other queries too."""
-    single_pass: bool
+    """Whether the passages of other queries are negatives too."""
+    keep_all_graphs: bool
+    """The batch fits into memory at once, so GradCache need not embed it twice."""
     examples: int
     """Queries."""
     tokens: int
     padded_tokens: int
+    """Tokens, padding included."""
 
     def pin_memory(self) -> StepBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -84,7 +89,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class TrainingDataset:
-    """One entry of data.train; each batch is of one of them."""
+    """One entry of data.train; each batch comes from one of them."""
 
     table: datasets.Dataset
     sampler: Sampler
@@ -95,7 +100,7 @@ class TrainingDataset:
 class Collate:
     """step -> this rank's StepBatch; a pure function of (seed, step)."""
 
-    sets: Sequence[TrainingDataset]
+    datasets: Sequence[TrainingDataset]
     mixture: DatasetMixture
     plan: BatchPlan
     rank: int
@@ -104,34 +109,36 @@ class Collate:
     pad_id: int
 
     def __call__(self, step: int) -> StepBatch:
-        set_number, number = self.mixture.at(step)
-        dataset = self.sets[set_number]
-        part = self.plan.examples(self.rank)
-        epochs, rows = dataset.sampler.batch(number, part if len(part) else range(0, 1))
+        dataset_index, batch_index = self.mixture.at(step)
+        dataset = self.datasets[dataset_index]
+        positions = self.plan.examples(self.rank)
+        epochs, rows = dataset.sampler.batch(batch_index, positions if len(positions) else range(0, 1))
         columns: dict[str, list[Any]] = dataset.table[rows.tolist()]
         filler = columns["query_ids"][0]
-        if not len(part):  # a rank without a query takes part with a text that does not count
-            return self._batch([], [], filler, dataset.in_batch_negatives)
+        if not len(positions):  # a rank without queries still runs the collectives, on a filler
+            return self._step_batch([], [], filler, dataset.in_batch_negatives)
         queries = [Query(ids, hash) for ids, hash in zip(columns["query_ids"], columns["query_hash"], strict=True)]
-        return self._batch(queries, self._draw(columns, epochs, rows), filler, dataset.in_batch_negatives)
+        return self._step_batch(
+            queries, self._sample_passages(columns, epochs, rows), filler, dataset.in_batch_negatives
+        )
 
-    def _draw(self, columns: dict[str, list[Any]], epochs: Tensor, rows: Tensor) -> list[list[Passage]]:
+    def _sample_passages(self, columns: dict[str, list[Any]], epochs: Tensor, rows: Tensor) -> list[list[Passage]]:
         """Each query's passages: one positive, then the negatives."""
-        positives_Q = torch.tensor([len(pos) for pos in columns["pos_ids"]])
-        keys_Q = rng.hashed(torch.tensor(rng.key(self.seed, "passages")), epochs, rows)
-        positive_Q = rng.below(positives_Q, keys_Q, 0).tolist()
-        most = max(len(neg) for neg in columns["neg_ids"])
-        order_QN = rng.hashed(keys_Q[:, None], 1, torch.arange(most))
+        num_positives_Q = torch.tensor([len(pos) for pos in columns["pos_ids"]])
+        rng_key_Q = rng.hashed(torch.tensor(rng.key(self.seed, "passages")), epochs, rows)
+        positive_index_Q = rng.below(num_positives_Q, rng_key_Q, 0).tolist()
+        max_negatives = max(len(neg) for neg in columns["neg_ids"])
+        sort_key_QN = rng.hashed(rng_key_Q[:, None], 1, torch.arange(max_negatives))
         groups: list[list[Passage]] = []
-        for i, positive in enumerate(positive_Q):
-            available = len(columns["neg_ids"][i])
-            wanted = min(self.negatives, columns["most_negatives"][i]) if available else 0
-            order = order_QN[i, :available].argsort().tolist()
-            negatives = [_passage(columns, "neg", i, order[j % available]) for j in range(wanted)]
-            groups.append([_passage(columns, "pos", i, positive), *negatives])
+        for i, positive_index in enumerate(positive_index_Q):
+            num_available = len(columns["neg_ids"][i])
+            num_negatives = min(self.negatives, columns["most_negatives"][i]) if num_available else 0
+            order = sort_key_QN[i, :num_available].argsort().tolist()
+            negatives = [_passage(columns, "neg", i, order[j % num_available]) for j in range(num_negatives)]
+            groups.append([_passage(columns, "pos", i, positive_index), *negatives])
         return groups
 
-    def _batch(
+    def _step_batch(
         self, queries: list[Query], groups: list[list[Passage]], filler: list[int], in_batch_negatives: bool
     ) -> StepBatch:
         passages = [passage for group in groups for passage in group]
@@ -151,7 +158,7 @@ class Collate:
         ]
         return StepBatch(
             micro_batches,
-            place_N=torch.tensor(by_length, dtype=torch.int64),
+            text_index_N=torch.tensor(by_length, dtype=torch.int64),
             query_hash_Q=torch.tensor([query.hash for query in queries], dtype=torch.int64),
             passage_hash_P=torch.tensor([passage.hash for passage in passages], dtype=torch.int64),
             owner_P=torch.tensor(owners, dtype=torch.int64),
@@ -159,7 +166,7 @@ class Collate:
             count_Q=counts_Q,
             teacher_QG=teacher_QG,
             in_batch_negatives=in_batch_negatives,
-            single_pass=self.plan.num_micro_batches == 1,
+            keep_all_graphs=self.plan.num_micro_batches == 1,
             examples=len(queries),
             tokens=sum(map(len, texts)),
             padded_tokens=sum(m.ids_BL.numel() for m in micro_batches),
@@ -167,18 +174,19 @@ class Collate:
 
     @property
     def _num_micro_batches(self) -> int:
-        """The same on all ranks."""
+        """Of this step; the same on all ranks."""
         if self.plan.num_micro_batches > 1:
             return self.plan.num_micro_batches
-        most = max(self.plan.examples_per_rank) * (2 + self.negatives)
-        return LENGTH_GROUPS if most >= 8 * LENGTH_GROUPS else 1
+        max_texts = max(self.plan.examples_per_rank) * (2 + self.negatives)
+        return LENGTH_GROUPS if max_texts >= 8 * LENGTH_GROUPS else 1
 
     def _micro_batch(self, texts: list[list[int]], filler: list[int]) -> MicroBatch:
-        rows = texts or [filler]
-        return MicroBatch(padded(rows, self.pad_id), torch.tensor([len(row) for row in rows]), bool(texts))
+        sequences = texts or [filler]
+        lengths_B = torch.tensor([len(ids) for ids in sequences])
+        return MicroBatch(padded(sequences, self.pad_id), lengths_B, is_real=bool(texts))
 
 
-def _passage(columns: dict[str, list[Any]], kind: str, example: int, number: int) -> Passage:
-    """kind   pos | neg"""
+def _passage(columns: dict[str, list[Any]], kind: str, example: int, index: int) -> Passage:
+    """The passage at `index` of an example's positives (kind: pos) or negatives (kind: neg)."""
     ids, hashes, scores = (columns[f"{kind}_{name}"][example] for name in ("ids", "hash", "scores"))
-    return Passage(ids[number], hashes[number], scores[number] if scores else None)
+    return Passage(ids[index], hashes[index], scores[index] if scores else None)

@@ -18,7 +18,7 @@ from lodestar.config.schema import (
 )
 
 TILE_BYTES = 64 << 20
-"""Memory of one tile of scores; the plan counts it, the loss keeps to it."""
+"""Memory limit of one tile of scores; the plan counts it, the loss observes it."""
 
 
 Weight = Annotated[float, Field(ge=0)]
@@ -28,9 +28,9 @@ class LossConfig(Section):
     temperature: Positive = 0.01
     """Divides the cosine of query and passage; smaller is sharper."""
     learn_temperature: bool = False
-    """Train it too, from the value above on; it is kept in checkpoints."""
+    """Learn the temperature, starting from the value above; checkpoints hold it."""
     share_negatives: bool = True
-    """Score against the passages of all ranks; false: of this rank alone, which depends on the number of ranks."""
+    """Score against the passages of all ranks; false: of this rank only, so the loss depends on the number of ranks."""
     passage_to_query: Weight = 0.0
     """Weight of the same loss from each positive passage to its query, against all queries; 1: symmetric."""
     query_to_query: Weight = 0.0
@@ -38,57 +38,59 @@ class LossConfig(Section):
     passage_to_passage: Weight = 0.0
     """Weight of the loss that scores each passage's query against the other passages."""
     distillation: Weight = 0.0
-    """Weight of the KL divergence from the teacher's scores (pos_scores, neg_scores) over a row's own passages."""
+    """Weight of the KL divergence from the teacher's scores (pos_scores, neg_scores) over a query's own passages."""
     matryoshka: list[Count] = []
-    """Widths besides the full one at which the loss is taken too; all count the same."""
+    """Widths at which the loss is computed besides the full width; all have the same weight."""
 
 
 class WeightedDataset(Section):
     path: str
     """A file, glob, folder or hub name."""
     weight: Positive = 1.0
-    """How often its rows are drawn, relative to a data set of weight 1."""
+    """How often its examples are drawn, relative to a data set of weight 1."""
     in_batch_negatives: bool = True
-    """false: its queries see only the passages of their own row, as for classes with few labels."""
+    """false: each query is scored against its own passages only, as for classification data with few labels."""
 
 
 class DataConfig(TrainingDataConfig):
     train: Annotated[list[str | WeightedDataset], Field(min_length=1)]
     """BGE JSONL, or (anchor, positive, negative_1, ...) columns; each entry is a data set, each batch is of one."""
     negatives_per_query: Natural = 1
-    """Of each row, drawn anew in each epoch; repeated where a row has fewer, none where it has none."""
+    """Negatives per example, drawn again in each epoch; repeated if an example has fewer, none if it has none."""
     query_instruction: str = ""
-    """Put before each query, and kept in the model as its prompt named query."""
+    """Put before each query, and saved with the model as its prompt `query`."""
     passage_instruction: str = ""
+    """Put before each passage, and saved with the model as its prompt `document`."""
     query_max_length: Count | None = None
     """Tokens; none: model.max_length."""
     passage_max_length: Count | None = None
+    """Tokens; none: model.max_length."""
 
     @property
     def sets(self) -> list[WeightedDataset]:
-        """The entries of `train`, each with its weight."""
-        return [WeightedDataset(path=each) if isinstance(each, str) else each for each in self.train]
+        """The entries of `train`, each as a section."""
+        return [WeightedDataset(path=dataset) if isinstance(dataset, str) else dataset for dataset in self.train]
 
-    def length(self, role: Literal["query", "passage"], otherwise: int) -> int:
-        """Tokens that a text of this role is cut to."""
-        return (self.query_max_length if role == "query" else self.passage_max_length) or otherwise
+    def length(self, role: Literal["query", "passage"], default: int) -> int:
+        """Tokens to which a text of this role is truncated."""
+        return (self.query_max_length if role == "query" else self.passage_max_length) or default
 
 
 class FinetuneBatchConfig(BatchConfig):
     keep_graph: Annotated[float, Field(ge=0)] = 0.0
-    """Micro-batches whose first pass is kept, and so not computed twice: below 1 as many as fit into this share of the
-    device's memory, from 1 on so many. Changes no result."""
+    """Micro-batches whose graphs GradCache keeps, so that it need not embed them twice. Below 1: as many as fit into
+    this fraction of the device's memory; from 1 on: this many. Changes no result."""
 
     @model_validator(mode="after")
-    def _share_or_number(self) -> FinetuneBatchConfig:
+    def _fraction_or_whole_number(self) -> FinetuneBatchConfig:
         if self.keep_graph > 1 and self.keep_graph % 1:
-            raise ValueError(f"keep_graph is a share below 1 or a whole number, got {self.keep_graph}")
+            raise ValueError(f"keep_graph is a fraction below 1 or a whole number, got {self.keep_graph}")
         return self
 
 
 class FinetuneEvaluateConfig(EvaluateConfig):
     keep_best: str | None = None
-    """A metric, as ndcg_at_10: model/ becomes the best evaluated model, not the last."""
+    """A metric, as ndcg_at_10: model/ holds the model with its highest value, not the last model."""
 
 
 class FinetuneRecipe(TrainingRecipe):
@@ -100,7 +102,7 @@ class FinetuneRecipe(TrainingRecipe):
     evaluate: FinetuneEvaluateConfig = FinetuneEvaluateConfig()
 
     @model_validator(mode="after")
-    def _best_of_something(self) -> FinetuneRecipe:
+    def _keep_best_needs_data(self) -> FinetuneRecipe:
         if self.evaluate.keep_best and not self.evaluate.data:
             raise ValueError("evaluate.keep_best needs evaluate.data (name a BEIR folder)")
         return self

@@ -15,78 +15,80 @@ from lodestar.distributed.collectives import gather_counts
 from lodestar.training.engine import Engine
 
 Scalars = Mapping[str, Tensor]
-
-
+"""Numbers to log, by name; `loss` is minimised."""
 Temperature = Tensor | float
+"""A tensor where it is learned."""
 
 
 class KeepGraph:
-    """How many micro-batches of a step keep their graph from the first pass."""
+    """How many micro-batches of a step keep their graphs, so that GradCache need not embed them twice."""
 
     def __init__(self, keep: float, memory_bytes: int, max_length: int) -> None:
         self._keep, self._memory_bytes, self._max_length = keep, memory_bytes, max_length
-        self._bytes: tuple[float, float] | None = None
-        """Of a graph, and of each token in it."""
+        self._graph_bytes: tuple[float, float] | None = None
+        """Bytes of a graph whatever its tokens, and bytes per token."""
 
-    def first(self, tokens: list[int], embed: Callable[[Tensor], object]) -> int:
-        """So many of the first micro-batches (of so many tokens each, padding counted), the same on every rank.
+    def num_graphs(self, tokens: list[int], embed: Callable[[Tensor], object]) -> int:
+        """The number of leading micro-batches that keep their graphs, the same on every rank.
 
-        What a graph takes is measured once, on texts that are the same whenever a run goes on.
+        tokens   of each micro-batch, padding included
+        embed    (B, L) ids -> embeddings; called once to measure a graph, on ids that are the same in a resumed run
         """
         if self._keep == 0 or self._keep >= 1:
             return min(int(self._keep), len(tokens))
-        if self._bytes is None:
-            two_BL = torch.ones(2, self._max_length, dtype=torch.int64)
-            one = max(gather_counts(graph_bytes(lambda: embed(two_BL[:1]))))
-            two = max(gather_counts(graph_bytes(lambda: embed(two_BL))))
-            self._bytes = 2 * one - two, (two - one) / self._max_length
-        left, kept = self._keep * self._memory_bytes, 0
-        while kept < len(tokens) and (left := left - self._bytes[0] - tokens[kept] * self._bytes[1]) >= 0:
-            kept += 1
-        return min(gather_counts(kept))
+        if self._graph_bytes is None:
+            ids_BL = torch.ones(2, self._max_length, dtype=torch.int64)
+            bytes_of_one = max(gather_counts(graph_bytes(lambda: embed(ids_BL[:1]))))
+            bytes_of_two = max(gather_counts(graph_bytes(lambda: embed(ids_BL))))
+            self._graph_bytes = 2 * bytes_of_one - bytes_of_two, (bytes_of_two - bytes_of_one) / self._max_length
+        constant, per_token = self._graph_bytes
+        free_bytes, count = self._keep * self._memory_bytes, 0
+        while count < len(tokens) and (free_bytes := free_bytes - constant - tokens[count] * per_token) >= 0:
+            count += 1
+        return min(gather_counts(count))
 
 
-def graph_bytes(run: Callable[[], object]) -> int:
-    """Memory that the graph of `run()` holds on to besides parameters."""
-    held: dict[int, int] = {}
+def graph_bytes(forward: Callable[[], object]) -> int:
+    """Bytes that autograd saves for the backward of `forward()`, each storage once, without parameters."""
+    bytes_by_storage: dict[int, int] = {}
 
-    def remember(x: Tensor) -> Tensor:
+    def record(x: Tensor) -> Tensor:
         if not isinstance(x, torch.nn.Parameter) and not isinstance(x._base, torch.nn.Parameter):
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            bytes_by_storage[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda x: x):
-        result = run()
-    del result
-    return sum(held.values())
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
+        outputs = forward()
+    del outputs
+    return sum(bytes_by_storage.values())
 
 
 def gradcache_backward(
     embed: Callable[[int], tuple[Tensor, Temperature]],
     num_micro_batches: int,
-    num_kept: int,
+    num_graphs: int,
     losses_of: Callable[[Tensor, Temperature], Scalars],
     engine: Engine,
 ) -> Scalars:
-    """The gradient of a loss over all embeddings, holding the activations of `num_kept` micro-batches, or of one.
+    """Backpropagate a loss over all embeddings of a step, with the activations of `num_graphs` micro-batches or one.
 
-    embed      number of a micro-batch -> its (B, D) embeddings, the same whenever it is called, and the temperature
+    embed      index of a micro-batch -> its (B, D) embeddings, equal at each call, and the temperature
     losses_of  (N, D) embeddings of all micro-batches, temperature -> scalars, of which `loss` is minimised
     """
-    embeddings, temperature = _embed_all(embed, num_micro_batches, num_kept)
+    embeddings, temperature = _embed_all(embed, num_micro_batches, num_graphs)
     scalars, grads, grad_temperature = _gradient_of_embeddings(embeddings, temperature, losses_of)
-    _backpropagate(embed, embeddings, temperature, grads, grad_temperature, num_kept, engine)
+    _backpropagate(embed, embeddings, temperature, grads, grad_temperature, num_graphs, engine)
     return scalars
 
 
 def _embed_all(
-    embed: Callable[[int], tuple[Tensor, Temperature]], num_micro_batches: int, num_kept: int
+    embed: Callable[[int], tuple[Tensor, Temperature]], num_micro_batches: int, num_graphs: int
 ) -> tuple[list[Tensor], Temperature]:
-    """Step 1: all embeddings; only those of the first `num_kept` micro-batches have a graph."""
+    """Step 1: all embeddings; only those of the first `num_graphs` micro-batches have a graph."""
     embeddings: list[Tensor] = []
     temperature: Temperature = 1.0
     for i in range(num_micro_batches):
-        with torch.set_grad_enabled(i < num_kept):
+        with torch.set_grad_enabled(i < num_graphs):
             unit_BD, temperature = embed(i)
         embeddings.append(unit_BD)
     return embeddings, temperature
@@ -95,7 +97,7 @@ def _embed_all(
 def _gradient_of_embeddings(
     embeddings: list[Tensor], temperature: Temperature, losses_of: Callable[[Tensor, Temperature], Scalars]
 ) -> tuple[Scalars, Sequence[Tensor], Tensor | None]:
-    """Step 2: the loss sees all embeddings at once; its gradient by micro-batch, and of a learned temperature."""
+    """Step 2: the loss sees all embeddings at once; its gradient per micro-batch, and for a learned temperature."""
     leaf_ND = torch.cat([unit_BD.detach() for unit_BD in embeddings]).requires_grad_()
     leaves = [leaf_ND]
     if isinstance(temperature, Tensor):
@@ -112,23 +114,24 @@ def _backpropagate(
     temperature: Temperature,
     grads: Sequence[Tensor],
     grad_temperature: Tensor | None,
-    num_kept: int,
+    num_graphs: int,
     engine: Engine,
 ) -> None:
-    """Step 3: push the gradient of the embeddings through the encoder; the last backward reduces over ranks.
+    """Step 3: backpropagate the gradient of the embeddings through the encoder; the last backward reduces over ranks.
 
-    Kept graphs go in one backward, because ZeRO-3 loses gradients otherwise; the others are computed again, one by one.
+    Graphs that were kept share one backward, because ZeRO-3 loses gradients otherwise; the other micro-batches are
+    embedded again, one at a time.
     """
 
-    def push(parts: Sequence[Tensor], grads_of_parts: Sequence[Tensor], temperature: Temperature, last: bool) -> None:
-        surrogate = (torch.cat(list(parts)) * torch.cat(list(grads_of_parts))).sum()
+    def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor], temperature: Temperature, last: bool) -> None:
+        surrogate = (torch.cat(list(outputs)) * torch.cat(list(grads))).sum()
         if last and grad_temperature is not None:
             surrogate = surrogate + temperature * grad_temperature
         engine.backward(surrogate, last=last)
 
     count = len(embeddings)
-    if num_kept:
-        push(embeddings[:num_kept], grads[:num_kept], temperature, last=num_kept == count)
-    for i in range(num_kept, count):
+    if num_graphs:
+        backward(embeddings[:num_graphs], grads[:num_graphs], temperature, last=num_graphs == count)
+    for i in range(num_graphs, count):
         unit_BD, temperature = embed(i)
-        push([unit_BD], [grads[i]], temperature, last=i == count - 1)
+        backward([unit_BD], [grads[i]], temperature, last=i == count - 1)

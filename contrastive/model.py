@@ -13,13 +13,13 @@ from lodestar.models.pooling import cls_of
 
 
 class BiEncoder(nn.Module):
-    """Queries and passages alike; a learned temperature lives here, where engines and checkpoints see it."""
+    """One encoder for queries and passages. A learned temperature is a parameter: engines and checkpoints have it."""
 
     def __init__(self, encoder: PreTrainedModel, temperature: float, *, learned: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
         self.temperature = temperature
-        # By its logarithm, as CLIP's (Radford et al. 2021, section 2.5): it stays positive.
+        # Its logarithm is learned, as in CLIP (Radford et al. 2021, section 2.5): the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learned else None
 
     def forward(self, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor | float]:

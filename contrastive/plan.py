@@ -8,19 +8,19 @@ from lodestar.planning.plan import Plan, PlanWarnings, describe, encoder_shape
 
 
 def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
-    """What `--plan` prints."""
+    """The plan of a fine-tuning run, as `--plan` prints it."""
     warnings = PlanWarnings()
     data, batch = recipe.data, recipe.batch.plan(world_size)
     queries, passages_per_query = max(batch.examples_per_rank), 1 + data.negatives_per_query
-    shared = recipe.loss.share_negatives
-    candidates = (batch.global_size if shared else queries) * passages_per_query
+    share_negatives = recipe.loss.share_negatives
+    candidates = (batch.global_size if share_negatives else queries) * passages_per_query
     shape = encoder_shape(recipe.model, warnings)
     query_length, passage_length = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
     tokens_per_example = query_length + passages_per_query * passage_length
     embeddings = queries * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
     micro_queries = -(-queries // batch.num_micro_batches)
     micro_tokens = micro_queries * (1 + passages_per_query) * max(query_length, passage_length)
-    graphs = min(_graphs(recipe, shape, micro_tokens, device, warnings), batch.num_micro_batches)
+    num_graphs = min(_num_graphs(recipe, shape, micro_tokens, device, warnings), batch.num_micro_batches)
     return describe(
         recipe,
         world_size,
@@ -28,7 +28,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
         train=[dataset.path for dataset in data.sets],
         cost=StepCost(
             shape,
-            held_tokens=graphs * micro_tokens,
+            held_tokens=num_graphs * micro_tokens,
             flops=model_flops(
                 shape,
                 queries * tokens_per_example,
@@ -37,8 +37,8 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
             ),
             embedding_bytes=4 * shape.width * embeddings,
             loss_bytes=min(TILE_BYTES, 4 * queries * candidates),
-            gathered=candidates if shared else 0,
-            scored=queries * candidates,
+            gathered_embeddings=candidates if share_negatives else 0,
+            scored_pairs=queries * candidates,
         ),
         tokens_per_example=tokens_per_example,
         negatives_per_query=candidates - 1,
@@ -46,15 +46,17 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
     )
 
 
-def _graphs(
+def _num_graphs(
     recipe: FinetuneRecipe, shape: EncoderShape, micro_tokens: int, device: str | None, warnings: PlanWarnings
 ) -> int:
-    """Micro-batches whose graphs are held at once."""
+    """Micro-batches whose graphs are in memory at once."""
     keep_graph = recipe.batch.keep_graph
     if not 0 < keep_graph < 1:
         return max(1, int(keep_graph))
     if device is None:
-        warnings.lines.append("batch.keep_graph: a share of a device's memory: planned with one graph (name --device)")
+        warnings.lines.append(
+            "batch.keep_graph: a fraction of the device's memory; planned with one graph (name --device)"
+        )
         return 1
     checkpointing = recipe.model.activation_checkpointing
     graph_bytes = micro_tokens * activation_bytes(shape, recipe.precision, checkpointing=checkpointing)

@@ -23,7 +23,7 @@ from lodestar.training.engine import Engine
 
 
 class FinetuneStage:
-    """loss = mean over the global batch of -log p(positive | query), plus what the recipe adds."""
+    """loss = mean over the global batch of -log p(positive | query), plus the recipe's other loss terms."""
 
     def __init__(
         self,
@@ -37,28 +37,35 @@ class FinetuneStage:
         memory_bytes: int,
     ) -> None:
         self._loss, self._global_size, self._seed, self._device = loss, global_size, seed, device
-        self._keep = KeepGraph(keep_graph, memory_bytes, max_length)
+        self._keep_graph = KeepGraph(keep_graph, memory_bytes, max_length)
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Scalars:
         def embed(i: int) -> tuple[Tensor, Temperature]:
-            """Micro-batch i; the same step always draws the same dropout, so a second call repeats the first."""
+            """Embeddings of micro-batch i; dropout depends on step, rank and i alone: a second call gives the same."""
             rng.seed_everything(self._seed, "dropout", step, rank(), i)
             micro_batch = batch.micro_batches[i]
             unit_BD, temperature = engine.run(*micro_batch.tensors(self._device), last=i == count - 1)
-            return unit_BD if micro_batch.real else unit_BD[:0], temperature
+            return unit_BD if micro_batch.is_real else unit_BD[:0], temperature
+
+        def losses_of(sorted_ND: Tensor, temperature: Temperature) -> Scalars:
+            return self._scalars(batch, sorted_ND, temperature)
 
         count = len(batch.micro_batches)
-        tokens = [micro_batch.ids_BL.numel() for micro_batch in batch.micro_batches]
-        kept = count if batch.single_pass else self._keep.first(tokens, lambda texts: self._embed(engine, texts))
-        return gradcache_backward(embed, count, kept, lambda x_ND, t: self._scalars(batch, x_ND, t), engine)
+        if batch.keep_all_graphs:
+            num_graphs = count
+        else:
+            tokens = [micro_batch.ids_BL.numel() for micro_batch in batch.micro_batches]
+            num_graphs = self._keep_graph.num_graphs(tokens, lambda ids_BL: self._embed(engine, ids_BL))
+        return gradcache_backward(embed, count, num_graphs, losses_of, engine)
 
-    def _embed(self, engine: Engine, texts_BL: Tensor) -> object:
-        lengths_B = torch.full((len(texts_BL),), texts_BL.shape[1])
-        return engine.run(texts_BL.to(self._device), lengths_B.to(self._device), last=False)
+    def _embed(self, engine: Engine, ids_BL: Tensor) -> object:
+        """Texts without padding, to measure the memory of their graph."""
+        lengths_B = torch.full((len(ids_BL),), ids_BL.shape[1])
+        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), last=False)
 
     def _scalars(self, batch: StepBatch, sorted_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
         """This rank's local loss and numbers to log, from its embeddings in the micro-batches' order."""
-        x_ND = torch.empty_like(sorted_ND).index_copy(0, batch.place_N.to(self._device), sorted_ND)
+        x_ND = torch.empty_like(sorted_ND).index_copy(0, batch.text_index_N.to(self._device), sorted_ND)
         q_QD, p_PD = x_ND[: batch.examples], x_ND[batch.examples :]
         scalars: dict[str, Tensor] = {}
         for name, anchor_QD, candidate_MD, answer_QD, mask in self._directions(batch, q_QD, p_PD):
@@ -80,7 +87,7 @@ class FinetuneStage:
 
     @property
     def _weights(self) -> dict[str, float]:
-        """Of the loss terms in use."""
+        """Weights of the loss terms in use."""
         loss = self._loss
         weights = {
             "query_to_passage": 1.0,
@@ -94,7 +101,7 @@ class FinetuneStage:
     def _directions(
         self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, NegativeMask]]:
-        """(name, anchors, candidates, answers, mask); queries are gathered only where a term needs them."""
+        """(name, anchors, candidates, answers, mask) of each loss term; gathers queries only if a term needs them."""
         start_Q, count_Q, query_hash_Q, passage_hash_P, owner_P = (
             x.to(self._device)
             for x in (batch.start_Q, batch.count_Q, batch.query_hash_Q, batch.passage_hash_P, batch.owner_P)
@@ -112,9 +119,9 @@ class FinetuneStage:
             ("passage_to_passage", positive, query, passages),
         ]
         if weights.keys() & {"passage_to_query", "query_to_query"}:
-            place_Q, none_Q = torch.arange(len(q_QD), device=self._device), torch.zeros_like(start_Q)
+            index_Q, zero_Q = torch.arange(len(q_QD), device=self._device), torch.zeros_like(start_Q)
             mask = partial(mask, same_query_B=positive_hash_Q)
-            queries = self._candidates(query_hash_Q, q_QD, positive_hash_Q, place_Q, none_Q, mask)
+            queries = self._candidates(query_hash_Q, q_QD, positive_hash_Q, index_Q, zero_Q, mask)
             directions += [
                 ("passage_to_query", positive, query, queries),
                 ("query_to_query", query, positive, queries),
@@ -132,7 +139,7 @@ class FinetuneStage:
         count_Q: Tensor,
         mask: partial[NegativeMask],
     ) -> tuple[Tensor, partial[NegativeMask]]:
-        """Embeddings of the candidates of all ranks, or of this one alone, and the mask as far as they decide it."""
+        """Embeddings of the candidates of all ranks, or of this rank only, and the mask without its anchors."""
         if self._loss.share_negatives:
             counts = gather_counts(len(owner_N))
             hash_N, x_ND, owner_N = (gather_rows(x, counts) for x in (hash_N, x_ND, owner_N))
@@ -149,7 +156,7 @@ class FinetuneStage:
     def _local_losses(
         self, anchor_QD: Tensor, candidate_MD: Tensor, answer_QD: Tensor, mask: NegativeMask, temperature: Temperature
     ) -> list[LocalLoss]:
-        """At the full width and at each Matryoshka width."""
+        """Local losses at the full width and at each Matryoshka width."""
         widths = [anchor_QD.shape[1], *self._loss.matryoshka]
         weight = 1.0 / (self._global_size * len(widths))
         losses: list[LocalLoss] = []
@@ -160,13 +167,13 @@ class FinetuneStage:
 
     def _distillation(self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor, temperature: Temperature) -> Tensor:
         teacher_QG = batch.teacher_QG.to(self._device)
-        place_G = torch.arange(teacher_QG.shape[1], device=self._device)
-        own_QG = batch.start_Q.to(self._device)[:, None] + place_G
-        valid_QG = place_G < batch.count_Q.to(self._device)[:, None]
+        position_G = torch.arange(teacher_QG.shape[1], device=self._device)
+        passage_index_QG = batch.start_Q.to(self._device)[:, None] + position_G
+        valid_QG = position_G < batch.count_Q.to(self._device)[:, None]
         group_QGD = (
-            p_PD[own_QG.clamp(max=max(0, len(p_PD) - 1))]
+            p_PD[passage_index_QG.clamp(max=max(0, len(p_PD) - 1))]
             if len(p_PD)
-            else p_PD.new_zeros(0, len(place_G), p_PD.shape[1])
+            else p_PD.new_zeros(0, len(position_G), p_PD.shape[1])
         )
         return distillation_local_loss(
             q_QD,

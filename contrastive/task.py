@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
@@ -27,47 +26,33 @@ from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.load import load_encoder, load_tokenizer
-from lodestar.models.save import model_card, save_model
-from lodestar.training.engine import autocast
+from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
-from lodestar.training.task import Evaluate, Export, Row, TaskSpec, TrainingTask
-from retrieval.evaluation.in_training import InTrainingEvaluator
+from lodestar.training.task import Row, TaskSpec, TrainingTask
+from retrieval.evaluation.in_training import in_training_evaluation
 
 
-def build_task(recipe: FinetuneRecipe, runtime: Runtime, sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
-    model, data, seed, size = recipe.model, recipe.data, recipe.run.seed, recipe.batch.global_size
-    with agreed():  # what is wrong on one node must not leave the others waiting
-        tokenizer = load_tokenizer(model)
+def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
+    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
+    with agreed():  # an error on one node must not leave the other nodes waiting
+        tokenizer = load_tokenizer(recipe.model)
         if tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no padding token (add one)")
-    lengths = {role: data.length(role, model.max_length) for role in ("query", "passage")}
-    tokenize = Tokenize(
-        tokenizer, data.query_instruction, data.passage_instruction, lengths["query"], lengths["passage"]
-    )
-    corpora = once_per_node(
-        lambda: [_corpus(recipe, dataset.path, tokenize, runtime.local_rank == 0) for dataset in data.sets],
-        runtime.local_rank,
-    )
-    fingerprints = [corpus.stats.fingerprint for corpus in corpora]
+    max_lengths = {role: data.length(role, recipe.model.max_length) for role in ("query", "passage")}
+    tokenized_datasets = _tokenized_datasets(recipe, runtime, tokenizer, max_lengths)
+    fingerprints = [dataset.stats.fingerprint for dataset in tokenized_datasets]
     require_same({"data.train": fingerprints}, "data")
     counts = Counter[str]()
-    for corpus in corpora:
-        counts.update(corpus.stats.counts())
+    for dataset in tokenized_datasets:
+        counts.update(dataset.stats.counts())
     total_steps = recipe.schedule.total_steps(counts["rows"], size)
-    weights = [dataset.weight * len(corpus.rows) for dataset, corpus in zip(data.sets, corpora, strict=True)]
-    collate = Collate(
-        sets=[
-            TrainingDataset(corpus.rows, sampler(len(corpus.rows), size, seed, str(i)), dataset.in_batch_negatives)
-            for i, (dataset, corpus) in enumerate(zip(data.sets, corpora, strict=True))
-        ],
-        mixture=DatasetMixture(weights, total_steps, seed),
-        plan=recipe.batch.plan(runtime.world_size),
-        rank=runtime.rank,
-        seed=seed,
-        negatives=data.negatives_per_query,
-        pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
-    )
+    collate = _collate(recipe, runtime, tokenizer, tokenized_datasets, make_sampler, total_steps)
     module = _model(recipe, runtime)
+    prompts = {"query": data.query_instruction, "document": data.passage_instruction}
+
+    def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        return module(ids_BL, lengths_B)[0]
+
     return TrainingTask(
         module=module,
         stage=FinetuneStage(
@@ -75,7 +60,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, sampler: MakeSampler = 
             global_size=size,
             seed=seed,
             device=runtime.device,
-            max_length=max(lengths.values()),
+            max_length=max(max_lengths.values()),
             keep_graph=recipe.batch.keep_graph,
             memory_bytes=runtime.memory_bytes(),
         ),
@@ -94,10 +79,62 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, sampler: MakeSampler = 
             "data.train.weight": [dataset.weight for dataset in data.sets],
             "data.train.in_batch_negatives": [dataset.in_batch_negatives for dataset in data.sets],
         },
-        export=_export(recipe, module, tokenizer),
-        evaluate=_evaluation(recipe, module, tokenizer, runtime) if recipe.evaluate.data else None,
-        facts=dict(counts),
+        export=encoder_export(
+            module.encoder, tokenizer, recipe, title="A text-embedding model for retrieval", prompts=prompts
+        ),
+        evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts=prompts),
+        data_counts=dict(counts),
         keep_best=recipe.evaluate.keep_best,
+    )
+
+
+def _tokenized_datasets(
+    recipe: FinetuneRecipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, max_lengths: Mapping[str, int]
+) -> list[TokenizedDataset]:
+    """One for each entry of data.train."""
+    data = recipe.data
+    tokenize = Tokenize(
+        tokenizer, data.query_instruction, data.passage_instruction, max_lengths["query"], max_lengths["passage"]
+    )
+
+    def tokenized_dataset(path: str) -> TokenizedDataset:
+        return tokenized(
+            find_sources([path]),
+            cache_dir=Path(data.cache_dir),
+            settings=settings(data, tokenize),
+            tokenize=tokenize,
+            check=check_row,
+            row_features=ROW_FEATURES,
+            features=FEATURES,
+            processes=data.processes,
+            first_on_node=runtime.local_rank == 0,
+        )
+
+    return once_per_node(lambda: [tokenized_dataset(dataset.path) for dataset in data.sets], runtime.local_rank)
+
+
+def _collate(
+    recipe: FinetuneRecipe,
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized_datasets: Sequence[TokenizedDataset],
+    make_sampler: MakeSampler,
+    total_steps: int,
+) -> Collate:
+    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
+    tables = [dataset.rows for dataset in tokenized_datasets]
+    weights = [dataset.weight * len(table) for dataset, table in zip(data.sets, tables, strict=True)]
+    return Collate(
+        datasets=[
+            TrainingDataset(table, make_sampler(len(table), size, seed, str(i)), dataset.in_batch_negatives)
+            for i, (dataset, table) in enumerate(zip(data.sets, tables, strict=True))
+        ],
+        mixture=DatasetMixture(weights, total_steps, seed),
+        plan=recipe.batch.plan(runtime.world_size),
+        rank=runtime.rank,
+        seed=seed,
+        negatives=data.negatives_per_query,
+        pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
     )
 
 
@@ -105,20 +142,21 @@ def _model(recipe: FinetuneRecipe, runtime: Runtime) -> BiEncoder:
     loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
-    width = loaded.model.config.hidden_size
-    for narrower in recipe.loss.matryoshka:
-        if narrower >= width:
-            raise ConfigError(f"loss.matryoshka: {narrower}: not narrower than the embedding (it has {width})")
+    full_width = loaded.model.config.hidden_size
+    for width in recipe.loss.matryoshka:
+        if width >= full_width:
+            raise ConfigError(f"loss.matryoshka: {width}: not narrower than the embedding (it has {full_width})")
     return BiEncoder(loaded.model, recipe.loss.temperature, learned=recipe.loss.learn_temperature)
 
 
-def _synthetic_row(recipe: FinetuneRecipe, fraction: float, number: int) -> Row:
-    data, longest = recipe.data, recipe.model.max_length
-    query, passage = (int(fraction * data.length(role, longest)) for role in ("query", "passage"))
-    passages = 1 + data.negatives_per_query
-    texts = [generated_text(passage, passages * number + i) for i in range(passages)]
-    row = {"query": generated_text(query, -1 - number), "pos": texts[:1], "neg": texts[1:]}
-    return {**row, "pos_scores": [1.0], "neg_scores": [0.0] * len(texts[1:])} if recipe.loss.distillation else row
+def _synthetic_row(recipe: FinetuneRecipe, fraction: float, index: int) -> Row:
+    data, num_passages = recipe.data, 1 + recipe.data.negatives_per_query
+    query_tokens, passage_tokens = (
+        int(fraction * data.length(role, recipe.model.max_length)) for role in ("query", "passage")
+    )
+    passages = [generated_text(passage_tokens, num_passages * index + i) for i in range(num_passages)]
+    row = {"query": generated_text(query_tokens, -1 - index), "pos": passages[:1], "neg": passages[1:]}
+    return {**row, "pos_scores": [1.0], "neg_scores": [0.0] * len(row["neg"])} if recipe.loss.distillation else row
 
 
 def _with_training_file(recipe: FinetuneRecipe, file: Path, cache_dir: Path) -> FinetuneRecipe:
@@ -127,51 +165,3 @@ def _with_training_file(recipe: FinetuneRecipe, file: Path, cache_dir: Path) -> 
 
 
 SPEC = TaskSpec(build_task, plan, _synthetic_row, _with_training_file)
-
-
-def _corpus(recipe: FinetuneRecipe, path: str, tokenize: Tokenize, first_on_node: bool) -> TokenizedDataset:
-    return tokenized(
-        find_sources([path]),
-        cache_dir=Path(recipe.data.cache_dir),
-        settings=settings(recipe.data, tokenize),
-        tokenize=tokenize,
-        check=check_row,
-        row_features=ROW_FEATURES,
-        features=FEATURES,
-        processes=recipe.data.processes,
-        first_on_node=first_on_node,
-    )
-
-
-def _evaluation(
-    recipe: FinetuneRecipe, module: BiEncoder, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
-) -> Evaluate:
-    data, longest = recipe.data, recipe.model.max_length
-    evaluator = InTrainingEvaluator(
-        recipe.evaluate,
-        tokenizer,
-        runtime,
-        max_lengths={"query": longest, "document": longest},
-        prompts={"query": data.query_instruction, "document": data.passage_instruction},
-    )
-
-    def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
-        with autocast(runtime.device, recipe.precision):
-            return module(ids_BL, lengths_B)[0]
-
-    return lambda: {"evaluation": evaluator.name, **evaluator.measure(embed)}
-
-
-def _export(recipe: FinetuneRecipe, module: BiEncoder, tokenizer: PreTrainedTokenizerBase) -> Export:
-    def export(weights: Mapping[str, Tensor], folder: Path, facts: Mapping[str, Any]) -> None:
-        save_model(
-            module.encoder,
-            tokenizer,
-            folder,
-            weights={n.removeprefix("encoder."): w for n, w in weights.items() if n.startswith("encoder.")},
-            max_length=recipe.model.max_length,
-            prompts={"query": recipe.data.query_instruction, "document": recipe.data.passage_instruction},
-            card=model_card("A text-embedding model for retrieval", recipe, facts),
-        )
-
-    return export

@@ -1,4 +1,4 @@
-"""Checked rows to token ids, each text once in its row, with its instruction."""
+"""From checked training rows to token ids."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _UNLIMITED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Batches of checked rows -> token ids, each text once in its row, with its instruction."""
+    """Batches of checked rows -> token ids of each query and passage, with its instruction."""
 
     tokenizer: PreTrainedTokenizerBase
     query_instruction: str
@@ -55,45 +55,46 @@ class Tokenize:
             instruction = self.query_instruction if prompt is None else prompt
             queries.append(instruction + query)
             symmetric = kind in ("symmetric_sts", "symmetric_clustering")
-            before = instruction if symmetric else self.passage_instruction
-            passages += [before + text for text in (*pos, *neg)]
-        query_ids, query_cut = self._encode(queries, self.query_max_length)
-        passage_ids, passage_cut = self._encode(passages, self.passage_max_length)
-        at = 0
+            passage_instruction = instruction if symmetric else self.passage_instruction
+            passages += [passage_instruction + text for text in (*pos, *neg)]
+        query_ids, query_truncated = self._encode(queries, self.query_max_length)
+        passage_ids, passage_truncated = self._encode(passages, self.passage_max_length)
+        start = 0
         for i, query in enumerate(columns["query"]):
             pos, neg, kind = columns["pos"][i], columns["neg"][i], columns["type"][i]
-            end = at + len(pos) + len(neg)
+            end = start + len(pos) + len(neg)
             values = {
                 "query_ids": query_ids[i],
                 "query_hash": content_hash(query),
-                "pos_ids": passage_ids[at : at + len(pos)],
+                "pos_ids": passage_ids[start : start + len(pos)],
                 "pos_hash": [content_hash(text) for text in pos],
-                "neg_ids": passage_ids[at + len(pos) : end],
+                "neg_ids": passage_ids[start + len(pos) : end],
                 "neg_hash": [content_hash(text) for text in neg],
                 "pos_scores": columns["pos_scores"][i],
                 "neg_scores": columns["neg_scores"][i],
                 "most_negatives": {"only_1neg": 1, "symmetric_class": len(neg)}.get(kind, _UNLIMITED),
-                "tokens": len(query_ids[i]) + sum(map(len, passage_ids[at:end])),
-                "truncated": query_cut[i] or any(passage_cut[at:end]),
+                "tokens": len(query_ids[i]) + sum(map(len, passage_ids[start:end])),
+                "truncated": query_truncated[i] or any(passage_truncated[start:end]),
             }
             for name, value in values.items():
                 rows[name].append(value)
-            at = end
+            start = end
         return rows
 
     def _encode(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
+        """Token ids of each text, and whether it was truncated."""
         ids = self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []
-        cut_off = [len(row) > max_length for row in ids]
-        if any(cut_off):
-            longer = [i for i, flag in enumerate(cut_off) if flag]
-            again = self.tokenizer([texts[i] for i in longer], truncation=True, max_length=max_length)["input_ids"]
-            for i, row in zip(longer, again, strict=True):
-                ids[i] = row
-        return ids, cut_off
+        is_too_long = [len(sequence) > max_length for sequence in ids]
+        if any(is_too_long):
+            indices = [i for i, too_long in enumerate(is_too_long) if too_long]
+            truncated = self.tokenizer([texts[i] for i in indices], truncation=True, max_length=max_length)["input_ids"]
+            for i, sequence in zip(indices, truncated, strict=True):
+                ids[i] = sequence
+        return ids, is_too_long
 
 
 def settings(data: DataConfig, tokenize: Tokenize) -> dict[str, Any]:
-    """Everything besides the texts that decides what tokenizing makes of them."""
+    """Everything besides the texts that determines their token ids."""
     lengths = {"query_max_length": tokenize.query_max_length, "passage_max_length": tokenize.passage_max_length}
     instructions = {"query": data.query_instruction, "passage": data.passage_instruction}
     return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenizer_identity(tokenize.tokenizer)}

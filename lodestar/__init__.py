@@ -1,1 +1,1 @@
-"""The frame both training stages stand on."""
+"""What both training stages share: recipes, data, distributed runtime, training loop, reports."""

@@ -1,4 +1,4 @@
-"""The commands' common frame: options, strict recipes, plans, and one line for each mistake. Loads without torch."""
+"""What all commands share: options, strict recipes, plans, and one line for each error. Loads without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
 
@@ -29,7 +29,12 @@ def entry_point(
     run: Callable[[AnyRecipe, Placement], int],
     rehearse: Callable[[AnyRecipe, Placement, int], int] | None = None,
 ) -> int:
-    """Parse the options, load the recipe, then plan or run; the exit code: 2 after a mistake told in one line."""
+    """Parse the options, load the recipe, then plan, run or rehearse; returns the exit code, 2 after a user's error.
+
+    usage      the text of --help
+    plan       (recipe, world size, device) -> the plan, ready for JSON
+    rehearse   (recipe, placement, steps) -> exit code; none for a command without a dry run
+    """
     rank = 0
     try:
         placement = Placement.from_env()
@@ -39,19 +44,19 @@ def entry_point(
         recipe = loader.load(schema, options.config, options.overrides)
         if options.plan is None and options.rehearse is not None:
             if rehearse is None:
-                raise ConfigError("command line: --rehearse: only training can be rehearsed")
+                raise ConfigError("command line: --rehearse: only training has a dry run (leave it out)")
             return rehearse(recipe, placement, options.rehearse)
         if options.plan is None:
             return run(recipe, placement)
-        found = plan(recipe, options.plan or placement.world_size, options.device)
+        values = plan(recipe, options.plan or placement.world_size, options.device)
         if rank == 0:
-            print(json.dumps(found) if options.json else in_words(found))
+            print(json.dumps(values) if options.json else in_words(values))
         return 0
     except LodestarError as error:
         if rank == 0 if error.print_on_this_rank is None else error.print_on_this_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)  # launchers end all ranks when one has gone: let rank 0 speak first
+            time.sleep(5)  # launchers end all ranks when one exits: let rank 0 print first
         return error.exit_code
 
 
@@ -60,20 +65,32 @@ def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, as optim.lr=1e-5")
     parser.add_argument(
-        "--plan", nargs="?", type=_world_size, const=0, metavar="WORLD_SIZE", help="say what the run would do, and exit"
+        "--plan",
+        nargs="?",
+        type=_world_size,
+        const=0,
+        metavar="WORLD_SIZE",
+        help="print what the run would do, and exit",
     )
-    parser.add_argument("--device", choices=sorted(DEVICES), help="plan for so named devices: what fits, how long")
-    parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     parser.add_argument(
-        "--rehearse", type=_steps, metavar="STEPS", help="take so many real steps on generated text, report, and exit"
+        "--device", choices=sorted(DEVICES), help="plan for such devices: whether the run fits, how long it takes"
     )
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher's; not needed
+    parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    parser.add_argument(
+        "--rehearse",
+        type=_steps,
+        metavar="STEPS",
+        help="dry run: take real steps on generated text, print what they cost, and exit",
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", help=argparse.SUPPRESS
+    )  # deepspeed's launcher passes it; ignored
     return parser.parse_intermixed_args(argv)
 
 
 def _steps(text: str) -> int:
     if not text.isdigit() or int(text) < 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps from 3 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 3 or more")
     return int(text)
 
 
@@ -84,7 +101,7 @@ def _world_size(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells a mistake as one line, like any other."""
+    """Raises ConfigError for wrong options, so that they are printed as one line like any other error."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message} (see --help)")

@@ -1,21 +1,21 @@
-"""Mistakes of a user, each told in one line: where, what, what to do."""
+"""Errors that a user can fix, each printed as one line: where, what is wrong, what to do."""
 
 from __future__ import annotations
 
 
 class LodestarError(Exception):
-    """A mistake that the person at the keyboard can mend; printed as `error: ...`, exit code 2."""
+    """An error that the user can fix; printed as `error: ...`, exit code 2."""
 
     exit_code = 2
 
     def __init__(self, message: str, *, print_on_this_rank: bool | None = None) -> None:
         super().__init__(message)
         self.print_on_this_rank = print_on_this_rank
-        """Whether this process prints it; none: rank 0 does."""
+        """Whether this process prints it; none: only rank 0 does."""
 
 
 class ConfigError(LodestarError):
-    """A recipe, or an override of it, says something that cannot be done."""
+    """A recipe, or an override of it, is not valid."""
 
 
 class LaunchError(LodestarError):
@@ -23,11 +23,11 @@ class LaunchError(LodestarError):
 
 
 class DataError(LodestarError):
-    """A file of texts is missing, or a row in it is not what its format says."""
+    """A data file is missing, or a row does not match its format."""
 
 
 class ModelError(LodestarError):
-    """A model folder lacks tensors, or holds others than its configuration names."""
+    """A model folder lacks tensors or files, or does not fit its configuration."""
 
 
 class CheckpointError(LodestarError):
@@ -35,15 +35,15 @@ class CheckpointError(LodestarError):
 
 
 class TrainingError(LodestarError):
-    """Training cannot go on, as when the loss is no longer a number."""
+    """Training cannot continue, as when the gradient stays NaN."""
 
 
 class PeerLostError(LodestarError):
-    """Other ranks are gone; told once on each host that is left."""
+    """Other ranks are lost; printed once on each remaining host."""
 
     exit_code = 4
 
 
 def first_line(error: BaseException) -> str:
-    """Of what a library says, for a message of ours; the error's class where it says nothing."""
+    """The first line of a library's message, to quote it in ours; the error's class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

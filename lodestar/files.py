@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, manifests that vouch for their bytes, and the lock of a run folder.
+"""Atomic writes of files and folders, manifests with the hashes of files, and the lock of a run folder.
 
 Loads without torch.
 """
@@ -24,12 +24,12 @@ from lodestar.errors import ConfigError
 MANIFEST = "manifest.json"
 FORMAT = 1
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system answers that knows no locks."""
+"""Errors of file systems without locks."""
 
 
 @contextmanager
 def replacing(folder: Path) -> Generator[Path]:
-    """A folder beside `folder` that takes its place once it is whole."""
+    """A temporary folder that replaces `folder` at the end, unless an error occurs."""
     tmp, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     for leftover in (tmp, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -43,7 +43,7 @@ def replacing(folder: Path) -> Generator[Path]:
 
 @contextmanager
 def replacing_file(path: Path) -> Generator[Path]:
-    """A file of this process beside `path` that takes its place once it is whole."""
+    """A temporary path of this process whose file replaces `path` at the end, unless an error occurs."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
@@ -53,18 +53,18 @@ def replacing_file(path: Path) -> Generator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As UTF-8; a reader sees the old file or the new one."""
+    """Write as UTF-8, atomically: a reader sees the old file or the new one."""
     with replacing_file(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`, indented."""
+    """Write as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Onto the disk: a file, or a folder's list of names."""
+    """fsync a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,7 +76,7 @@ def sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, **values: Any) -> None:
-    """Size and SHA-256 of every file below `folder`, and `values`; everything is on the disk when it returns."""
+    """Write size and SHA-256 of every file below `folder`, and `values`; fsync all files and folders."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
     manifest = folder / MANIFEST
@@ -85,18 +85,18 @@ def write_manifest(folder: Path, **values: Any) -> None:
         sync(path)
 
 
-def damage(folder: Path, needed: Iterable[str], **values: Any) -> str | None:
+def damage(folder: Path, required: Iterable[str], **values: Any) -> str | None:
     """What is wrong with a folder that has a manifest, in a few words; none where every byte is as it was written.
 
-    needed   files that the manifest must list
-    values   what the manifest must say besides
+    required   files that the manifest must list
+    values     that the manifest must have
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"{MANIFEST}: missing"
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        files = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in content["files"].items()}
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST}: damaged"
     if content.get("format") != FORMAT:
@@ -104,7 +104,7 @@ def damage(folder: Path, needed: Iterable[str], **values: Any) -> str | None:
     for key, value in values.items():
         if content.get(key) != value:
             return f"{MANIFEST}: {key} is {content.get(key)!r}, not {value!r}"
-    for name in sorted({*needed, *files}):
+    for name in sorted({*required, *files}):
         if name not in files:
             return f"{MANIFEST}: {name}: not listed"
         if not (folder / name).is_file():
@@ -128,13 +128,13 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, field: str) -> Generator[None]:
-    """Keep other processes, on this host or another, out of `folder`; ConfigError says who holds it.
+    """Hold the lock of `folder` against other processes, on this host or another; ConfigError names its holder.
 
-    The kernel holds the lock and lets go of it when the process ends, however it ends; the file only says who has it.
+    The kernel releases the lock when the process ends, for whatever reason; the file only names the holder.
     """
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: a forked worker must not hold it too
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked worker would hold too
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 yield
@@ -152,16 +152,20 @@ def locked(folder: Path, field: str) -> Generator[None]:
 
 
 def make_folder(path: str | Path, field: str) -> Path:
-    """With its parents; ConfigError where that cannot be done."""
+    """Create a folder with its parents; ConfigError where that fails or the folder cannot be written to.
+
+    field   of the recipe that names it
+    """
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
-            pass  # it can be written to
+            pass  # the folder can be written to
     except OSError as error:
         raise ConfigError(f"{field}: {path}: {error.strerror} (name another folder)") from None
     return Path(path)
 
 
 def check_absent(folder: str | Path) -> None:
+    """ConfigError where the output folder exists."""
     if Path(folder).exists():
-        raise ConfigError(f"output: {folder}: is there already (delete it, or name another folder)")
+        raise ConfigError(f"output: {folder}: already exists (delete it, or name another folder)")

@@ -1,8 +1,7 @@
-"""Random numbers by address: the same draw whoever asks, in any order, on any device.
+"""Counter-based random numbers: a draw depends on its key alone, not on the order of draws or on the device.
 
-`key` turns an address such as (seed, "mask", epoch, row) into 63 bits; `generator` seeds torch with it for a draw on
-the CPU;
-`hashed` spreads many keys into many numbers on any device by integer arithmetic alone (SplitMix64: Steele, Lea and
+`key` makes 63 bits of components such as (seed, "mask", epoch, row); `generator` seeds torch with it for a draw on the
+CPU; `hashed` makes many numbers of many keys on any device by integer arithmetic alone (SplitMix64: Steele, Lea and
 Flood 2014, "Fast splittable pseudorandom number generators", figure 17), so that CPU and GPU agree to the bit.
 """
 
@@ -18,20 +17,20 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
-def key(*address: int | str) -> int:
-    """63 bits for an address."""
-    digest = hashlib.blake2b("/".join(map(str, address)).encode(), digest_size=8).digest()
+def key(*components: int | str) -> int:
+    """63 bits that the components determine: rng.key(seed, "mask", epoch, row)."""
+    digest = hashlib.blake2b("/".join(map(str, components)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-def generator(*address: int | str) -> torch.Generator:
-    """A CPU generator at an address: rng.generator(seed, "order", epoch)."""
-    return torch.Generator().manual_seed(key(*address))
+def generator(*components: int | str) -> torch.Generator:
+    """A CPU generator seeded with `key(*components)`."""
+    return torch.Generator().manual_seed(key(*components))
 
 
-def permutation(size: int, *address: int | str) -> Tensor:
-    """(size,) int64: the numbers below `size` in an order that the address alone decides."""
-    return torch.randperm(size, generator=generator(*address))
+def permutation(size: int, *components: int | str) -> Tensor:
+    """(size,) int64: the numbers below `size` in an order that the components determine."""
+    return torch.randperm(size, generator=generator(*components))
 
 
 def hashed(keys: Tensor, *counters: Tensor | int) -> Tensor:
@@ -48,7 +47,7 @@ def uniform(keys: Tensor, *counters: Tensor | int) -> Tensor:
 
 
 def below(limit: Tensor | int, keys: Tensor, *counters: Tensor | int) -> Tensor:
-    """int64 in [0, limit); the bias of the remainder is below limit / 2**63."""
+    """int64 in [0, limit); the bias of the modulus is below limit / 2**63."""
     return hashed(keys, *counters) % limit
 
 
@@ -63,25 +62,25 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def seed_everything(*address: int | str) -> None:
-    """Put torch's own generators (CPU and every GPU) at an address: dropout draws from them."""
-    torch.manual_seed(key(*address))  # pyright: ignore[reportUnknownMemberType]
+def seed_everything(*components: int | str) -> None:
+    """Seed torch's default generators (CPU and every GPU) with `key(*components)`: dropout draws from them."""
+    torch.manual_seed(key(*components))  # pyright: ignore[reportUnknownMemberType]
 
 
-def permuted(positions: Tensor, size: int, *address: int | str) -> Tensor:
-    """Where each of `positions` (int64, below `size`) goes in a shuffle of `size` rows that the address alone decides.
+def permuted(positions: Tensor, size: int, *components: int | str) -> Tensor:
+    """The elements at `positions` (int64, below `size`) of a permutation of `size` rows that the components determine.
 
-    A Feistel network on the smallest even number of bits that holds `size`, walked until it lands inside (Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains", section 3): any position of any epoch of any corpus, in no
-    memory.
+    A Feistel network on the smallest even number of bits that holds `size`, repeated while its result is out of range
+    (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 3). Needs no memory for the
+    permutation.
     """
     half = max(1, (max(1, size - 1).bit_length() + 1) // 2)
-    mask, secret = (1 << half) - 1, torch.tensor(key(*address))
-    result, outside = positions.clone(), torch.ones_like(positions, dtype=torch.bool)
-    while bool(outside.any()):
-        left, right = result[outside] >> half, result[outside] & mask
-        for turn in range(8):
-            left, right = right, left ^ (hashed(secret, right, turn) & mask)
-        result[outside] = (left << half) | right
-        outside = result >= size
+    mask, round_key = (1 << half) - 1, torch.tensor(key(*components))
+    result, out_of_range = positions.clone(), torch.ones_like(positions, dtype=torch.bool)
+    while bool(out_of_range.any()):
+        left, right = result[out_of_range] >> half, result[out_of_range] & mask
+        for round_index in range(8):
+            left, right = right, left ^ (hashed(round_key, right, round_index) & mask)
+        result[out_of_range] = (left << half) | right
+        out_of_range = result >= size
     return result

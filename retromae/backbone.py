@@ -1,4 +1,4 @@
-"""What RetroMAE borrows of a masked language model, in any family that has it.
+"""The modules of a masked language model that RetroMAE calls, in every supported family.
 
 Shape suffixes: N positions, B texts, L tokens, D width, V vocabulary.
 """
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lodestar.errors import ModelError
-from lodestar.models.load import _positions_of
+from lodestar.models.load import position_embeddings
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What RetroMAE borrows of a masked language model. Modules are called, so that ZeRO-3 can gather their weights."""
+    """Modules of a masked language model. RetroMAE calls them, so that ZeRO-3 can gather their weights."""
 
     base: nn.Module
     """input_ids, attention_mask -> last_hidden_state"""
     embeddings: nn.Module
     """input_ids or inputs_embeds -> (B, L, D), as the first layer reads them"""
     positions: nn.Embedding | None
-    """The table of absolute positions; none where the backbone rotates (RoPE)."""
+    """The table of absolute positions; none where the backbone has rotary positions (RoPE)."""
     first_position: int
-    """The row of `positions` that belongs to a text's first token."""
+    """The row of `positions` for a text's first token."""
     head: Callable[[Tensor], Tensor]
     """(N, D) -> (N, D), the language-model head up to the vocabulary."""
     vocabulary: nn.Linear
@@ -35,16 +35,17 @@ class Parts:
 
 
 def parts_of(model: PreTrainedModel) -> Parts:
-    """Find the parts in any family that keeps them where BERT, RoBERTa or ModernBERT do."""
+    """The parts of a model of any family that names them as BERT, RoBERTa or ModernBERT do; ModelError otherwise."""
     base = model.base_model
     embeddings = getattr(base, "embeddings", None)
     vocabulary = model.get_output_embeddings()
     head = _head_of(model)
     if embeddings is None or vocabulary is None or head is None:
         raise ModelError(
-            f"model.encoder: {type(model).__name__}: no embeddings or no masked-language-model head was found in it"
+            f"model.encoder: {type(model).__name__}: no embeddings or no masked-language-model head was found (name an "
+            "encoder like BERT)"
         )
-    return Parts(base, embeddings, *_positions_of(base), head, vocabulary)
+    return Parts(base, embeddings, *position_embeddings(base), head, vocabulary)
 
 
 def _head_of(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

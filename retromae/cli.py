@@ -1,4 +1,4 @@
-"""The command of pre-training: deepspeed, torchrun, srun or python launch/pretrain.py --config FILE [KEY=VALUE ...]."""
+"""The pre-training command: deepspeed, torchrun, srun or python launch/pretrain.py --config FILE [KEY=VALUE ...]."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(recipe: PretrainRecipe, placement: Placement) -> int:
 
 
 def rehearse(recipe: PretrainRecipe, placement: Placement, steps: int) -> int:
-    """What `--rehearse` does."""
+    """The dry run of `--rehearse`."""
     from lodestar.training.dry_run import rehearse
     from retromae.task import SPEC
 

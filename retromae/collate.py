@@ -1,4 +1,4 @@
-"""One rank's part of a step's global batch, as micro-batches of texts of similar length with their masks drawn.
+"""This rank's texts of a global batch, as micro-batches of similar length, with the encoder's masks.
 
 Shape suffixes: B texts of a micro-batch, L tokens (padded).
 """
@@ -24,7 +24,7 @@ from retromae.masks import IGNORED, mask_tokens
 class EncodedText(NamedTuple):
     input_ids: Sequence[int]
     words: Sequence[int]
-    """The number of the word that each token belongs to; -1 for special tokens."""
+    """Index of each token's word; -1 for special tokens."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ class MicroBatch:
     """Texts that go through the model at once."""
 
     masked_input_ids_BL: Tensor
-    """What the encoder reads."""
+    """Input of the encoder."""
     labels_BL: Tensor
     """Clean ids where the encoder must predict them, -100 elsewhere."""
     input_ids_BL: Tensor
+    """Clean ids."""
     words_BL: Tensor
     lengths_B: Tensor
     rng_key_B: Tensor
-    """Of each text, for the decoder's masks."""
+    """int64, the counter-based key of each text, for the decoder's masks."""
     is_real_example_B: Tensor
-    """False for a text that only fills an empty place."""
+    """False for a filler: this rank has fewer texts than micro-batches."""
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """In the order of RetroMAE.forward."""
@@ -60,7 +61,9 @@ class StepBatch:
     tokens: int
     padded_tokens: int
     encoder_labels: int
+    """Tokens that the encoder must predict."""
     decoder_labels: int
+    """Tokens that the decoder must predict."""
 
     def pin_memory(self) -> StepBatch:
         return replace(self, micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches])
@@ -71,7 +74,7 @@ class Collate:
     """step -> this rank's StepBatch; a pure function of (seed, step)."""
 
     texts_at: Callable[[Tensor, Tensor], list[EncodedText]]
-    """(epochs, rows) -> the texts there"""
+    """(epochs, rows) -> the texts of those rows"""
     sampler: Sampler
     plan: BatchPlan
     rank: int
@@ -80,21 +83,21 @@ class Collate:
     mask_ratio: float
 
     def __call__(self, step: int) -> StepBatch:
-        part = self.plan.examples(self.rank)
-        filler = range(0, 1)  # a rank without an example of its own takes part with one that does not count
-        epochs, rows = self.sampler.batch(step, part if len(part) else filler)
+        positions = self.plan.examples(self.rank)
+        filler = range(0, 1)  # a rank without examples still runs the collectives, on a filler
+        epochs, rows = self.sampler.batch(step, positions if len(positions) else filler)
         texts = self.texts_at(epochs, rows)
         rng_key_N = rng.hashed(torch.tensor(rng.key(self.seed, "mask")), epochs, rows)
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i].input_ids))
         micro_batches: list[MicroBatch] = []
         for indices in cut(by_length, self.plan.num_micro_batches):
-            is_real = bool(len(part)) and bool(len(indices))
-            chosen = list(indices) or by_length[:1]
-            micro_batches.append(self._micro_batch([texts[i] for i in chosen], rng_key_N[chosen], is_real))
-        lengths = [len(text.input_ids) for text in texts] if len(part) else []
+            is_real = bool(len(positions)) and bool(len(indices))
+            indices = list(indices) or by_length[:1]
+            micro_batches.append(self._micro_batch([texts[i] for i in indices], rng_key_N[indices], is_real))
+        lengths = [len(text.input_ids) for text in texts] if len(positions) else []
         return StepBatch(
             micro_batches,
-            examples=len(part),
+            examples=len(positions),
             tokens=sum(lengths),
             padded_tokens=sum(m.input_ids_BL.numel() for m in micro_batches),
             encoder_labels=sum(int((m.labels_BL != IGNORED).sum()) for m in micro_batches),
@@ -123,13 +126,13 @@ class Collate:
 
 
 def ordinary_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """(V,) int64: every id that is no special token."""
-    special = set(tokenizer.all_special_ids)
-    return torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    """(V,) int64: the ids that are no special tokens."""
+    special_ids = set(tokenizer.all_special_ids)
+    return torch.tensor([i for i in range(len(tokenizer)) if i not in special_ids])
 
 
 class CachedTexts:
-    """Texts by their rows in the token cache."""
+    """Texts by their row in the token cache."""
 
     def __init__(self, table: datasets.Dataset) -> None:
         self.table = table.select_columns(["input_ids", "words"])

@@ -10,16 +10,16 @@ from lodestar.config.loader import Section
 from lodestar.config.schema import EngineConfig, Natural, TrainingDataConfig, TrainingRecipe
 
 HEAD_LOGITS = 2**27
-"""Logits that the head holds at once on a GPU; the plan counts them, the loss keeps to them."""
+"""Logits that the head holds at once on a GPU; the plan counts them, the loss observes them."""
 
 
 class MaskConfig(Section):
     encoder: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Fraction of the tokens that the encoder does not see and must name."""
+    """Fraction of the tokens that the encoder must predict."""
     decoder: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Fraction of the tokens that each position of the decoder does not see."""
+    """Fraction of the tokens that are hidden from each position of the decoder."""
     decoder_sets: Natural = 256
-    """Masks drawn for each text, of which every position picks one; 0: every position draws its own."""
+    """Masks per text; each position of the decoder picks one of them. 0: each position draws its own."""
 
 
 class DecoderConfig(Section):
@@ -29,18 +29,18 @@ class DecoderConfig(Section):
 
 class LossConfig(Section):
     bag_of_words: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of DupMAE's bag-of-words term; 0: off, DupMAE itself takes 0.1."""
+    """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1."""
 
 
 class DataConfig(TrainingDataConfig):
     train: Annotated[list[str], Field(min_length=1)]
     """Files (JSONL, Parquet, text; gz too), globs, folders, folders saved by `datasets`, or hub names."""
     field: str = "text"
-    """Which field of a row is the text."""
+    """The field of a row that holds the text."""
     long_texts: Literal["cut", "split"] = "cut"
-    """Texts over max_length: cut off the rest, or make it further rows."""
+    """Texts longer than max_length: truncate them, or split them into several examples."""
     streaming: bool = False
-    """Read while training, without a cache; needs schedule.steps. Rows are shuffled within windows."""
+    """Read during training, without a cache; needs schedule.steps. Texts are shuffled within windows."""
 
 
 class PretrainRecipe(TrainingRecipe):

@@ -17,7 +17,7 @@ from lodestar.errors import ModelError
 class Decoder(nn.Module):
     """Cross-attention, then a feed-forward block, each with dropout, residual and LayerNorm after it.
 
-    Follows "Enhanced decoding" (Xiao et al. 2022, "RetroMAE"). Linear weights start normal, biases zero.
+    Follows "Enhanced decoding" (Xiao et al. 2022, "RetroMAE"). Linear weights start normal, biases at zero.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def for_encoder(cls, config: Any) -> Decoder:
-        """A decoder of the same measures as one layer of an encoder; `config` is its transformers configuration."""
+        """A decoder with the sizes and rates of an encoder's layer; ModelError where its configuration lacks one."""
         return cls(
             width=_first(config, "hidden_size"),
             heads=_first(config, "num_attention_heads"),
@@ -66,11 +66,11 @@ class Decoder(nn.Module):
         )
 
     def forward(self, query_BLD: Tensor, hiddens_BLD: Tensor, attention_mask_B1LL: Tensor) -> Tensor:
-        """(B, L, D): what each query makes of the hiddens it may see.
+        """(B, L, D): the output at each query.
 
-        query_BLD      one query for each position; also the residual of the attention
-        hiddens_BLD    keys and values
-        attention_mask_B1LL   bool, True where row i attends to column j; a row that sees nothing attends to nothing
+        query_BLD             one query for each position; also the residual of the attention
+        hiddens_BLD           inputs of keys and values
+        attention_mask_B1LL   bool, true where row i attends to column j; a row may be false everywhere
         """
         context_BLD = F.scaled_dot_product_attention(
             self._split(self.query(query_BLD)),
@@ -80,8 +80,8 @@ class Decoder(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         context_BLD = context_BLD.transpose(1, 2).flatten(2)
-        mixed_BLD = self.attention_norm(self.dropout(self.out_proj(context_BLD)) + query_BLD)
-        return self.output_norm(self.dropout(self.fc2(self.activation(self.fc1(mixed_BLD)))) + mixed_BLD)
+        attended_BLD = self.attention_norm(self.dropout(self.out_proj(context_BLD)) + query_BLD)
+        return self.output_norm(self.dropout(self.fc2(self.activation(self.fc1(attended_BLD)))) + attended_BLD)
 
     def _split(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, heads, L, D / heads)."""
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
 
 
 def _first(config: Any, *names: str, default: Any = None) -> Any:
-    """The first of these attributes that the configuration has: families call the same thing by different names."""
+    """The first of these attributes that the configuration has: its name depends on the family."""
     for name in names:
         if (value := getattr(config, name, None)) is not None:
             return value

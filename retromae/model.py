@@ -1,7 +1,7 @@
 """RetroMAE: an encoder whose [CLS] vector alone must carry a text to a one-layer decoder.
 
 Xiao et al. 2022, "RetroMAE: pre-training retrieval-oriented language models via masked auto-encoder", section 3;
-the bag-of-words term: Xiao et al. 2023, "RetroMAE-2: duplex masked auto-encoder", section 3.2.
+the bag-of-words term: Liu et al. 2023, "RetroMAE-2: duplex masked auto-encoder", section 3.2.
 Shape suffixes: B texts, L tokens (padded), N labelled positions, D width.
 """
 
@@ -31,7 +31,7 @@ class RetroMAE(nn.Module):
         self._parts = parts_of(encoder)
         self._mask, self._query, self._bag_of_words = mask, decoder.query, bag_of_words
         self.positions: nn.Embedding | None = None
-        if self._parts.positions is None:  # the backbone rotates: the decoder needs positions of its own
+        if self._parts.positions is None:  # rotary positions: the decoder needs a table of its own
             self.positions = nn.Embedding(max_length, encoder.config.hidden_size)
             nn.init.normal_(self.positions.weight, std=encoder.config.initializer_range)
 
@@ -45,22 +45,25 @@ class RetroMAE(nn.Module):
         rng_key_B: Tensor,
         is_real_example_B: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of nats, fp32: the encoder's over its labels, the decoder's over its own, the words' over texts."""
+        """Sums of nats, (), fp32: of the encoder and the decoder over their labels, of the bag of words over texts.
+
+        The arguments are the fields of `retromae.collate.MicroBatch`.
+        """
         parts = self._parts
         position_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
         attention_mask_BL = position_L < lengths_B[:, None]
         hidden_BLD = parts.base(
             input_ids=masked_input_ids_BL, attention_mask=attention_mask_BL.long()
         ).last_hidden_state
-        guessed_BL = labels_BL != IGNORED
-        encoder_nats = self._nats(hidden_BLD[guessed_BL], labels_BL[guessed_BL])
+        has_label_BL = labels_BL != IGNORED
+        encoder_nats = self._nats(hidden_BLD[has_label_BL], labels_BL[has_label_BL])
 
         attention_mask_B1LL = decoder_visibility(
             words_BL, lengths_B, rng_key_B, self._mask.decoder, self._mask.decoder_sets
         )
-        rebuilt_BLD = self._decode(cls_of(hidden_BLD), input_ids_BL, position_L, attention_mask_B1LL)
-        inner_BL = (position_L > 0) & (position_L < lengths_B[:, None] - 1) & is_real_example_B[:, None]
-        decoder_nats = self._nats(rebuilt_BLD[inner_BL], input_ids_BL[inner_BL])
+        decoded_BLD = self._decode(cls_of(hidden_BLD), input_ids_BL, position_L, attention_mask_B1LL)
+        has_decoder_label_BL = (position_L > 0) & (position_L < lengths_B[:, None] - 1) & is_real_example_B[:, None]
+        decoder_nats = self._nats(decoded_BLD[has_decoder_label_BL], input_ids_BL[has_decoder_label_BL])
 
         bag_nats = encoder_nats.new_zeros(())
         if self._bag_of_words:
@@ -75,11 +78,12 @@ class RetroMAE(nn.Module):
         return encoder_nats, decoder_nats, bag_nats
 
     def cls(self, ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
-        """(B, D): the vectors of unmasked texts."""
+        """(B, D): the [CLS] vectors of unmasked texts."""
         attention_mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
         return cls_of(self._parts.base(input_ids=ids_BL, attention_mask=attention_mask_BL.long()).last_hidden_state)
 
     def _decode(self, cls_BD: Tensor, input_ids_BL: Tensor, position_L: Tensor, attention_mask_B1LL: Tensor) -> Tensor:
+        """(B, L, D): the decoder's hidden states."""
         parts = self._parts
         embedded_BLD = parts.embeddings(input_ids=input_ids_BL)
         if self.positions is not None:
@@ -98,5 +102,6 @@ class RetroMAE(nn.Module):
         return self.decoder(query_BLD, hiddens_BLD, attention_mask_B1LL)
 
     def _nats(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+        """(): the summed nats of the language-model head."""
         vocabulary = self._parts.vocabulary
         return summed_nll(self._parts.head(hidden_ND), vocabulary.weight, vocabulary.bias, target_N)

@@ -8,7 +8,7 @@ from retromae.config import HEAD_LOGITS, PretrainRecipe
 
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
-    """What `--plan` prints."""
+    """The plan of a pre-training run, as `--plan` prints it."""
     warnings = PlanWarnings()
     batch = recipe.batch.plan(world_size)
     examples, length = max(batch.examples_per_rank), recipe.model.max_length
@@ -17,7 +17,7 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     # The head reads 0.3 of the encoder's and all of the decoder's positions.
     head_flops = 6 * examples * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
     micro_tokens = -(-examples // batch.num_micro_batches) * length
-    # Of one tile its logits and, in half precision, their copy in fp32; of both heads the gradient of the weight.
+    # Logits of one tile and, in half precision, their fp32 copy; gradients of the weight from both uses of the head.
     logit_bytes = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * (4 if recipe.precision == "fp32" else 6)
     return describe(
         recipe,

@@ -1,4 +1,4 @@
-"""What one step of pre-training is: two losses, summed over micro-batches that need not know each other."""
+"""One step of pre-training: losses of encoder and decoder, summed over independent micro-batches."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class PretrainStage:
             last = i == len(batch.micro_batches) - 1
             rng.seed_everything(self._seed, "dropout", step, self._rank, i)
             nats = engine.run(*micro_batch.tensors(self._device), last=last)
-            parts = torch.stack(nats) / counts
-            engine.backward(parts[0] + parts[1] + self._bag_of_words * parts[2], last=last)
-            local_losses += parts.detach()
+            losses = torch.stack(nats) / counts
+            engine.backward(losses[0] + losses[1] + self._bag_of_words * losses[2], last=last)
+            local_losses += losses.detach()
         loss = local_losses[0] + local_losses[1] + self._bag_of_words * local_losses[2]
         scalars = {"loss": loss, "encoder_loss": local_losses[0], "decoder_loss": local_losses[1]}
         return {**scalars, "bag_of_words_loss": local_losses[2]} if self._bag_of_words else scalars

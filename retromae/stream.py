@@ -1,6 +1,6 @@
-"""Training on a stream: texts arrive in the order of the source and are shuffled within windows of whole batches.
+"""Training on a stream: texts come in the order of the source and are shuffled within windows of whole batches.
 
-What a step holds is still a function of (seed, step) and of the source: going on from step k skips to the window of k.
+A batch is a function of (seed, step) and of the source: a run that resumes at step k skips to the window of k.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from retromae.collate import Collate, EncodedText, StepBatch
 from retromae.tokenization import Tokenize
 
 WINDOW = 64
-"""Batches that are shuffled among themselves."""
+"""Batches whose texts are shuffled together."""
 
 
 class StreamWindow:
-    """The texts of the current window, by their rows in the stream."""
+    """The texts of the current window, by their row in the stream."""
 
     def __init__(
         self,
@@ -40,21 +40,22 @@ class StreamWindow:
         return [self._texts[row % self._size] for row in rows.tolist()]
 
     def batches(self, collate: Collate, start: int, total: int) -> Generator[StepBatch]:
-        """The batches from step `start` on; the source begins anew where it ends."""
-        texts = islice(self._endless(), (start // WINDOW) * self._size, None)
+        """The batches from step `start` on; the source restarts where it ends."""
+        texts = islice(self._endless_texts(), (start // WINDOW) * self._size, None)
         for window in range(start // WINDOW, -(-total // WINDOW)):
-            in_order = list(islice(texts, self._size))
+            window_texts = list(islice(texts, self._size))
             order = rng.permutation(self._size, self._seed, "window", window)
-            self._texts = [in_order[i] for i in order.tolist()]
+            self._texts = [window_texts[i] for i in order.tolist()]
             for step in range(max(start, window * WINDOW), min(total, (window + 1) * WINDOW)):
                 yield collate(step)
 
-    def _endless(self) -> Iterator[EncodedText]:
+    def _endless_texts(self) -> Iterator[EncodedText]:
+        """The source's texts, again and again; raises DataError where it has none."""
         while True:
             empty, source = True, self._read()
-            while chunk := list(islice(source, 1000)):
-                checked = [self._check(where, row) for where, row in chunk]
-                columns = self._tokenize({"text": [row["text"] for row in checked if row is not None]})
+            while block := list(islice(source, 1000)):
+                rows = [self._check(where, row) for where, row in block]
+                columns = self._tokenize({"text": [row["text"] for row in rows if row is not None]})
                 for ids, words in zip(columns["input_ids"], columns["words"], strict=True):
                     empty = False
                     yield EncodedText(ids, words)
@@ -62,12 +63,12 @@ class StreamWindow:
                 raise DataError("data.train: the stream holds no text (name files with texts)")
 
 
-class InOrder:
-    """A sampler that changes nothing: the texts of a window are shuffled already."""
+class SequentialSampler:
+    """Rows in their order: the texts of a window are shuffled already."""
 
     def __init__(self, global_size: int) -> None:
         self.global_size = global_size
 
-    def batch(self, number: int, part: range) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(part.start, part.stop) + number * self.global_size
-        return torch.zeros_like(positions), positions
+    def batch(self, index: int, positions: range) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(positions.start, positions.stop) + index * self.global_size
+        return torch.zeros_like(rows), rows

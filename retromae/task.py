@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,31 +21,32 @@ from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.load import load_encoder, load_tokenizer
-from lodestar.models.save import model_card, save_model
-from lodestar.training.engine import autocast
+from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
-from lodestar.training.task import Evaluate, Export, Row, TaskSpec, TrainingTask
-from retrieval.evaluation.in_training import InTrainingEvaluator
+from lodestar.training.task import Row, TaskSpec, TrainingTask
+from retrieval.evaluation.in_training import in_training_evaluation
 from retromae.collate import CachedTexts, Collate, MicroBatch, StepBatch
 from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
 from retromae.plan import plan
 from retromae.stage import PretrainStage
-from retromae.stream import InOrder, StreamWindow
+from retromae.stream import SequentialSampler, StreamWindow
 from retromae.tokenization import FEATURES, ROW_FEATURES, TextCheck, Tokenize, settings
 
 
-def build_task(recipe: PretrainRecipe, runtime: Runtime, sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
+def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
     model, seed = recipe.model, recipe.run.seed
-    with agreed():  # what is wrong on one node must not leave the others waiting
+    with agreed():  # an error on one node must not leave the other nodes waiting
         tokenizer = load_tokenizer(model)
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
         sources = find_sources(recipe.data.train)
         if recipe.data.streaming and recipe.schedule.steps is None:
             raise ConfigError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
-    read = _stream if recipe.data.streaming else _corpus
-    data = read(recipe, runtime, tokenizer, sources, sampler)
+    if recipe.data.streaming:
+        data = _streamed_data(recipe, runtime, tokenizer, sources)
+    else:
+        data = _cached_data(recipe, runtime, tokenizer, sources, make_sampler)
     require_same({"data.train": data.identity}, "data")
     loaded = load_encoder(model, AutoModelForMaskedLM, seed=seed, random_head=model.random_head)
     if runtime.is_main:
@@ -57,7 +58,11 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, sampler: MakeSampler = 
         max_length=model.max_length,
         bag_of_words=recipe.loss.bag_of_words > 0,
     )
-    identity = {"stage": "pretrain", "seed": seed, "global_size": recipe.batch.global_size, "data": data.identity}
+
+    def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        return F.normalize(module.cls(ids_BL, lengths_B).float(), dim=1)
+
+    title = "RetroMAE pre-training: a starting point for fine-tuning, not yet a retrieval model"
     return TrainingTask(
         module=module,
         stage=PretrainStage(bag_of_words=recipe.loss.bag_of_words, seed=seed, rank=runtime.rank, device=runtime.device),
@@ -65,52 +70,51 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, sampler: MakeSampler = 
         rows=data.rows,
         batches=data.batches,
         micro_batches=data.micro_batches,
-        identity=identity,
-        export=_export(recipe, module, tokenizer),
-        evaluate=_evaluation(recipe, module, tokenizer, runtime) if recipe.evaluate.data else None,
-        facts=data.facts,
+        identity={"stage": "pretrain", "seed": seed, "global_size": recipe.batch.global_size, "data": data.identity},
+        export=encoder_export(module.encoder, tokenizer, recipe, title=title, prompts={}),
+        evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts={}),
+        data_counts=data.counts,
         new_names=NEW_NAMES,
     )
 
 
-class _Data(NamedTuple):
+class _TrainingData(NamedTuple):
+    """The fields of TrainingTask that depend on whether texts are cached or streamed."""
+
     identity: object
+    """Equal for equal texts; ready for JSON."""
     total_steps: int
     batches: Callable[[int], Generator[StepBatch]]
     micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
     rows: int | None = None
-    facts: dict[str, Any] = {}
+    counts: Mapping[str, int] = {}
 
 
-def _stream(
-    recipe: PretrainRecipe,
-    runtime: Runtime,
-    tokenizer: PreTrainedTokenizerBase,
-    sources: Sequence[Source],
-    sampler: MakeSampler,
-) -> _Data:
+def _streamed_data(
+    recipe: PretrainRecipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
+) -> _TrainingData:
     seed, size, total_steps = recipe.run.seed, recipe.batch.global_size, recipe.schedule.steps or 0
     plan = recipe.batch.plan(runtime.world_size)
 
     def batches(start: int) -> Generator[StepBatch]:
         check, tokenize = TextCheck(recipe.data.field), _tokenize(recipe, tokenizer)
         window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed)
-        collate = Collate(window, InOrder(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
+        collate = Collate(window, SequentialSampler(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
         return window.batches(collate, start, total_steps)
 
-    # to hash it all would take as long as to read it
-    return _Data([source.size_bytes for source in sources], total_steps, batches)
+    # Sizes only: hashing the texts would take as long as reading them.
+    return _TrainingData([source.size_bytes for source in sources], total_steps, batches)
 
 
-def _corpus(
+def _cached_data(
     recipe: PretrainRecipe,
     runtime: Runtime,
     tokenizer: PreTrainedTokenizerBase,
     sources: Sequence[Source],
-    sampler: MakeSampler,
-) -> _Data:
+    make_sampler: MakeSampler,
+) -> _TrainingData:
     data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
-    corpus = once_per_node(
+    dataset = once_per_node(
         lambda: tokenized(
             sources,
             cache_dir=Path(data.cache_dir),
@@ -124,20 +128,20 @@ def _corpus(
         ),
         runtime.local_rank,
     )
-    rows = len(corpus.rows)
+    rows = len(dataset.rows)
     total_steps = recipe.schedule.total_steps(rows, size)
     plan = recipe.batch.plan(runtime.world_size)
-    shuffled = sampler(rows, size, seed, "")
-    collate = Collate(CachedTexts(corpus.rows), shuffled, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
-    return _Data(
-        corpus.stats.fingerprint,
+    texts, sampler = CachedTexts(dataset.rows), make_sampler(rows, size, seed, "")
+    collate = Collate(texts, sampler, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
+    return _TrainingData(
+        dataset.stats.fingerprint,
         total_steps,
         batches=lambda start: step_batches(
             collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
         ),
         micro_batches=lambda plan: replace(collate, plan=plan, rank=0)(0).micro_batches,
         rows=rows,
-        facts=corpus.stats.counts(),
+        counts=dataset.stats.counts(),
     )
 
 
@@ -152,11 +156,11 @@ NEW_NAMES = {
     "decoder.narrow.": "decoder.fc2.",
     "decoder.narrow_norm.": "decoder.output_norm.",
 }
-"""Of the decoder's parameters, for checkpoints of version 0.1."""
+"""Prefixes of the decoder's parameter names in checkpoints of version 0.1 -> prefixes today."""
 
 
-def _synthetic_row(recipe: PretrainRecipe, fraction: float, number: int) -> Row:
-    return {"text": generated_text(int(fraction * recipe.model.max_length), number)}
+def _synthetic_row(recipe: PretrainRecipe, fraction: float, index: int) -> Row:
+    return {"text": generated_text(int(fraction * recipe.model.max_length), index)}
 
 
 def _with_training_file(recipe: PretrainRecipe, file: Path, cache_dir: Path) -> PretrainRecipe:
@@ -169,39 +173,3 @@ def _with_training_file(recipe: PretrainRecipe, file: Path, cache_dir: Path) -> 
 
 
 SPEC = TaskSpec(build_task, plan, _synthetic_row, _with_training_file)
-
-
-def _evaluation(
-    recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase, runtime: Runtime
-) -> Evaluate:
-    """Retrieval of held-out pairs by the [CLS] vector, so that one can see when to stop."""
-    length = recipe.model.max_length
-    evaluator = InTrainingEvaluator(
-        recipe.evaluate, tokenizer, runtime, max_lengths={"query": length, "document": length}, prompts={}
-    )
-
-    def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
-        with autocast(runtime.device, recipe.precision):
-            return F.normalize(module.cls(ids_BL, lengths_B).float(), dim=1)
-
-    return lambda: {"evaluation": evaluator.name, **evaluator.measure(embed)}
-
-
-def _export(recipe: PretrainRecipe, module: RetroMAE, tokenizer: PreTrainedTokenizerBase) -> Export:
-    """The plain encoder with its language-model head; the decoder stays in the checkpoints."""
-
-    def export(weights: Mapping[str, Tensor], folder: Path, facts: Mapping[str, Any]) -> None:
-        prefix = "encoder."
-        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        title = "RetroMAE pre-training: a starting point for fine-tuning, not yet a retrieval model"
-        save_model(
-            module.encoder,
-            tokenizer,
-            folder,
-            weights=own,
-            max_length=recipe.model.max_length,
-            prompts={},
-            card=model_card(title, recipe, facts),
-        )
-
-    return export

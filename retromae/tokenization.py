@@ -1,4 +1,4 @@
-"""Texts to token ids and word numbers."""
+"""From texts to token ids and word indices."""
 
 from __future__ import annotations
 
@@ -28,41 +28,45 @@ FEATURES = datasets.Features(
 
 
 class Tokenize:
-    """Batches of texts -> token ids and, for each token, the number of its word (-1 for special tokens)."""
+    """Batches of texts -> token ids and the index of each token's word (-1 for special tokens)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, split: bool) -> None:
         self.tokenizer, self.split = tokenizer, split
         sample = tokenizer("a", return_special_tokens_mask=True)
-        marks: list[int] = sample["special_tokens_mask"]
-        start, end = marks.index(0), len(marks) - marks[::-1].index(0)
-        self.before, self.after = sample["input_ids"][:start], sample["input_ids"][end:]
-        self.room = max_length - len(self.before) - len(self.after)
-        self.special = set(tokenizer.all_special_ids)
+        special_mask: list[int] = sample["special_tokens_mask"]
+        start, end = special_mask.index(0), len(special_mask) - special_mask[::-1].index(0)
+        self.prefix_ids, self.suffix_ids = sample["input_ids"][:start], sample["input_ids"][end:]
+        self.max_text_tokens = max_length - len(self.prefix_ids) - len(self.suffix_ids)
+        self.special_ids = set(tokenizer.all_special_ids)
 
     def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = self.tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
         rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
         for i, ids in enumerate(encoded["input_ids"]):
-            # a text may spell out a special token; that is no word either
-            words = [-1 if n in self.special or w is None else w for n, w in zip(ids, encoded.word_ids(i), strict=True)]
-            starts = range(0, len(ids), self.room) if self.split else range(min(1, len(ids)))
+            # A text may spell out a special token; that is no word either.
+            words = [
+                -1 if token_id in self.special_ids or word is None else word
+                for token_id, word in zip(ids, encoded.word_ids(i), strict=True)
+            ]
+            starts = range(0, len(ids), self.max_text_tokens) if self.split else range(min(1, len(ids)))
+            truncated = len(ids) > self.max_text_tokens and not self.split
             for start in starts:
-                part = slice(start, start + self.room)
-                self._add(rows, ids[part], words[part], truncated=len(ids) > self.room and not self.split)
+                part = slice(start, start + self.max_text_tokens)
+                self._add_row(rows, ids[part], words[part], truncated=truncated)
         return rows
 
-    def _add(self, rows: dict[str, list[Any]], ids: list[int], words: list[int], *, truncated: bool) -> None:
+    def _add_row(self, rows: dict[str, list[Any]], ids: list[int], words: list[int], *, truncated: bool) -> None:
         first = next((word for word in words if word >= 0), 0)
-        numbers = [word - first if word >= 0 else -1 for word in words]
-        rows["input_ids"].append([*self.before, *ids, *self.after])
-        rows["words"].append([-1] * len(self.before) + numbers + [-1] * len(self.after))
+        from_zero = [word - first if word >= 0 else -1 for word in words]
+        rows["input_ids"].append([*self.prefix_ids, *ids, *self.suffix_ids])
+        rows["words"].append([-1] * len(self.prefix_ids) + from_zero + [-1] * len(self.suffix_ids))
         rows["tokens"].append(len(rows["input_ids"][-1]))
         rows["truncated"].append(truncated)
 
 
 @dataclass(frozen=True)
 class TextCheck:
-    """Accepts rows whose `field` is a text; drops those where it is empty."""
+    """Row -> its text; none to drop a row whose text is empty. Raises DataError where `field` is no text."""
 
     field: str
 
@@ -77,7 +81,7 @@ class TextCheck:
 
 
 def settings(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
-    """Everything besides the texts that decides what tokenizing makes of them."""
+    """Everything besides the texts that determines their token ids."""
     return {
         "stage": "pretrain",
         "field": data.field,

@@ -1,4 +1,4 @@
-"""YAML to a typed, frozen recipe; every mistake names its file, line and field. Loads without torch."""
+"""YAML to a typed, frozen recipe; every error names file, line and field. Loads without torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from lodestar.errors import ConfigError
 
@@ -20,23 +21,23 @@ COMMAND_LINE = "command line"
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, strict, without unknown keys; its docstrings are the key's documentation."""
+    """A part of a recipe: frozen, strict, without unknown keys; its attribute docstrings document the keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 @dataclass
 class _Tree:
-    """Plain values, and for each dotted path the place that set it."""
+    """Plain values, and FILE:LINE for each dotted key."""
 
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     places: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def load(schema: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read `path`, lay `KEY=VALUE` overrides on it, and check the whole against `schema`.
+    """Read `path`, apply `KEY=VALUE` overrides, and validate the result against `schema`.
 
-    Raises ConfigError, one line for each mistake: `FILE:LINE: FIELD: what is wrong (what to do)`.
+    Raises ConfigError with one line for each error: `FILE:LINE: FIELD: what is wrong (what to do)`.
     """
     tree = _read(Path(path))
     for override in overrides:
@@ -49,7 +50,7 @@ def load(schema: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) 
 
 
 def dump(recipe: BaseModel) -> str:
-    """The recipe as YAML that `load` reads back to an equal value."""
+    """The recipe as YAML; `load` reads it back to an equal recipe."""
     values = json.loads(recipe.model_dump_json())
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
@@ -60,26 +61,26 @@ def flat(recipe: object, *, without: Sequence[str] = ()) -> dict[str, Any]:
     without   keys and sections to leave out
     """
     values = json.loads(recipe.model_dump_json()) if isinstance(recipe, BaseModel) else recipe
-    found: dict[str, Any] = {}
-    _flatten(cast(dict[str, Any], values), "", found)
-    return {key: value for key, value in found.items() if not covers(without, key)}
+    by_key: dict[str, Any] = {}
+    _flatten(cast(dict[str, Any], values), "", by_key)
+    return {key: value for key, value in by_key.items() if not covers(without, key)}
 
 
-def _flatten(values: dict[str, Any], before: str, found: dict[str, Any]) -> None:
+def _flatten(values: dict[str, Any], prefix: str, by_key: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
-            _flatten(cast(dict[str, Any], value), f"{before}{key}.", found)
+            _flatten(cast(dict[str, Any], value), f"{prefix}{key}.", by_key)
         else:
-            found[before + key] = value
+            by_key[prefix + key] = value
 
 
 def covers(names: Sequence[str], key: str) -> bool:
-    """Whether a dotted key, or a section that it is in, is among `names`."""
+    """Whether a dotted key, or a section that contains it, is among `names`."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """What a YAML file says, unchecked but for its own grammar."""
+    """The values of a YAML file, not validated against a schema; ConfigError where it is not valid YAML."""
     return _read(path).values
 
 
@@ -107,19 +108,19 @@ def _read(path: Path) -> _Tree:
     return tree
 
 
-def _compose(text: str) -> Any:
+def _compose(text: str) -> yaml.Node | None:
     return yaml.compose(text, Loader=yaml.SafeLoader)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def _value(node: yaml.Node, file: str, at: str, places: dict[str, str]) -> Any:
-    """The node as plain values; duplicate keys are refused, scalars are typed as YAML 1.2 does."""
+def _value(node: yaml.Node, file: str, path: str, places: dict[str, str]) -> Any:
+    """The node as plain values; ConfigError for duplicate keys. Scalars have the types of YAML 1.2."""
     line = node.start_mark.line + 1
-    places.setdefault(at, f"{file}:{line}")
+    places.setdefault(path, f"{file}:{line}")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key, key_line = str(key_node.value), key_node.start_mark.line + 1
-            name = f"{at}.{key}" if at else key
+            name = f"{path}.{key}" if path else key
             if key in result:
                 first = places[name].rpartition(":")[2]
                 raise ConfigError(f"{file}:{key_line}: {name}: already set on line {first} (keep one of the two)")
@@ -127,7 +128,7 @@ def _value(node: yaml.Node, file: str, at: str, places: dict[str, str]) -> Any:
             result[key] = _value(value_node, file, name, places)
         return result
     if isinstance(node, yaml.SequenceNode):
-        return [_value(item, file, f"{at}.{i}", places) for i, item in enumerate(node.value)]
+        return [_value(item, file, f"{path}.{i}", places) for i, item in enumerate(node.value)]
     return _scalar(node) if isinstance(node, yaml.ScalarNode) else None
 
 
@@ -135,7 +136,7 @@ _INT = re.compile(r"[-+]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
-def _scalar(node: yaml.ScalarNode) -> Any:
+def _scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     """YAML 1.2's core types: `1e-5` is a number, `on` and `12:30:00` are text (YAML 1.1 reads all three otherwise)."""
     text = node.value
     if node.style is not None:  # quoted or block text
@@ -158,39 +159,39 @@ def _override(tree: _Tree, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{COMMAND_LINE}: {override}: not an override (write KEY=VALUE, as optim.lr=1e-5)")
     try:
-        # Only what begins like one is read as a list, mapping or quoted text: an instruction may well end in ": ".
-        node = _compose(text) if text.startswith(("[", "{", '"', "'")) else yaml.ScalarNode("", text)
+        # Only text that begins like a list, a mapping or a quotation is parsed: an instruction may end in ": ".
+        node = (text.startswith(("[", "{", '"', "'")) and _compose(text)) or yaml.ScalarNode("", text)
     except yaml.YAMLError:
         raise ConfigError(f"{COMMAND_LINE}: {key}: cannot read the value {text!r} (quote it)") from None
     *parents, last = key.split(".")
-    here: Any = tree.values
+    section: Any = tree.values
     for parent in parents:
-        inner: Any = here.setdefault(parent, {})
-        here = inner
-        if not isinstance(inner, dict):
+        child: Any = section.setdefault(parent, {})
+        section = child
+        if not isinstance(child, dict):
             raise ConfigError(f"{COMMAND_LINE}: {key}: {parent} is not a section")
-    here[last] = _scalar(node) if isinstance(node, yaml.ScalarNode) else _value(node, COMMAND_LINE, key, {})
-    tree.places = {at: place for at, place in tree.places.items() if not at.startswith(f"{key}.")}
+    section[last] = _scalar(node) if isinstance(node, yaml.ScalarNode) else _value(node, COMMAND_LINE, key, {})
+    tree.places = {path: place for path, place in tree.places.items() if not path.startswith(f"{key}.")}
     tree.places[key] = COMMAND_LINE
 
 
 # --- explaining ------------------------------------------------------------------------------
 
 
-def _explain(schema: type[BaseModel], tree: _Tree, file: str, detail: Any) -> str:
-    """One line for one of pydantic's findings, at the line of the YAML that caused it."""
+def _explain(schema: type[BaseModel], tree: _Tree, file: str, detail: ErrorDetails) -> str:
+    """One line for one of pydantic's errors, with the line of the YAML that caused it."""
     loc, names = [str(part) for part in detail["loc"]], list[str]()
     for i, part in enumerate(loc):  # pydantic names the branch of a union too; the YAML has no such key
         absent = detail["type"] == "missing" and i == len(loc) - 1
         if absent or ".".join([*names, part]) in tree.places:
             names.append(part)
-    at = ".".join(names)
-    place = tree.places.get(at) or tree.places.get(".".join(names[:-1])) or f"{file}:1"
-    return f"{place}: {at or 'recipe'}: {_reason(schema, loc, detail)}"
+    key = ".".join(names)
+    place = tree.places.get(key) or tree.places.get(".".join(names[:-1])) or f"{file}:1"
+    return f"{place}: {key or 'recipe'}: {_reason(schema, loc, detail)}"
 
 
-def _reason(schema: type[BaseModel], names: list[str], detail: Any) -> str:
-    kind, message, got = detail["type"], detail["msg"], detail["input"]
+def _reason(schema: type[BaseModel], names: list[str], detail: ErrorDetails) -> str:
+    kind, message, got, context = detail["type"], detail["msg"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = _keys(schema, names[:-1])
         close = difflib.get_close_matches(names[-1], known, n=1)
@@ -199,27 +200,31 @@ def _reason(schema: type[BaseModel], names: list[str], detail: Any) -> str:
     if kind == "missing":
         return "not set (it has no default)"
     if kind.startswith("union_tag"):
-        known = detail["ctx"].get("expected_tags")
+        known = context.get("expected_tags")
         return f"kind: must be one of {known}, got '{got['kind']}'" if known else "kind: not set (it has no default)"
     if kind == "value_error":
-        return str(detail["ctx"]["error"])
+        return str(context["error"])
     message = message.removeprefix("Input should be ").replace("valid ", "")
     return f"must be {message}, got {json.dumps(got, ensure_ascii=False)}"
 
 
 def _keys(schema: type[BaseModel], names: list[str]) -> list[str]:
-    """The keys that the section at `names` knows."""
-    found = [schema]
+    """The keys of the section at `names`."""
+    candidates = [schema]
     for name in names:
-        fields = [(each, each.model_fields) for each in found]
-        below = [each for _, held in fields if name in held for each in _sections(held[name].annotation)]
-        of_kind = [each for each, held in fields if "kind" in held and name in get_args(held["kind"].annotation)]
-        found = below or of_kind or found  # neither: the key of a mapping, the place in a list
-    return list(found[0].model_fields)
+        below = [s for c in candidates if name in c.model_fields for s in _sections(c.model_fields[name].annotation)]
+        of_kind = [c for c in candidates if name in _kinds(c)]
+        candidates = below or of_kind or candidates  # neither: the key of a mapping, or an index of a list
+    return list(candidates[0].model_fields)
 
 
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold, also in a list or mapping, or by kind."""
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of a section's key `kind`, if it has one."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+
+
+def _sections(annotation: object) -> list[type[BaseModel]]:
+    """The sections that a field may have, also in a list, a mapping or a union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [each for inner in get_args(annotation) for each in _sections(inner)]
+    return [section for inner in get_args(annotation) for section in _sections(inner)]

@@ -15,22 +15,22 @@ NEUTRAL = (
     "model.activation_checkpointing", "batch.micro_size", "batch.keep_graph", "engine", "checkpoint", "evaluate",
     "track",
 )  # fmt: skip
-"""Keys and sections that do not change what training computes; of data.train the content and the weights do."""
+"""Keys and sections that do not change what training computes. Content and weights of data.train are checked apart."""
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Precision = Literal["bf16", "fp16", "fp32"]
-"""Of matrix products; weights, gradients and losses are fp32 all the same."""
+"""Of matrix products; weights, gradients and losses are always fp32."""
 
 
 class RunConfig(Section):
     name: str = "run"
-    """What trackers call the run."""
+    """Name of the run in trackers."""
     output_dir: str
     """The run folder: checkpoints, metrics, the model."""
     seed: int = 42
-    """Every random number is a function of this and of the step."""
+    """Every random number is a function of the seed and the step."""
 
 
 class ModelConfig(Section):
@@ -54,11 +54,11 @@ class BatchConfig(Section):
     global_size: Count
     """Examples of one optimizer step over all devices: any number of devices makes exactly this batch."""
     micro_size: Count | Literal["auto"] = 32
-    """Examples on one device at a time: bounds memory, changes no result. auto: the largest that fits, by trial."""
+    """Examples on one device at a time: bounds memory, changes no result. auto: the largest that fits, measured."""
 
     def plan(self, world_size: int) -> BatchPlan:
-        """How so many ranks make the batch; `auto` is found when a run starts, and is 32 until then."""
-        return BatchPlan(self.global_size, world_size, 32 if self.micro_size == "auto" else self.micro_size)
+        """How `world_size` ranks make the batch; `auto` counts as 32 until a run measures it."""
+        return BatchPlan(self.global_size, world_size, 32 if self.micro_size == AUTO else self.micro_size)
 
 
 class OptimConfig(Section):
@@ -90,15 +90,15 @@ class OptimConfig(Section):
 
 class ScheduleConfig(Section):
     epochs: Positive | None = None
-    """Passes over the data; give either this or steps."""
+    """Times that each example is seen; give either this or steps."""
     steps: Count | None = None
     """Optimizer steps."""
     warmup_ratio: Fraction = 0.1
     """Fraction of all steps in which the learning rate rises to its peak."""
     shape: Literal["linear", "cosine", "constant"] = "linear"
-    """How it falls after that."""
+    """How the learning rate falls after the warm-up."""
     floor: Fraction = 0.0
-    """Fraction of the peak that is left at the end."""
+    """Fraction of the peak at the end."""
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
@@ -107,10 +107,11 @@ class ScheduleConfig(Section):
         return self
 
     def total_steps(self, rows: int, global_size: int) -> int:
-        """Steps of the run; by epochs, the rows that fill no whole batch at the very end are dropped."""
+        """Steps of the run. By epochs: the rows at the end that fill no whole batch are dropped."""
         return self.steps if self.steps else int((self.epochs or 0) * rows) // global_size
 
     def warmup_steps(self, total: int) -> int:
+        """Steps of the warm-up in a run of `total` steps."""
         return round(self.warmup_ratio * total)
 
 
@@ -121,37 +122,37 @@ class EngineConfig(Section):
     zero3_persistence_threshold: Natural | None = None
     """Under ZeRO-3, parameters with fewer elements stay whole on each device; none: DeepSpeed's default."""
     give_up_after: Count = 20
-    """Stop after so many steps in a row whose gradient is not finite."""
+    """Stop after this many steps in a row whose gradient is not finite."""
     timeout_minutes: Positive = 30.0
-    """How long a rank waits for the others."""
+    """Time-out of a rank that waits for the others."""
 
 
 class CheckpointConfig(Section):
     every_steps: Natural = 1000
-    """0: only at the end of the run, and when asked to stop."""
+    """0: only at the end of the run, and when a signal stops it."""
     keep: Count = 2
-    """How many of the newest checkpoints stay."""
+    """The number of newest checkpoints that are not deleted."""
     resume: str = "auto"
-    """auto: go on from the newest valid checkpoint of output_dir; none: start afresh; or a checkpoint folder."""
+    """auto: resume from the newest valid checkpoint of output_dir; none: start afresh; or a checkpoint folder."""
     allow_change: list[str] = []
-    """Keys, or sections, that may differ from those of the checkpoint that the run goes on from, as [optim.lr]."""
+    """Keys, or sections, that may differ from those of the checkpoint from which the run resumes, as [optim.lr]."""
 
 
 class EvaluateConfig(Section):
     data: str | None = None
     """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
     split: str = "test"
-    """Which file of qrels/."""
+    """The file of qrels/ to use."""
     every_steps: Natural = 0
     """0: only at the end."""
     at_start: bool = False
     """Also before the first step."""
     max_queries: Count | None = None
-    """Only the first so many queries; none: all."""
+    """Only the first queries; none: all."""
     max_documents: Count | None = None
-    """Only the documents that answer those queries and the first others, up to so many; none: all."""
+    """Only the documents that answer those queries and the first others, up to this many; none: all."""
     batch_size: Count = 64
-    """Texts that are embedded at once on a device."""
+    """Texts embedded at once on a device."""
 
 
 class TrackConfig(Section):
@@ -163,8 +164,10 @@ class TrackConfig(Section):
 
 
 class TrainingDataConfig(Section):
+    """What the `data` sections of both stages share."""
+
     cache_dir: str = "~/.cache/lodestar"
-    """Where tokenized texts are cached; all runs share it."""
+    """Folder of the tokenized texts; all runs share it."""
     processes: Count = 4
     """Processes that tokenize."""
     workers: Natural = 2
@@ -172,7 +175,7 @@ class TrainingDataConfig(Section):
 
 
 class TrainingRecipe(Section):
-    """What the recipes of both stages have."""
+    """What the recipes of both stages share."""
 
     run: RunConfig
     model: ModelConfig
@@ -200,6 +203,7 @@ class BatchPlan:
 
     @property
     def examples_per_rank(self) -> list[int]:
+        """Sizes of the parts of all ranks."""
         return [len(self.examples(rank)) for rank in range(self.world_size)]
 
     @property

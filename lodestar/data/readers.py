@@ -1,4 +1,4 @@
-"""Rows of text from files, folders and the hub; every complaint names FILE:LINE. Loads without torch."""
+"""Rows of text from files, folders and the hub; every error names FILE:LINE. Loads without torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Source:
     kind: str
     path: str
     field: str = "data.train"
-    """Of the recipe that names it."""
+    """The recipe's key that names it."""
 
     @property
     def fingerprint(self) -> str:
@@ -42,26 +42,26 @@ class Source:
 
     @property
     def size_bytes(self) -> int | None:
-        """Of a file."""
+        """Of a file; none otherwise."""
         return None if self.kind in ("saved", "hub") else Path(self.path).stat().st_size
 
 
 def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Source]:
-    """Files, globs, folders and hub names as sources, in a stable order; DataError for what does not exist."""
+    """Files, globs, folders and hub names as sources, in a stable order; DataError where one does not exist."""
     sources: list[Source] = []
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir() and (path / "state.json").exists():
             sources.append(Source("saved", pattern, field))
         elif path.is_dir():
-            found = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
-            if not found:
+            files = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+            if not files:
                 raise DataError(f"{field}: {pattern}: holds no file of texts (known: {', '.join(SUFFIXES)})")
-            sources += [_file(name, field) for name in found]
+            sources += [_file(name, field) for name in files]
         elif path.is_file():
             sources.append(_file(pattern, field))
-        elif found := sorted(glob.glob(pattern, recursive=True)):
-            sources += [_file(name, field) for name in found]
+        elif files := sorted(glob.glob(pattern, recursive=True)):
+            sources += [_file(name, field) for name in files]
         elif pattern.count("/") <= 1 and not pattern.startswith((".", "/", "~")) and not pattern.endswith(SUFFIXES):
             sources.append(Source("hub", pattern, field))
         else:
@@ -76,7 +76,7 @@ def _file(name: str, field: str) -> Source:
 
 
 def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """(where, row) for each row of a source; `where` is FILE:LINE, for whoever has to complain about the row."""
+    """(where, row) for each row of a source; `where` is FILE:LINE, for error messages. Raises DataError."""
     if source.kind in ("jsonl", "json"):
         yield from read_json(source.path)
     elif source.kind == "txt":
@@ -102,14 +102,14 @@ def _read_parquet(source: Source) -> Iterator[tuple[str, Row]]:
 
 
 def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """(FILE:LINE, object) for each line of a JSONL file, gz or not."""
+    """(FILE:LINE, object) for each line of a JSONL file, gz or not; DataError for a line that is none."""
     for number, line in read_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number}: row: not valid JSON: {error.msg} (one object on each line)") from None
         if "\\ud" in line and not _encodable(row):
-            raise DataError(f"{path}:{number}: row: holds half a character (a lone surrogate; mend or drop the row)")
+            raise DataError(f"{path}:{number}: row: holds half a character (a lone surrogate; fix or drop the row)")
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{number}: row: must be an object, got {type(row).__name__} (one object on each line)"
@@ -126,7 +126,7 @@ def _encodable(row: Any) -> bool:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) for each line that is not blank, gz or not."""
+    """(number from 1, line) for each line that is not blank, gz or not; DataError where the file cannot be read."""
     opener = gzip.open if str(path).endswith(".gz") else open
     number = 0
     try:
@@ -145,18 +145,18 @@ def _open(source: Source, *, streaming: bool = False) -> Any:
 
     try:
         if source.kind == "saved":
-            opened = datasets.load_from_disk(source.path)
+            loaded = datasets.load_from_disk(source.path)
         else:
-            opened = datasets.load_dataset(source.path, split="train", streaming=streaming)
-    except Exception as error:  # the library has no common class for what can go wrong with a name or a file
+            loaded = datasets.load_dataset(source.path, split="train", streaming=streaming)
+    except Exception as error:  # `datasets` has no common class for its errors
         raise DataError(
             f"{source.field}: {source.path}: cannot be opened: {first_line(error)} (check the name)"
         ) from None
-    return opened["train"] if isinstance(opened, datasets.DatasetDict) else opened
+    return loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
 
 
 def stream_rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:
-    """As `read_rows`, of one source after the other, none of which is ever on the disk as a whole."""
+    """As `read_rows`, of one source after the other; data sets of the hub are never stored on the disk."""
     for source in sources:
         if source.kind == "hub":
             for number, row in enumerate(_open(source, streaming=True)):
@@ -166,7 +166,7 @@ def stream_rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:
 
 
 def count_rows(sources: Sequence[Source]) -> int | None:
-    """Rows of the sources, by counting lines where that takes a moment; none where it would take longer."""
+    """Rows of the sources, by counting lines; none where that would take long."""
     total, budget_bytes = 0, 1 << 27
     for source in sources:
         if source.kind not in ("jsonl", "json", "txt"):

@@ -1,4 +1,4 @@
-"""Texts from files, checked and tokenized once into an Arrow cache."""
+"""Rows of files, checked and tokenized once into an Arrow cache."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from lodestar.errors import DataError
 from lodestar.files import damage, sync, write_manifest
 
 ABANDONED_SECONDS = 7 * 24 * 3600
-"""Age at which the unfinished cache of a run that was killed is deleted."""
-
+"""Age at which the unfinished cache of a killed run is deleted."""
 
 Columns = Mapping[str, list[Any]]
 Tokenize = Callable[[Columns], Columns]
@@ -32,7 +31,7 @@ Check = Callable[[str, Row], Row | None]
 
 @dataclass(frozen=True)
 class DatasetStats:
-    """Counts of a data set: every text that is truncated or dropped is counted here."""
+    """Counts of a data set, with every truncated text and every dropped row."""
 
     fingerprint: str
     rows: int
@@ -41,12 +40,13 @@ class DatasetStats:
     dropped: int
 
     def counts(self) -> dict[str, int]:
+        """By name."""
         return {name: value for name, value in vars(self).items() if name != "fingerprint"}
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """Tokenized rows, mapped from the disk."""
+    """Tokenized rows, memory-mapped, and their counts."""
 
     rows: datasets.Dataset
     stats: DatasetStats
@@ -64,22 +64,22 @@ def tokenized(
     processes: int,
     first_on_node: bool = True,
 ) -> TokenizedDataset:
-    """The sources' rows, checked and tokenized; from the cache if it holds the same content with the same settings.
+    """The sources' rows, checked and tokenized; from the cache if it has the same content with the same settings.
 
-    settings       everything besides the content that decides the result
+    settings       everything besides the content that determines the result
     check          (where, row) -> the columns to keep, none to drop the row; raises DataError
-    row_features   types of those columns: never guessed from the first rows of a file
+    row_features   types of those columns, so that they do not depend on the first rows of a file
     tokenize       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
-    first_on_node  this process checks every byte of the cache, and builds it anew where one is wrong
+    first_on_node  this process checks every byte of the cache, and rebuilds a damaged one
     """
-    contents = [source.fingerprint for source in sources]
-    address = json.dumps([contents, dict(settings)], sort_keys=True)
-    folder = cache_dir.expanduser() / hashlib.blake2b(address.encode(), digest_size=12).hexdigest()
-    if first_on_node and folder.exists() and (fault := damage(folder, ("facts.json", "rows/state.json"))):
-        print(f"warning: data.cache_dir: {folder}: {fault}; built anew", file=sys.stderr, flush=True)
+    fingerprints = [source.fingerprint for source in sources]
+    cache_key = json.dumps([fingerprints, dict(settings)], sort_keys=True)
+    folder = cache_dir.expanduser() / hashlib.blake2b(cache_key.encode(), digest_size=12).hexdigest()
+    if first_on_node and folder.exists() and (problem := damage(folder, ("facts.json", "rows/state.json"))):
+        print(f"warning: data.cache_dir: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
     if not folder.exists():
-        _build(folder, sources, contents, tokenize, check, row_features, features, processes)
+        _build(folder, sources, fingerprints, tokenize, check, row_features, features, processes)
     stats = DatasetStats(**json.loads((folder / "facts.json").read_text()))
     return TokenizedDataset(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), stats)
 
@@ -87,30 +87,30 @@ def tokenized(
 def _build(
     folder: Path,
     sources: Sequence[Source],
-    contents: Sequence[str],
+    fingerprints: Sequence[str],
     tokenize: Tokenize,
     check: Check,
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
 ) -> None:
-    tmp = _own_tmp(folder)
-    read = 0
+    """Write the cache beside `folder`, then rename it; nothing is left after an error."""
+    tmp, num_read = _new_tmp(folder), 0
 
-    def rows() -> Iterator[Row]:
-        nonlocal read
-        for source, content in zip(sources, contents, strict=True):
+    def checked_rows() -> Iterator[Row]:
+        nonlocal num_read
+        for source, fingerprint in zip(sources, fingerprints, strict=True):
             for where, row in read_rows(source):
-                read += 1
-                if (checked := check(where, row)) is not None:
-                    yield checked
-            if source.fingerprint != content:
+                num_read += 1
+                if (checked_row := check(where, row)) is not None:
+                    yield checked_row
+            if source.fingerprint != fingerprint:
                 raise DataError(
                     f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"
                 )
 
     try:
-        shards = list(_in_shards(rows(), row_features, tmp / "raw"))
+        shards = list(_write_shards(checked_rows(), row_features, tmp / "raw"))
         if not shards:
             raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
         raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
@@ -123,13 +123,14 @@ def _build(
             cache_file_name=str(tmp / "mapped.arrow"),
             desc="tokenizing",
         )
-        counted: Any = table.select_columns(["tokens", "truncated"]).with_format("numpy")
-        tokens = sum(int(batch["tokens"].sum()) for batch in counted.iter(100_000))
-        truncated = sum(int(batch["truncated"].sum()) for batch in counted.iter(100_000))
+        counts: Any = table.select_columns(["tokens", "truncated"]).with_format("numpy")
+        tokens, truncated = (
+            sum(int(batch[name].sum()) for batch in counts.iter(100_000)) for name in ("tokens", "truncated")
+        )
         table.save_to_disk(str(tmp / "rows"))
         for path in (tmp / "raw", *tmp.glob("mapped*.arrow")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        stats = DatasetStats(folder.name, len(table), tokens, truncated, read - len(raw))
+        stats = DatasetStats(folder.name, len(table), tokens, truncated, num_read - len(raw))
         (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
         write_manifest(tmp)
     except BaseException:
@@ -137,25 +138,25 @@ def _build(
         raise
     try:
         tmp.rename(folder)  # whole or absent
-    except OSError:  # another run on this cache was quicker
+    except OSError:  # another run on this cache was faster
         shutil.rmtree(tmp)
     sync(folder.parent)
 
 
-def _own_tmp(folder: Path) -> Path:
-    """An empty folder of this process alone, because other runs and nodes may build the same; old ones go."""
+def _new_tmp(folder: Path) -> Path:
+    """A new folder for this process, because other runs and nodes may build the same cache; deletes abandoned ones."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(".*.tmp"):
+    for tmp in folder.parent.glob(".*.tmp"):
         with suppress(OSError):
-            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(abandoned)
+            if time.time() - tmp.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(tmp)
     return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
 
 
-def _in_shards(
+def _write_shards(
     rows: Iterator[Row], features: datasets.Features, folder: Path, shard_rows: int = 200_000
 ) -> Iterator[Path]:
-    """Write the rows as Arrow files of `shard_rows` rows, so that memory does not grow with the corpus."""
+    """Write Arrow files of `shard_rows` rows, so that memory does not grow with the data set; yields their paths."""
     folder.mkdir()
     row = next(rows, None)
     while row is not None:

@@ -1,4 +1,4 @@
-"""Examples to fine-tune on: FlagEmbedding's JSONL or sentence-transformers' columns, in one form."""
+"""Training examples of fine-tuning: FlagEmbedding's JSONL or sentence-transformers' columns, in one form."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class TrainingExample(TypedDict):
 
     query: str
     prompt: str | None
-    """The query's own instruction; none: the recipe's."""
+    """The query's instruction; none: the recipe's."""
     type: str
     """One of TYPES."""
     pos: list[str]
     pos_scores: list[float]
-    """A teacher's, one for each text, or none at all."""
+    """Of a teacher, one for each text; or empty."""
     neg: list[str]
     neg_scores: list[float]
 
@@ -46,7 +46,7 @@ class TrainingExample(TypedDict):
 def check_row(where: str, row: Row) -> TrainingExample | None:
     """The example in a row of FlagEmbedding's JSONL or of sentence-transformers' columns; none for an empty query.
 
-    Raises DataError, which begins with `where`.
+    where   FILE:LINE; the DataError of a bad row begins with it
     """
     if row.get("query") is None and row.get("anchor") is not None:  # tables hold all columns in every row
         row = _from_columns(row)
@@ -69,7 +69,7 @@ def check_row(where: str, row: Row) -> TrainingExample | None:
 
 
 def _passages(where: str, name: str, texts: object, scores: object) -> tuple[list[str], list[float]]:
-    """The texts that are not blank, with their scores."""
+    """The texts that are not blank, with their scores; DataError where they do not match."""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{where}: {name}: must be a list of texts, got {type(texts).__name__}")
     count = len(scores) if isinstance(scores, list) else 1
@@ -83,6 +83,7 @@ def _passages(where: str, name: str, texts: object, scores: object) -> tuple[lis
 
 
 def _from_columns(row: Row) -> Row:
+    """A row of sentence-transformers' columns in FlagEmbedding's form."""
     names = [name for name in row if name == "negative" or name.startswith("negative_")]
     return {
         "query": row["anchor"],
@@ -92,5 +93,5 @@ def _from_columns(row: Row) -> Row:
 
 
 def content_hash(text: str) -> int:
-    """63 bits by which equal texts are recognised, whatever instruction stands before them."""
+    """63 bits of the text without its instruction, by which equal texts are recognised."""
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big") >> 1

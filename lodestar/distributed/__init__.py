@@ -1,1 +1,1 @@
-"""Ranks: who this process is, and what ranks say to each other."""
+"""The runtime of ranks, their collectives, and the watchdog for lost ranks."""

@@ -1,4 +1,4 @@
-"""The few things ranks say to each other, named by meaning; each is the identity when a process is alone.
+"""Collectives, named by their purpose; for a single process each is the identity.
 
 Shape suffixes: N rows on this rank, M rows on all ranks, D width.
 """
@@ -19,13 +19,16 @@ from torch import Tensor
 from lodestar.errors import ConfigError, LodestarError
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 def rank() -> int:
+    """0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -37,29 +40,31 @@ def gather_rows(x_ND: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
+    """`gather_rows`; its backward is a reduce-scatter."""
+
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
-        widest = max(counts)
-        padded = x_ND.new_zeros(widest, *x_ND.shape[1:])  # collectives want equal sizes: pad here, trim below
+        max_count = max(counts)
+        padded = x_ND.new_zeros(max_count, *x_ND.shape[1:])  # collectives need equal sizes: pad here, trim below
         padded[: len(x_ND)] = x_ND
-        gathered = x_ND.new_empty(len(counts) * widest, *x_ND.shape[1:])
+        gathered = x_ND.new_empty(len(counts) * max_count, *x_ND.shape[1:])
         dist.all_gather_into_tensor(gathered, padded)
-        if min(counts) == widest:
+        if min(counts) == max_count:
             return gathered
-        return torch.cat([part[:count] for part, count in zip(gathered.split(widest), counts, strict=True)])
+        return torch.cat([rows[:count] for rows, count in zip(gathered.split(max_count), counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # Every rank used every row, so a row's gradient is the sum over ranks.
         (grad_MD,), counts = grads, ctx.counts
-        widest = max(counts)
-        padded = grad_MD.new_zeros(len(counts) * widest, *grad_MD.shape[1:])
-        for part, mine in zip(padded.split(widest), grad_MD.split(counts), strict=True):
-            part[: len(mine)] = mine
-        own = grad_MD.new_empty(widest, *grad_MD.shape[1:])
-        dist.reduce_scatter_tensor(own, padded)
-        return own[: counts[rank()]], None
+        max_count = max(counts)
+        padded = grad_MD.new_zeros(len(counts) * max_count, *grad_MD.shape[1:])
+        for padded_rows, rows in zip(padded.split(max_count), grad_MD.split(counts), strict=True):
+            padded_rows[: len(rows)] = rows
+        grad_ND = grad_MD.new_empty(max_count, *grad_MD.shape[1:])
+        dist.reduce_scatter_tensor(grad_ND, padded)
+        return grad_ND[: counts[rank()]], None
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -71,13 +76,14 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
+    """The elementwise maximum over ranks, on every rank; not differentiable."""
     if world_size() > 1:
         x = x.detach().clone()
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Each rank's small Python value, on every rank, in rank order."""
     if world_size() == 1:
         return [value]
@@ -90,66 +96,69 @@ def from_main(value: Any) -> Any:
     """Rank 0's small Python value, on every rank."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def is_broken(error: RuntimeError) -> bool:
-    """Whether this is how gloo or NCCL say that a peer does not answer."""
+    """Whether gloo or NCCL raised it because a peer does not answer."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait for all ranks."""
     gather_objects(None)
 
 
 @contextmanager
 def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What one rank raises inside, every rank raises at the end: nobody is left waiting for a rank that has gone."""
-    mistake: LodestarError | None = None
+    """A LodestarError that one rank raises inside, every rank raises at the end: no rank waits for one that left."""
+    local_error: LodestarError | None = None
     try:
         yield
     except LodestarError as error:
-        mistake = error
-    for other in gather_objects(mistake, group):
-        if other is not None:
-            raise other
+        local_error = error
+    for error in gather_objects(local_error, group):
+        if error is not None:
+            raise error
 
 
 def require_same(values: Mapping[str, Any], what: str) -> None:
-    """ConfigError on every rank, naming ranks and keys, unless all ranks bring equal values, which can become JSON."""
+    """ConfigError on every rank, with ranks and keys, unless all ranks have equal values, which must be JSON values.
+
+    what   the subject of the error message
+    """
     digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
     if len(set(gather_objects(digest))) == 1:
         return
-    first, *others = gather_objects(dict(values))
-    lines = []
-    for number, other in enumerate(others, 1):
-        keys = [key for key in first | other if first.get(key) != other.get(key)]
+    of_main, *of_others = gather_objects(dict(values))
+    differences: list[str] = []
+    for number, other in enumerate(of_others, 1):
+        keys = [key for key in of_main | other if of_main.get(key) != other.get(key)]
         if keys:
-            differing = ", ".join(f"{key} {other.get(key)!r}, not {first.get(key)!r}" for key in keys)
-            lines.append(f"rank {number} has {differing}")
-    raise ConfigError(f"{what}: not the same as on rank 0: {'; '.join(lines)} (start all ranks with the same)")
+            pairs = ", ".join(f"{key} {other.get(key)!r}, not {of_main.get(key)!r}" for key in keys)
+            differences.append(f"rank {number} has {pairs}")
+    raise ConfigError(f"{what}: not the same as on rank 0: {'; '.join(differences)} (start all ranks with the same)")
 
 
 def on_main(build: Callable[[], Result]) -> Result:
-    """`build()` of rank 0 on every rank; what it raises there, every rank raises."""
-    found = None
+    """`build()` of rank 0, on every rank; its LodestarError is raised on every rank."""
+    result = None
     with agreed():
         if rank() == 0:
-            found = build()
-    return from_main(found)
+            result = build()
+    return from_main(result)
 
 
 def once_per_node(build: Callable[[], Result], local_rank: int) -> Result:
-    """`build()` on the first rank of each node, then, with its files on the disk, on the others."""
-    # A large corpus takes hours: longer than any limit on a hanging peer.
+    """`build()` on the first rank of each node, then, when its files are on the disk, on the others."""
+    # A large data set takes hours: longer than the time-out of other collectives.
     group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=2)) if world_size() > 1 else None
     results: list[Result] = []
-    for my_turn in (local_rank == 0, local_rank != 0):
+    for takes_part in (local_rank == 0, local_rank != 0):
         with agreed(group):
-            if my_turn:
+            if takes_part:
                 results.append(build())
     if group is not None:
         dist.destroy_process_group(group)
@@ -157,10 +166,10 @@ def once_per_node(build: Callable[[], Result], local_rank: int) -> Result:
 
 
 def gather_counts(count: int) -> list[int]:
-    """Each rank's number, on every rank, in rank order."""
+    """Each rank's count, on every rank, in rank order."""
     if world_size() == 1:
         return [count]
-    counts = torch.zeros(world_size(), dtype=torch.int64)  # on the CPU: gloo, without a word to the GPU
+    counts = torch.zeros(world_size(), dtype=torch.int64)  # on the CPU: gloo, without a synchronisation of the GPU
     counts[rank()] = count
     dist.all_reduce(counts)
     return counts.tolist()

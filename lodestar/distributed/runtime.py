@@ -1,7 +1,7 @@
-"""Who this process is among how many, and the opening and closing of the process group.
+"""Rank, world size and device of this process, and the process group.
 
-The only file that reads the launcher's environment: torchrun, deepspeed, srun, or none of them. Loads without torch,
-so that mistakes in a recipe are told at once and by one rank alone.
+The only file that reads the launcher's environment: torchrun, deepspeed, srun, or none of them. Loads without torch, so
+that errors in a recipe are printed at once, by one rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LAUNCHERS = {
 
 @dataclass(frozen=True)
 class Placement:
-    """This process's place: `rank` of `world_size`, the `local_rank`-th of its node."""
+    """Rank of this process among `world_size`, and among those of its node."""
 
     rank: int
     world_size: int
@@ -35,11 +35,14 @@ class Placement:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Placement:
-        """torchrun and deepspeed set RANK, WORLD_SIZE, LOCAL_RANK; srun SLURM_PROCID, ...; with none we are alone."""
+        """From RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed) or srun's variables; without them a single process.
+
+        Raises LaunchError where a launcher's variables are incomplete.
+        """
         for launcher, names in _LAUNCHERS.items():
             absent = [name for name in names if name not in env]
             if launcher == "srun" and "SLURM_STEP_ID" not in env:
-                continue  # inside a batch script SLURM's variables describe the job, not this process
+                continue  # in a batch script SLURM's variables describe the job, not this process
             if not absent:
                 return cls(*(int(env[name]) for name in names))
             if len(absent) < len(names):
@@ -51,7 +54,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A process that has joined its group; every value the rest of the program needs to know of its surroundings."""
+    """A process that has joined its group: rank, world size and device."""
 
     rank: int
     world_size: int
@@ -60,28 +63,30 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and prints."""
         return self.rank == 0
 
     def own_devices(self) -> list[str]:
-        """This rank's part of the GPUs of its node, for work that needs no group; the CPU where there are none."""
+        """This rank's part of the GPUs of its node, for work without collectives; the CPU where there are none."""
         import torch
 
         if self.device.type != "cuda":
             return ["cpu"]
-        step = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if self.world_size == 1 else torch.cuda.device_count()))
-        return [f"cuda:{i}" for i in range(self.local_rank, torch.cuda.device_count(), step)]
+        num_gpus = torch.cuda.device_count()
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1 if self.world_size == 1 else num_gpus))
+        return [f"cuda:{i}" for i in range(self.local_rank, num_gpus, num_ranks)]
 
     def multiplies_bf16(self) -> bool:
-        """Whether this device has units for bf16 matrix products; a CPU without them emulates each, far slower."""
+        """Whether this device has units for bf16 matrix products; a CPU without them emulates them, far slower."""
         import torch
 
         if self.device.type != "cpu":
             return True
-        has_units = any(on and "bf16" in name for name, on in torch.cpu.get_capabilities().items())
+        has_units = any(value and "bf16" in name for name, value in torch.cpu.get_capabilities().items())
         return has_units and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def memory_bytes(self) -> int:
-        """Of this rank's device; without a GPU, this rank's share of the machine's."""
+        """Memory of this rank's device; without a GPU, the machine's memory divided by the world size."""
         import torch
 
         if self.device.type == "cuda":
@@ -90,15 +95,16 @@ class Runtime:
 
 
 def choose_device(local_rank: int) -> torch.device:
+    """The GPU of this rank, or the CPU; LaunchError where a node has more processes than GPUs."""
     import torch
 
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count()
-        if here > gpus:
+        num_processes, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)), torch.cuda.device_count()
+        if num_processes > num_gpus:
             raise LaunchError(
-                f"environment: {here} processes on a node that shows {gpus} GPUs (start as many as there are GPUs)",
-                print_on_this_rank=local_rank
-                == gpus,  # where the launcher sets no LOCAL_WORLD_SIZE, only those beyond know it
+                f"environment: {num_processes} processes on a node with {num_gpus} visible GPUs (start one per GPU)",
+                # Without LOCAL_WORLD_SIZE only the ranks without a GPU know: the first of them prints.
+                print_on_this_rank=local_rank == num_gpus,
             )
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
@@ -106,9 +112,9 @@ def choose_device(local_rank: int) -> torch.device:
 
 @contextmanager
 def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: str | None = None) -> Iterator[Runtime]:
-    """Open the process group on this rank's device, and close it at the end whatever happens.
+    """Join the process group on this rank's device, and leave it at the end, also after an error.
 
-    A group is opened for a single process too, because DeepSpeed asks for one.
+    A single process has a group too, because DeepSpeed needs one.
     """
     import torch
     import torch.distributed as dist
@@ -117,11 +123,11 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif placement.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks fight over cores
-    torch.set_flush_denormal(True)  # sharp softmax gradients are full of denormals: 60 times slower products on CPUs
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks compete for cores
+    torch.set_flush_denormal(True)  # softmax gradients have many denormals, which make products on CPUs 60 times slower
     _complete_environment(placement)
     dist.init_process_group(
-        # gloo beside NCCL carries the few numbers that ranks agree on
+        # gloo beside NCCL is for the few numbers on the CPU
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=placement.rank,
         world_size=placement.world_size,
@@ -135,10 +141,10 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
 
 
 def prepare_deepspeed() -> None:
-    """Before DeepSpeed is imported on a machine without a GPU: no compiler, no MPI.
+    """Keep DeepSpeed from compiling on a machine without a GPU; call it before DeepSpeed is imported.
 
-    Its CPU backend would compile a shared-memory op at start (25 to 150 s, and fails where there is no compiler), and
-    its Muon compiles kernels at import; both have plain equivalents.
+    Its CPU backend would compile a shared-memory op at start (25 to 150 s; it fails without a compiler), and its Muon
+    compiles kernels at import. Both have equivalents that need no compiler.
     """
     import torch
 
@@ -151,36 +157,36 @@ def prepare_deepspeed() -> None:
 
 
 def own_address() -> str:
-    """This host's address as the first node would see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    """This host's address, as the first node sees it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
         try:
-            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
-            return probe.getsockname()[0]
+            udp_socket.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing
+            return udp_socket.getsockname()[0]
         except OSError:
             return "127.0.0.1"
 
 
 def quiet_libraries() -> None:
-    """Before torch is imported: no warnings of its C++ side, which no filter of Python's reaches."""
+    """Silence warnings of torch's C++ code, which Python's filters do not reach; call it before torch is imported."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def local_environment() -> Mapping[str, str]:
-    """The environment, for those few callers that hand parts of it to a library."""
+    """The environment, for callers that pass parts of it to a library."""
     return os.environ
 
 
 def _complete_environment(placement: Placement) -> None:
-    """Libraries look for these names themselves; under srun or alone nobody has set them."""
-    ours = {"RANK": placement.rank, "WORLD_SIZE": placement.world_size, "LOCAL_RANK": placement.local_rank}
-    for name, value in ours.items():
+    """Set the names that libraries read themselves, where the launcher has not: under srun, or without one."""
+    values = {"RANK": placement.rank, "WORLD_SIZE": placement.world_size, "LOCAL_RANK": placement.local_rank}
+    for name, value in values.items():
         os.environ.setdefault(name, str(value))
 
 
 def _rendezvous(placement: Placement) -> str:
-    """Where the ranks of this run meet."""
+    """The init_method of torch.distributed; LaunchError where the address of the first node is not known."""
     if placement.world_size == 1:
-        return "tcp://127.0.0.1:0"  # a single process meets nobody, and a port of its own is never taken
+        return "tcp://127.0.0.1:0"  # port 0: a free port, as no other process must know it
     host = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if host is None:
         raise LaunchError("environment: MASTER_ADDR: not set (export the first node's address, and MASTER_PORT)")

@@ -1,4 +1,4 @@
-"""The group of all ranks of one run: joined, agreed on the recipe, watched."""
+"""The process group of one run, with equal recipes on all ranks and a watchdog."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from lodestar.distributed.watchdog import watchdog
 
 @contextmanager
 def distributed_session(placement: Placement, timeout_minutes: float, recipe: BaseModel) -> Iterator[Runtime]:
-    """The group of all ranks, which brings the same recipe on each and notices who is lost; libraries speak on the
-    first alone."""
+    """Join the group of all ranks, under a watchdog; ConfigError where ranks have different recipes.
+
+    Libraries print on rank 0 only.
+    """
     quiet(placement.rank == 0)
     with joined(placement, timeout_minutes=timeout_minutes) as runtime, watchdog(runtime, timeout_minutes):
         require_same(loader.flat(recipe, without=["data.cache_dir"]), "recipe")
@@ -27,7 +29,7 @@ def distributed_session(placement: Placement, timeout_minutes: float, recipe: Ba
 
 
 def quiet(main: bool) -> None:
-    """What libraries say on their own account is said by no rank, or by the first alone."""
+    """Silence progress bars and warnings of libraries; on ranks other than rank 0 all but their errors."""
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if not main:

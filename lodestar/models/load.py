@@ -1,6 +1,5 @@
-"""Backbone and tokenizer: loaded with every tensor checked by value, and saved so that others open it as it is.
+"""Encoder and tokenizer, loaded with every tensor checked by value.
 
-The one place that knows where families of encoders keep their embeddings, positions and head.
 Shape suffixes: N positions, B texts, L tokens, D width, V vocabulary.
 """
 
@@ -18,19 +17,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lodestar import rng
 from lodestar.config.schema import ModelConfig
 from lodestar.errors import ModelError, first_line
 
-# --- loading ---------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class Loaded:
-    """An encoder, and how many of its tensors are, value by value, those of the file."""
+class LoadedEncoder:
+    """An encoder, and how many of its tensors equal those of the file."""
 
     model: PreTrainedModel
     from_file: int
@@ -43,7 +40,7 @@ class Loaded:
 
 
 def find_folder(name: str) -> Path:
-    """`name` as a folder: itself, or the local copy of a hub repository of that name."""
+    """`name` as a folder: itself, or the local copy of that repository of the hub; ModelError where there is none."""
     if Path(name).is_dir():
         return Path(name)
     patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
@@ -51,19 +48,19 @@ def find_folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
         raise ModelError(
-            f"model.encoder: {name}: neither a folder nor a model that the hub or its cache holds"
+            f"model.encoder: {name}: neither a folder nor a model of the hub or its cache (check the name)"
         ) from None
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, checked against its encoder.
 
-    It must be a fast one, because whole words are found by its word ids.
+    It must be a fast tokenizer, because whole words are found by its word ids.
     Raises ModelError where it does not fit the encoder, or puts no [CLS] before a text.
     """
     folder = find_folder(model.tokenizer or model.encoder)
     if not any(path.name in TOKENIZER_FILES or path.suffix == ".model" for path in folder.iterdir()):
-        # transformers would make up a tokenizer that knows five tokens
+        # transformers would create a tokenizer with five tokens
         raise ModelError(f"model.tokenizer: {folder}: has no tokenizer files (name a folder that has, or add them)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -83,11 +80,11 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tikto
 
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """It knows more than special tokens, and puts one of those before a text."""
+    """ModelError unless it has more than special tokens, and puts one of those before a text."""
     check_vocabulary(tokenizer, f"model.tokenizer: {folder}")
-    special = set(tokenizer.all_special_ids)
+    special_ids = set(tokenizer.all_special_ids)
     first: list[int] = tokenizer("a")["input_ids"][:1]  # type: ignore[assignment]
-    if not first or first[0] not in special:
+    if not first or first[0] not in special_ids:
         raise ModelError(
             f"model.tokenizer: {folder}: puts no [CLS] before a text, and the embedding is read there "
             "(take the encoder's own, or give its tokenizer.json a post-processor that adds one)"
@@ -95,63 +92,63 @@ def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """ModelError for one that transformers made up where its files are missing: every text is the same to it."""
+    """ModelError for a tokenizer without ordinary tokens, which transformers creates where its files are missing."""
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
         raise ModelError(f"{where}: its tokenizer knows no token but special ones (add the encoder's tokenizer files)")
 
 
 def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: ModelConfig) -> None:
-    """Its ids mean what they meant to the encoder, as far as the encoder's folder tells."""
+    """ModelError where token ids have another meaning to the encoder, as far as the encoder's folder shows."""
     config, encoder = _config(model), find_folder(model.encoder)
-    ids, known = max(tokenizer.get_vocab().values()) + 1, getattr(config, "vocab_size", None)
+    num_ids, num_embeddings = max(tokenizer.get_vocab().values()) + 1, getattr(config, "vocab_size", None)
     remedy = f"take the tokenizer of {encoder}"
-    if known is not None and ids > known:
+    if num_embeddings is not None and num_ids > num_embeddings:
         raise ModelError(
-            f"model.tokenizer: {folder}: has {ids:,} tokens, but {encoder} embeds {known:,} of them ({remedy}, or "
-            "enlarge its embeddings)"
+            f"model.tokenizer: {folder}: has {num_ids:,} tokens, but {encoder} embeds {num_embeddings:,} of them "
+            f"({remedy}, or enlarge its embeddings)"
         )
-    if known is not None and not model.random_weights and ids < SPARSE_VOCABULARY * known:
+    if num_embeddings is not None and not model.random_weights and num_ids < SPARSE_VOCABULARY * num_embeddings:
         raise ModelError(
-            f"model.tokenizer: {folder}: has {ids:,} tokens, but {encoder} embeds {known:,}: another vocabulary "
-            f"({remedy})"
+            f"model.tokenizer: {folder}: has {num_ids:,} tokens, but {encoder} embeds {num_embeddings:,}: another "
+            f"vocabulary ({remedy})"
         )
-    pad = getattr(config, "pad_token_id", None)
-    if pad is not None and tokenizer.pad_token_id is not None and pad != tokenizer.pad_token_id:
+    pad_id = getattr(config, "pad_token_id", None)
+    if pad_id is not None and tokenizer.pad_token_id is not None and pad_id != tokenizer.pad_token_id:
         raise ModelError(
-            f"model.tokenizer: {folder}: pads with token {tokenizer.pad_token_id}, but {encoder} with {pad}: of "
+            f"model.tokenizer: {folder}: pads with token {tokenizer.pad_token_id}, but {encoder} with {pad_id}: of "
             f"another family ({remedy})"
         )
     if folder != encoder and any((encoder / name).is_file() for name in TOKENIZER_FILES):
-        own = AutoTokenizer.from_pretrained(encoder).get_vocab()
-        if not own.items() <= tokenizer.get_vocab().items():
+        encoder_vocabulary = AutoTokenizer.from_pretrained(encoder).get_vocab()
+        if not encoder_vocabulary.items() <= tokenizer.get_vocab().items():
             raise ModelError(
-                f"model.tokenizer: {folder}: gives tokens other numbers than the encoder's own does ({remedy})"
+                f"model.tokenizer: {folder}: gives tokens other numbers than the encoder's tokenizer does ({remedy})"
             )
 
 
 SPARSE_VOCABULARY = 0.9
-"""Embeddings are often padded to a multiple; a tokenizer that fills less of them than this is not theirs."""
+"""Embeddings are often padded to a multiple; a tokenizer with a smaller fraction of their number does not fit."""
 
 
-def load_encoder(model: ModelConfig, auto_class: Any, *, seed: int, random_head: bool = False) -> Loaded:
-    """An encoder in fp32 by one of transformers' Auto classes, from a file or randomly initialised, as the recipe says.
+def load_encoder(model: ModelConfig, auto_class: Any, *, seed: int, random_head: bool = False) -> LoadedEncoder:
+    """An encoder in fp32, from a file or randomly initialised, as the recipe says.
 
-    random_head   the tensors outside the base model may be missing from the file and start randomly initialised
-    Raises ModelError where a tensor is missing, has another shape, or is not what the file holds.
+    auto_class    one of transformers' Auto classes
+    random_head   tensors outside the base model may be missing from the file and start randomly initialised
+    raises        ModelError where a tensor is missing, has another shape, or differs from the file
     """
     folder, config = find_folder(model.encoder), _config(model)
     if model.dropout is not None:
         for name in _dropout_rates(config):
             setattr(config, name, model.dropout)
-    extra = _without_pooler(auto_class, config)
+    options = _without_pooler(auto_class, config)
     rng.seed_everything(seed, "weights")
     if model.random_weights:
-        encoder = auto_class.from_config(config, dtype=torch.float32, **extra)
-        loaded = Loaded(
-            encoder, 0, len(list(encoder.parameters())), "nothing: randomly initialised (model.random_weights)"
-        )
+        encoder = auto_class.from_config(config, dtype=torch.float32, **options)
+        total = len(list(encoder.parameters()))
+        loaded = LoadedEncoder(encoder, 0, total, "nothing: randomly initialised (model.random_weights)")
     else:
-        loaded = _from_file(folder, config, auto_class, extra, random_head)
+        loaded = _from_file(folder, config, auto_class, options, random_head)
     _check_length(model, loaded.model)
     _check_direction(loaded.model, folder)
     if model.activation_checkpointing:
@@ -159,7 +156,7 @@ def load_encoder(model: ModelConfig, auto_class: Any, *, seed: int, random_head:
     return replace(loaded, warnings=_pooling_warning(folder))
 
 
-def _config(model: ModelConfig) -> Any:
+def _config(model: ModelConfig) -> PretrainedConfig:
     """The encoder's configuration; ModelError where it cannot be read."""
     folder = find_folder(model.encoder)
     try:
@@ -170,107 +167,110 @@ def _config(model: ModelConfig) -> Any:
         ) from None
 
 
-def _from_file(folder: Path, config: Any, auto_class: Any, extra: dict[str, Any], random_head: bool) -> Loaded:
+def _from_file(
+    folder: Path, config: PretrainedConfig, auto_class: Any, options: dict[str, Any], random_head: bool
+) -> LoadedEncoder:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise ModelError(
             f"model.encoder: {folder}: has no weights (set model.random_weights: true to start randomly initialised)"
         )
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would warn of is an error below
+    transformers_logging.set_verbosity_error()  # its warnings are errors below
     try:
         encoder = auto_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **extra
+            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **options
         )
-        held = _tensors(files)
+        readers = _tensor_readers(files)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.encoder: {folder}: cannot be opened: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    prefix = encoder.base_model_prefix + "."
-    wrong: dict[str, str] = {}
-    total = 0
-    aliases = _aliases(encoder)
-    for name, parameter in encoder.named_parameters():
-        total += 1
-        found = next((t for alias in aliases[parameter] if (t := _in_file(alias, prefix, held)) is not None), None)
-        if found is None:
-            wrong[name] = "is missing"
-        elif found.shape != parameter.shape:
-            wrong[name] = f"has shape {list(found.shape)}, not {list(parameter.shape)}"
-        elif not torch.equal(found.to(parameter.dtype), parameter.detach()):
-            wrong[name] = "was not loaded"
+    problems = _problems(encoder, readers)
+    total = len(list(encoder.parameters()))
     base = {id(parameter) for parameter in encoder.base_model.parameters()}
-    fatal = [
-        name
-        for name, parameter in encoder.named_parameters()
-        if name in wrong and not (random_head and id(parameter) not in base)
-    ]
+    in_base = {name for name, parameter in encoder.named_parameters() if id(parameter) in base}
+    fatal = [name for name in problems if not random_head or name in in_base]
     if fatal:
-        head_only = all(id(p) not in base for n, p in encoder.named_parameters() if n in fatal)
-        remedy = (
-            "set model.random_head: true to start with a random head"
-            if head_only
-            else "use the folder that the model was saved to"
-        )
-        more = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
+        remedy = "use the folder that the model was saved to"
+        if in_base.isdisjoint(fatal):
+            remedy = "set model.random_head: true to start with a random head"
+        others = f" and {len(fatal) - 1} more" if len(fatal) > 1 else ""
         raise ModelError(
-            f"model.encoder: {folder}: {total - len(wrong)} of {total} tensors: {fatal[0]} "
-            f"{wrong[fatal[0]]}{more} ({remedy})"
+            f"model.encoder: {folder}: {total - len(problems)} of {total} tensors: {fatal[0]} "
+            f"{problems[fatal[0]]}{others} ({remedy})"
         )
-    return Loaded(encoder, total - len(wrong), total, str(folder))
+    return LoadedEncoder(encoder, total - len(problems), total, str(folder))
 
 
-def _tensors(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
-    """Readers for the tensors of the files, by name; a tensor is read when it is called for."""
-    held: dict[str, Callable[[], Tensor]] = {}
+def _problems(encoder: PreTrainedModel, readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, str]:
+    """What is wrong with each parameter that does not equal the file's tensor, in the order of the parameters."""
+    prefix, aliases = encoder.base_model_prefix + ".", parameter_aliases(encoder)
+    problems: dict[str, str] = {}
+    for name, parameter in encoder.named_parameters():
+        tensors = (_read_tensor(alias, prefix, readers) for alias in aliases[parameter])
+        tensor = next((tensor for tensor in tensors if tensor is not None), None)
+        if tensor is None:
+            problems[name] = "is missing"
+        elif tensor.shape != parameter.shape:
+            problems[name] = f"has shape {list(tensor.shape)}, not {list(parameter.shape)}"
+        elif not torch.equal(tensor.to(parameter.dtype), parameter.detach()):
+            problems[name] = "was not loaded"
+    return problems
+
+
+def _tensor_readers(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
+    """By name, functions that read a tensor of the files."""
+    readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         if file.suffix == ".bin":
             for name, tensor in torch.load(file, weights_only=True, map_location="cpu", mmap=True).items():
-                held[name] = lambda tensor=tensor: tensor
+                readers[name] = lambda tensor=tensor: tensor
         else:
-            reader = safe_open(file, framework="pt")
-            for name in reader.keys():  # noqa: SIM118 (not a dict)
-                held[name] = lambda reader=reader, name=name: reader.get_tensor(name)
-    return held
+            opened = safe_open(file, framework="pt")
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                readers[name] = lambda opened=opened, name=name: opened.get_tensor(name)
+    return readers
 
 
-def _aliases(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """All names of each parameter: tied ones have several, and which is the first depends on the family."""
+def parameter_aliases(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """All names of each parameter: a tied parameter has several, in an order that depends on the family."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     return names
 
 
-def _in_file(name: str, prefix: str, held: Mapping[str, Callable[[], Tensor]]) -> Tensor | None:
-    """The file's tensor of that name, with or without the base model's prefix, or under a norm's old names."""
+def _read_tensor(name: str, prefix: str, readers: Mapping[str, Callable[[], Tensor]]) -> Tensor | None:
+    """The tensor of that name, with or without the base model's prefix, or with a LayerNorm's old names."""
     names = [name, prefix + name, name.removeprefix(prefix)]
     for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
         names += [candidate.replace(new, old) for candidate in names if new in candidate]
-    return next((held[candidate]() for candidate in names if candidate in held), None)
+    return next((readers[candidate]() for candidate in names if candidate in readers), None)
 
 
-def _without_pooler(auto_class: Any, config: Any) -> dict[str, Any]:
-    """[CLS] itself is the embedding; a pooler would only be a tensor without a gradient."""
+def _without_pooler(auto_class: Any, config: PretrainedConfig) -> dict[str, Any]:
+    """Options to build the model without a pooler, whose parameters would have no gradient: [CLS] is the embedding."""
     if type(config) not in auto_class._model_mapping.keys():  # noqa: SIM118 (not a dict)
         raise ModelError(
             f"model.encoder: a {config.model_type} model cannot be opened by {auto_class.__name__} (name an encoder "
             "like BERT)"
         )
     model_class = auto_class._model_mapping[type(config)]
-    known = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    return {"add_pooling_layer": False} if known else {}
+    has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_option else {}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that decides how it splits a text, but not what its last call asked for."""
-    made = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    return json.dumps({**made, "truncation": None, "padding": None}, sort_keys=True)
+    """Everything that determines how it splits a text; options of its last call are left out."""
+    values = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    return json.dumps({**values, "truncation": None, "padding": None}, sort_keys=True)
 
 
 def _check_length(model: ModelConfig, encoder: PreTrainedModel) -> None:
-    rows, (_, first) = getattr(encoder.config, "max_position_embeddings", None), _positions_of(encoder.base_model)
+    """ModelError where the encoder has fewer positions than model.max_length."""
+    rows = getattr(encoder.config, "max_position_embeddings", None)
+    _, first = position_embeddings(encoder.base_model)
     if rows is not None and model.max_length > rows - first:
         raise ModelError(
             f"model.max_length: {model.max_length} tokens but {model.encoder} knows {rows - first} positions (lower it)"
@@ -278,21 +278,21 @@ def _check_length(model: ModelConfig, encoder: PreTrainedModel) -> None:
 
 
 def _check_direction(encoder: PreTrainedModel, folder: Path) -> None:
-    """The first token sees those behind it: in a causal decoder texts that begin alike would have equal vectors."""
+    """ModelError where the first token does not attend to the next ones: a causal decoder is no text encoder."""
     first, *others = [i for i in range(min(64, encoder.config.vocab_size)) if i != encoder.config.pad_token_id]
     training = encoder.training
     with torch.no_grad():
         ids_BL = torch.tensor([[first, others[0], others[1]], [first, others[2], others[3]]])
         base = encoder.eval().base_model
         try:
-            seen_BD = base(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).last_hidden_state[:, 0]
+            cls_BD = base(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL)).last_hidden_state[:, 0]
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise ModelError(
                 f"model.encoder: {folder}: {type(encoder).__name__} is no text encoder: {first_line(error)} "
                 "(name one like BERT)"
             ) from None
     encoder.train(training)
-    if seen_BD[0].equal(seen_BD[1]):
+    if cls_BD[0].equal(cls_BD[1]):  # the texts differ behind their first token
         raise ModelError(
             f"model.encoder: {folder}: {type(encoder).__name__} is a causal decoder: its first token, whose vector is "
             "the embedding, sees no other (name an encoder like BERT)"
@@ -300,7 +300,7 @@ def _check_direction(encoder: PreTrainedModel, folder: Path) -> None:
 
 
 def _pooling_warning(folder: Path) -> tuple[str, ...]:
-    """A line where the folder's own embedding is not the [CLS] vector."""
+    """A warning where the folder's embedding is not the [CLS] vector."""
     file = folder / "1_Pooling" / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -308,8 +308,8 @@ def _pooling_warning(folder: Path) -> tuple[str, ...]:
         raise ModelError(f"model.encoder: {file}: not valid JSON (fetch the folder again)") from None
     modes = values.get("pooling_mode") or []
     modes = [modes] if isinstance(modes, str) else list(modes)
-    before = "pooling_mode_"  # of older versions: a switch for each
-    modes += [name.removeprefix(before) for name in values if name.startswith(before) and values[name]]
+    prefix = "pooling_mode_"  # older versions have a switch for each mode
+    modes += [name.removeprefix(prefix) for name in values if name.startswith(prefix) and values[name]]
     if not modes or modes in (["cls"], ["cls_token"]):
         return ()
     return (
@@ -318,19 +318,17 @@ def _pooling_warning(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _dropout_rates(config: Any) -> list[str]:
+def _dropout_rates(config: PretrainedConfig) -> list[str]:
+    """Names of the configuration's dropout rates."""
     return [
-        n
-        for n, v in config.to_dict().items()
-        if "dropout" in n and isinstance(v, (int, float)) and not isinstance(v, bool)
+        name
+        for name, value in config.to_dict().items()
+        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
 
 
-# --- parts -----------------------------------------------------------------------------------
-
-
-def _positions_of(base: nn.Module) -> tuple[nn.Embedding | None, int]:
-    """The table of absolute positions, if there is one, and its row for a text's first token."""
+def position_embeddings(base: nn.Module) -> tuple[nn.Embedding | None, int]:
+    """The table of absolute positions, none where positions are rotary, and its row for a text's first token."""
     table = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     padding = getattr(table, "padding_idx", None)
     return table, 0 if padding is None else padding + 1

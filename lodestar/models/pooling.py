@@ -1,4 +1,4 @@
-"""From the hidden states of a text to the one vector that stands for it.
+"""From the hidden states of a text to its embedding.
 
 Shape suffixes: B texts, L tokens, D width.
 """
@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def cls_of(hidden_BLD: Tensor) -> Tensor:
-    """(B, L, D) -> (B, D): the vector that stands for the text."""
+    """(B, L, D) -> (B, D): the [CLS] vectors."""
     return hidden_BLD[:, 0]

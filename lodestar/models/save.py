@@ -1,4 +1,4 @@
-"""An encoder with its tokenizer as a folder that transformers and sentence-transformers open as it is."""
+"""An encoder with its tokenizer as a folder that transformers and sentence-transformers open."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lodestar.config.loader import dump
 from lodestar.files import write_json
-from lodestar.models.load import _aliases
+from lodestar.models.load import parameter_aliases
 
 
 def save_model(
@@ -26,9 +27,9 @@ def save_model(
     prompts: Mapping[str, str],
     card: str,
 ) -> None:
-    """A transformers folder that is a sentence-transformers folder too: CLS pooling, normalise, prompts, a card.
+    """Write a transformers folder that is a sentence-transformers folder too: CLS pooling, normalisation, prompts.
 
-    weights   the model's parameters, one name for each, if they lie elsewhere than in the model (sharded engines)
+    weights   the model's parameters, one name for each; none: those in the model (an engine may have sharded them)
     prompts   by role: `encode_query` applies "query", `encode_document` "document"
     """
     from sentence_transformers import __version__ as sentence_transformers_version
@@ -36,22 +37,29 @@ def save_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     state = None
-    if weights is not None:  # every name of a tied tensor, because transformers keeps the one that it knows
-        state = {name: tensor for names in _aliases(model).values() for tensor in [weights[names[0]]] for name in names}
+    if weights is not None:  # all names of a tied tensor, of which transformers keeps one
+        state = {
+            name: tensor
+            for names in parameter_aliases(model).values()
+            for tensor in [weights[names[0]]]
+            for name in names
+        }
     model.save_pretrained(folder, state_dict=state)
     tokenizer.model_max_length = max_length
-    made: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
-    made.no_truncation()  # what the last call asked for is no part of the model
-    made.no_padding()
+    backend: Tokenizer = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    backend.no_truncation()  # options of the last call are no part of the model
+    backend.no_padding()
     tokenizer.save_pretrained(folder)
     width = model.config.hidden_size
-    for place, module in (("1_Pooling", Pooling(width, pooling_mode="cls")), ("2_Normalize", Normalize())):
-        (folder / place).mkdir(exist_ok=True)
-        module.save(str(folder / place))
-    kind = "sentence_transformers.models"
-    modules = [("", f"{kind}.Transformer"), ("1_Pooling", f"{kind}.Pooling"), ("2_Normalize", f"{kind}.Normalize")]
-    listed = [{"idx": i, "name": str(i), "path": path, "type": name} for i, (path, name) in enumerate(modules)]
-    write_json(folder / "modules.json", listed)
+    for name, module in (("1_Pooling", Pooling(width, pooling_mode="cls")), ("2_Normalize", Normalize())):
+        (folder / name).mkdir(exist_ok=True)
+        module.save(str(folder / name))
+    paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(paths.items())
+    ]
+    write_json(folder / "modules.json", modules)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     write_json(
         folder / "config_sentence_transformers.json",
@@ -66,9 +74,9 @@ def save_model(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(title: str, recipe: BaseModel, facts: Mapping[str, Any]) -> str:
-    """README.md of a model folder: how it was trained, in numbers."""
-    values = json.dumps({key: value for key, value in facts.items() if value is not None}, indent=2)
+def model_card(title: str, recipe: BaseModel, results: Mapping[str, Any]) -> str:
+    """README.md of a model folder: usage, results of the training run, and its recipe."""
+    values = json.dumps({key: value for key, value in results.items() if value is not None}, indent=2)
     return (
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, lodestar]\n---\n\n"

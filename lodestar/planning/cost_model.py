@@ -1,6 +1,6 @@
 """What a step costs on one device, by arithmetic: memory in bytes and time in seconds. Loads without torch.
 
-Activations are what autograd keeps of a transformer layer whose attention is fused, counted in PyTorch: under bf16
+Activations are what autograd saves of a transformer layer with fused attention, counted in PyTorch: under bf16
 autocast 24 * width + 4 * feed_forward bytes per token and layer, in fp32 32 * width + 8 * feed_forward, and in both one
 byte for each element of two dropout masks; 8 * width for the embeddings. Floating-point operations: 6 per parameter and
 token for a forward and a backward pass (Kaplan et al. 2020, "Scaling laws for neural language models", 2.1), and 2 per
@@ -25,7 +25,7 @@ class Device:
     """bf16 matrix products per second, in FLOP/s (fp16 on a V100)."""
     fp32_flops: float
     network_bytes: float
-    """Bytes per second that each device sends to other nodes, in the usual cluster of its time."""
+    """Bytes per second that each device sends to other nodes, in a usual cluster of its time."""
 
 
 DEVICES = {
@@ -38,15 +38,15 @@ DEVICES = {
 }
 
 MODEL_RATE, LOSS_RATE, NETWORK_RATE = 0.4, 0.8, 0.7
-"""Shares of the peak rates that are counted on: assumptions, until a dry run (--rehearse) measures them."""
+"""Fractions of the peak rates that are reached: assumptions; a dry run (--rehearse) measures the time."""
 
 RUNTIME_BYTES = int(0.6 * GIB)
-"""What the driver and the libraries take on a GPU: context, workspaces, buffers of collectives; an assumption."""
+"""Memory of driver and libraries on a GPU: context, workspaces, buffers of collectives; an assumption."""
 
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """The sizes in an encoder's config.json that decide its memory and time."""
+    """The sizes in an encoder's config.json that determine its memory and time."""
 
     layers: int
     width: int
@@ -63,7 +63,7 @@ class EncoderShape:
         return (self.vocabulary + self.positions + 4) * self.width + self.layers * self.layer_parameters
 
     def deeper(self, layers: int) -> EncoderShape:
-        """The same with so many more layers, as a decoder's."""
+        """The same with more layers, as a decoder's."""
         return EncoderShape(self.layers + layers, self.width, self.feed_forward, self.vocabulary, self.positions)
 
 
@@ -72,24 +72,25 @@ BERT_BASE = EncoderShape(layers=12, width=768, feed_forward=3072, vocabulary=305
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step asks of the rank with the most examples."""
+    """What a step costs the rank with the most examples."""
 
     shape: EncoderShape
     held_tokens: int
-    """Tokens of the micro-batches whose activations are held at once, padding included."""
+    """Tokens of the micro-batches whose activations are in memory at once, padding included."""
     flops: float
-    """Of the model."""
+    """Floating-point operations of the model."""
     embedding_bytes: int = 0
+    """Of local embeddings, and of gathered ones with their gradients."""
     loss_bytes: int = 0
     """Of the largest tile of scores or logits."""
-    gathered: int = 0
+    gathered_embeddings: int = 0
     """Embeddings gathered from all ranks."""
-    scored: int = 0
+    scored_pairs: int = 0
     """Pairs of anchor and candidate."""
 
 
 class _Parts:
-    """Numbers by what they are for."""
+    """Parts of a sum, by name."""
 
     @property
     def total(self) -> float:
@@ -110,7 +111,7 @@ class Memory(_Parts):
 
 @dataclass(frozen=True)
 class Seconds(_Parts):
-    """Of one step on one device; work that overlaps is counted as if it did not."""
+    """Of one step on one device, as if no work overlapped."""
 
     model: float
     reduction: float
@@ -119,23 +120,30 @@ class Seconds(_Parts):
 
 
 def activation_bytes(shape: EncoderShape, precision: str, *, checkpointing: bool = False, dropout: bool = True) -> int:
-    """Of one token in all layers."""
-    halved = precision != "fp32"
-    layer = (24 if halved else 32) * shape.width + (4 if halved else 8) * shape.feed_forward + 2 * shape.width * dropout
-    between = (2 if halved else 4) * shape.width
-    return 8 * shape.width + (layer + between * shape.layers if checkpointing else layer * shape.layers)
+    """Bytes of one token's activations in all layers."""
+    half_precision = precision != "fp32"
+    layer = (
+        (24 if half_precision else 32) * shape.width
+        + (4 if half_precision else 8) * shape.feed_forward
+        + 2 * shape.width * dropout
+    )
+    layer_input = (2 if half_precision else 4) * shape.width
+    return 8 * shape.width + (layer + layer_input * shape.layers if checkpointing else layer * shape.layers)
 
 
 def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
-    engine, halved = recipe.engine, recipe.precision != "fp32"
+    """Estimated bytes on one device, by what they are for."""
+    engine, half_precision = recipe.engine, recipe.precision != "fp32"
     zero_stage = engine.zero_stage if engine.kind == "deepspeed" else 0
-    weight_shards, gradient_shards, state_shards = (1 if zero_stage < least else world_size for least in (3, 2, 1))
+    weight_shards, gradient_shards, state_shards = (
+        1 if zero_stage < min_stage else world_size for min_stage in (3, 2, 1)
+    )
     parameter_bytes = 4 * cost.shape.parameters
-    copied = world_size > 1 or engine.kind == "deepspeed"  # buckets of DDP; under ZeRO the owned part in fp32
+    has_copies = world_size > 1 or engine.kind == "deepspeed"  # buckets of DDP; under ZeRO this rank's part in fp32
     checkpointing = recipe.model.activation_checkpointing
     return Memory(
-        weights=parameter_bytes // weight_shards + (parameter_bytes // 2 if halved else 0),
-        gradients=parameter_bytes // gradient_shards + (parameter_bytes // state_shards if copied else 0),
+        weights=parameter_bytes // weight_shards + (parameter_bytes // 2 if half_precision else 0),
+        gradients=parameter_bytes // gradient_shards + (parameter_bytes // state_shards if has_copies else 0),
         optimizer=2 * parameter_bytes // state_shards,
         activations=cost.held_tokens * activation_bytes(cost.shape, recipe.precision, checkpointing=checkpointing),
         embeddings=cost.embedding_bytes,
@@ -144,20 +152,24 @@ def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
 
 
 def model_flops(shape: EncoderShape, tokens: int, length: int, *, forwards: float) -> float:
-    """`forwards`: 3 for a forward and a backward, which costs twice as much; attention counts over whole lengths."""
+    """Floating-point operations on `tokens` tokens in texts of `length` tokens, padding included.
+
+    forwards   3 for a forward and a backward, which costs as much as two
+    """
     matrices = 2 * shape.layers * shape.layer_parameters
     attention = 4 * shape.layers * shape.width * length
     return forwards * tokens * (matrices + attention)
 
 
 def seconds(cost: StepCost, device: Device, precision: Precision, world_size: int) -> Seconds:
+    """Estimated seconds of one step, by what they are for."""
     shape = cost.shape
     flops_rate = (device.fp32_flops if precision == "fp32" else device.half_flops) * MODEL_RATE
     network_rate = device.network_bytes * NETWORK_RATE
-    others = (world_size - 1) / world_size
+    fraction_of_others = (world_size - 1) / world_size
     return Seconds(
         model=cost.flops / flops_rate,
-        reduction=2 * others * 4 * shape.parameters / network_rate,
-        gather=2 * others * 4 * shape.width * cost.gathered / network_rate,
-        loss=6 * shape.width * cost.scored / (device.fp32_flops * LOSS_RATE),
+        reduction=2 * fraction_of_others * 4 * shape.parameters / network_rate,
+        gather=2 * fraction_of_others * 4 * shape.width * cost.gathered_embeddings / network_rate,
+        loss=6 * shape.width * cost.scored_pairs / (device.fp32_flops * LOSS_RATE),
     )

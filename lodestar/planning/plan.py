@@ -19,12 +19,12 @@ from lodestar.planning.cost_model import BERT_BASE, DEVICES, RUNTIME_BYTES, Enco
 
 Value = TypeVar("Value")
 Plan = dict[str, Any]
-"""What a run would do, ready for JSON."""
+"""What a run would do, by the names of `--plan --json`."""
 
 
 @dataclass
 class PlanWarnings:
-    """What a plan could not find: a run would refuse to start, a plan goes on without it."""
+    """What a plan could not find: a run would end with an error, a plan continues without it."""
 
     lines: list[str] = field(default_factory=list[str])
 
@@ -38,7 +38,7 @@ class PlanWarnings:
 
 
 def encoder_shape(model: ModelConfig, warnings: PlanWarnings) -> EncoderShape:
-    """The shape in the encoder's folder, or in the hub's cache on this machine, or else BERT-base's."""
+    """The shape in the encoder's folder or in the hub's cache on this machine; with a warning BERT-base's."""
     return warnings.or_default(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
 
 
@@ -69,13 +69,13 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
 
 
 def state_of(output_dir: str) -> str:
-    """new | unfinished | stopped (when asked; the same command goes on) | finished, by what lies in the run folder."""
+    """new | unfinished | stopped (by a signal; the same command resumes) | finished, by the files of the run folder."""
     folder = Path(output_dir)
     summary = folder / "summary.json"
-    facts: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    if facts.get("finished") or facts.get("stopped_by"):
-        return "finished" if facts.get("finished") else "stopped"
-    return "unfinished" if facts or (folder / "checkpoints").is_dir() else "new"
+    values: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    if values.get("finished") or values.get("stopped_by"):
+        return "finished" if values.get("finished") else "stopped"
+    return "unfinished" if values or (folder / "checkpoints").is_dir() else "new"
 
 
 def describe(
@@ -89,11 +89,11 @@ def describe(
     negatives_per_query: int,
     warnings: PlanWarnings,
 ) -> Plan:
-    """The plan of a training run; with a `device`, also whether it fits there and how long a step takes."""
+    """The plan of a training run; with a `device`, also whether the run fits and how long a step takes."""
     batch, schedule = recipe.batch, recipe.schedule
     plan = batch.plan(world_size)
     if batch.micro_size == AUTO:
-        warnings.lines.append(f"batch.micro_size: auto: found when a run starts; planned with {plan.micro_size}")
+        warnings.lines.append(f"batch.micro_size: auto: measured when a run starts; planned with {plan.micro_size}")
     rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)
     device_memory = memory(cost, recipe, world_size)
@@ -133,7 +133,7 @@ def _on_device(name: str, cost: StepCost, recipe: TrainingRecipe, world_size: in
 
 
 def batch_in_words(plan: Mapping[str, Any]) -> str:
-    """The arithmetic of the global batch in one line."""
+    """The global batch in one line."""
     count, negatives = plan["chunks_per_rank"], plan["negatives_per_query"]
     return (
         f"global batch: {plan['global_size']:,} = {_sizes_in_words(plan['rows_per_rank'])} "
@@ -143,12 +143,12 @@ def batch_in_words(plan: Mapping[str, Any]) -> str:
 
 
 def _sizes_in_words(sizes: Sequence[int]) -> str:
-    """Of all ranks, runs of equal ones together: 32 x 683 + 16 x 682."""
+    """Batch sizes of all ranks, equal ones together: 32 x 683 + 16 x 682."""
     return " + ".join(f"{sizes.count(size)} x {size:,}" for size in sorted(set(sizes), reverse=True))
 
 
 def in_words(plan: Mapping[str, Any]) -> str:
-    """The plan for a reader: one line for each fact."""
+    """The plan as text: one line for each value."""
     lines: list[str] = []
     for key, value in plan.items():
         if key == "rows_per_rank":
@@ -161,8 +161,8 @@ def in_words(plan: Mapping[str, Any]) -> str:
         elif key == "seconds":
             value = ", ".join(f"{name} {part:.3f}" for name, part in value.items() if part) + " s"
         elif key.endswith("_bytes"):
-            guess = "" if key == "device_memory_bytes" else " (estimated)"
-            key, value = key.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB{guess}"
+            note = "" if key == "device_memory_bytes" else " (estimated)"
+            key, value = key.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB{note}"
         elif isinstance(value, bool):
             value = "yes" if value else "no (lower batch.micro_size: it changes no result)"
         elif key in ("seconds_per_step", "hours"):

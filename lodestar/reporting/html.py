@@ -1,4 +1,4 @@
-"""One HTML file that opens without a network: its frame, tables, and figures that follow the reader's light or dark."""
+"""One HTML file that opens without a network: page, tables, and figures in the reader's light or dark theme."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from lodestar.files import write_text
 
 SERIES = ("#1a66c9", "#c9510c", "#1a8a58", "#9a3fb5", "#b3261e", "#0f7f93", "#8a6a00")
-"""Colours of curves, in this order; all stand out from each other and from both backgrounds."""
+"""Colours of curves, in this order; they differ from each other and from both backgrounds."""
 INK, MUTED, LINE = "#1c2128", "#66707c", "#dfe3e8"
 _DARK = ("#6aa9ff", "#ff9c57", "#4fd19a", "#d78cf0", "#ff7b72", "#4cc9de", "#e3b341")
 _STYLE = (
@@ -55,11 +55,11 @@ article p{margin:.35rem 0 0;font-size:.92rem}"""
 
 
 class Html(str):
-    """Markup that is whole already; every other text is escaped where it enters a page."""
+    """Complete markup; every other text is escaped when it is put on a page."""
 
 
 class Mark(NamedTuple):
-    """What is told where the mouse is over part of a figure, in the units of its axes."""
+    """A text that appears on hovering over part of a figure; bounds in the units of its axes."""
 
     left: float
     right: float
@@ -69,7 +69,7 @@ class Mark(NamedTuple):
 
 
 def page(path: Path, title: str, parts: Iterable[str]) -> Path:
-    """Write the file, whole or not at all; `parts` are markup."""
+    """Write the file atomically; `parts` are markup."""
     write_text(
         path,
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -81,11 +81,12 @@ def page(path: Path, title: str, parts: Iterable[str]) -> Path:
 
 
 def escape(value: object) -> Html:
+    """As markup: Html stays, any other value becomes escaped text."""
     return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
 def number(value: object) -> str:
-    """For a reader: 0.3217, 12,345, 1.2e-05, yes, or the thing itself."""
+    """A value as text: 0.3217, 12,345, 1.2e-05, yes, or str(value)."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -96,13 +97,13 @@ def number(value: object) -> str:
 
 
 def facts(values: Mapping[str, object]) -> Html:
-    """Numbers to see first."""
+    """Named values in tiles, the first thing on a page."""
     cells = (f"<div><dt>{escape(name)}</dt><dd>{escape(number(value))}</dd></div>" for name, value in values.items())
     return Html(f'<dl class="facts">{"".join(cells)}</dl>')
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> Html:
-    """Numbers stand to the right; a cell may be Html."""
+    """A table with numbers aligned right; a cell may be Html."""
     body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
     heading = "".join(
         f'<th class="number">{escape(name)}</th>' if i else f"<th>{escape(name)}</th>" for i, name in enumerate(head)
@@ -111,9 +112,9 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> Html:
 
 
 def _cell(value: object) -> str:
-    numeric = isinstance(value, (int, float, Html)) and not isinstance(value, bool)
-    shown = value if isinstance(value, Html) else number(value)
-    return f'<td class="{"number" if numeric else "text"}">{escape(shown)}</td>'
+    is_number = isinstance(value, (int, float, Html)) and not isinstance(value, bool)
+    content = value if isinstance(value, Html) else number(value)
+    return f'<td class="{"number" if is_number else "text"}">{escape(content)}</td>'
 
 
 def figure(
@@ -124,10 +125,11 @@ def figure(
     caption: str = "",
     height: float = 2.3,
 ) -> Html:
-    """What `draw` puts on matplotlib's axes as inline SVG, `height` inches at a width of 7.2.
+    """A figure as inline SVG, 7.2 inches wide.
 
-    key   one line for each of SERIES in use
-    draw  may return marks
+    draw      draws on matplotlib's axes; may return marks
+    key       one line for each of SERIES in use
+    height    in inches
     """
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED,
@@ -137,32 +139,32 @@ def figure(
         "axes.prop_cycle": cycler(color=SERIES), "axes.formatter.useoffset": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        drawn = Figure(figsize=(7.2, height))
-        axes = drawn.add_axes((0.1, 0.42 / height, 0.87, 1 - 0.5 / height))  # the same edges in every figure of a page
+        canvas = Figure(figsize=(7.2, height))
+        axes = canvas.add_axes((0.1, 0.42 / height, 0.87, 1 - 0.5 / height))  # the same edges in every figure of a page
         marks = draw(axes) or ()
         buffer = io.StringIO()
-        none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        drawn.savefig(buffer, format="svg", transparent=True, metadata=none)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
         svg = re.sub(
             r'(?s)^.*?<svg.*?viewBox="(.*?)".*?>', r'<svg viewBox="\1" role="img">', buffer.getvalue(), count=1
         )
-        svg = svg.replace("xlink:href", "href")  # HTML knows SVG without namespaces
-        strips = "".join(_strip(axes, mark) for mark in marks)
+        svg = svg.replace("xlink:href", "href")  # SVG in HTML has no namespaces
+        hover_areas = "".join(_hover_area(axes, mark) for mark in marks)
     names = {INK: "ink", MUTED: "muted", LINE: "line"} | {colour: f"c{i}" for i, colour in enumerate(SERIES)}
-    svg = re.sub("|".join(names), lambda found: f"var(--{names[found[0]]})", svg)  # so that a theme can change them
-    svg = re.sub(r"\s*\n\s*", "\n", svg).replace("</svg>", f'<g class="at">{strips}</g></svg>')
+    svg = re.sub("|".join(names), lambda match: f"var(--{names[match[0]]})", svg)  # the theme sets the variables
+    svg = re.sub(r"\s*\n\s*", "\n", svg).replace("</svg>", f'<g class="at">{hover_areas}</g></svg>')
     lines = "".join(f'<li style="--c:var(--c{i % len(SERIES)})">{escape(line)}</li>' for i, line in enumerate(key))
     legend = f'<ul class="key">{lines}</ul>' if key else ""
-    told = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return Html(f"<figure><h3>{escape(title)}</h3>{told}{legend}{svg}</figure>")
+    figcaption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return Html(f"<figure><h3>{escape(title)}</h3>{figcaption}{legend}{svg}</figure>")
 
 
-def _strip(axes: Axes, mark: Mark) -> str:
-    """A rectangle; SVG counts in 1/72 inch, from above."""
-    points = 72 / axes.figure.dpi
-    bottom, ceiling = axes.get_ylim()
-    ends = max(bottom, mark.low), min(ceiling, mark.high)
-    (left, low), (right, high) = (axes.transData.transform(at) * points for at in zip(mark[:2], ends, strict=True))
-    top = axes.figure.bbox.height * points - high
+def _hover_area(axes: Axes, mark: Mark) -> str:
+    """The mark as an invisible rectangle with a tooltip; SVG has points of 1/72 inch, from the top."""
+    points_per_pixel = 72 / axes.figure.dpi
+    lowest, highest = axes.get_ylim()
+    corners = zip(mark[:2], (max(lowest, mark.low), min(highest, mark.high)), strict=True)
+    (left, low), (right, high) = (axes.transData.transform(corner) * points_per_pixel for corner in corners)
+    top = axes.figure.bbox.height * points_per_pixel - high
     size = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{high - low:.1f}"'
     return f"<rect {size}><title>{escape(mark.text)}</title></rect>"

@@ -1,4 +1,4 @@
-"""Speed, padding and memory between two log lines, and the console that shows them."""
+"""Throughput, padding and memory between two log lines, and the console."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 class Throughput:
-    """Adds up what a rank has done since it was last read."""
+    """Counts the examples and tokens of this rank since the last `read`."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -28,19 +28,20 @@ class Throughput:
         self._padded += padded_tokens
 
     def read(self) -> dict[str, float]:
+        """Rates and padding since the last call, by their names in metrics.jsonl; starts a new count."""
         seconds = max(self._clock() - self._start, 1e-9)
-        found = {
+        rates = {
             "samples_per_second": self._samples / seconds,
             "tokens_per_second": self._tokens / seconds,
             "padding_share": 1 - self._tokens / max(1, self._padded),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         self._reset()
-        return found
+        return rates
 
 
 def peak_memory_bytes() -> int:
-    """Of the GPU's allocator, or of this process where there is no GPU."""
+    """Of the GPU's allocator; without a GPU, of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -48,7 +49,7 @@ def peak_memory_bytes() -> int:
 
 
 class Console:
-    """Loss, speed and time left: a bar on a terminal, a line at each log step elsewhere."""
+    """Loss, speed and remaining time: a progress bar on a terminal, a line at each log step elsewhere."""
 
     def __init__(self, *, total: int, initial: int, enabled: bool, clock: Callable[[], float] = time.monotonic) -> None:
         on_terminal = sys.stderr.isatty()
@@ -63,11 +64,13 @@ class Console:
         self._bar.update(step - self._bar.n)
         if self._plain:
             seconds_per_step = (self._clock() - self._start) / max(1, step - self._initial)
-            left = timedelta(seconds=round(seconds_per_step * (self._total - step)))
-            self.say(f"step {step:,}/{self._total:,}  loss {loss:.4g}  {texts_per_second:,.4g} texts/s  {left} left")
+            remaining = timedelta(seconds=round(seconds_per_step * (self._total - step)))
+            self.print(
+                f"step {step:,}/{self._total:,}  loss {loss:.4g}  {texts_per_second:,.4g} texts/s  {remaining} left"
+            )
 
-    def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+    def print(self, line: str) -> None:
+        """Print a line, above the progress bar if there is one."""
         if self._enabled:
             tqdm.write(line, file=sys.stderr)
 

@@ -20,33 +20,34 @@ METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes what a run measures; on all ranks but the first it is silent."""
+    """Writes the metrics of a run; on all ranks but rank 0 it does nothing."""
 
     def __init__(self, path: Path | None, trackers: list[GeneralTracker]) -> None:
         self._path, self._trackers = path, trackers
 
     @classmethod
     def silent(cls) -> Tracker:
+        """A tracker that does nothing, for ranks other than rank 0."""
         return cls(None, [])
 
     @classmethod
     def open(
         cls, output_dir: Path, track: TrackConfig, run_name: str, recipe: BaseModel, env: Mapping[str, str]
     ) -> Tracker:
-        """Trackers write below `output_dir`; wandb goes offline where neither a mode nor a key is set."""
+        """Start the trackers, which write below `output_dir`; wandb is offline where `env` has neither mode nor key."""
         trackers = [_start(name, output_dir, track, run_name, env) for name in track.to]
         for tracker in trackers:
-            tracker.store_init_configuration(_plain(recipe))
+            tracker.store_init_configuration(_plain_values(recipe))
         return cls(output_dir / METRICS, trackers)
 
     def resume_at(self, step: int) -> None:
-        """Forget lines after `step`, and a last line that was torn: they will be written again."""
+        """Delete lines after `step`, and an incomplete last line: the resumed run writes them again."""
         if self._path is not None and self._path.is_file():
             lines = [line for line in read_metrics(self._path) if line["step"] <= step]
             write_text(self._path, "".join(_line(values) for values in lines))
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """One line; numbers go to the trackers too. A number that is not finite becomes null."""
+        """Write a line; numbers go to the trackers too. A number that is not finite becomes null."""
         if self._path is None:
             return
         with open(self._path, "a", encoding="utf-8") as file:
@@ -62,7 +63,7 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, but for one that was torn by a kill."""
+    """The lines of a metrics file, without an incomplete line that a killed run left."""
     lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -77,19 +78,19 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def _plain(recipe: BaseModel) -> dict[str, Any]:
-    """Dotted keys with plain values, as trackers want them."""
+def _plain_values(recipe: BaseModel) -> dict[str, Any]:
+    """Dotted keys with plain values, as trackers need them."""
     values = loader.flat(recipe).items()
     return {key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value) for key, value in values}
 
 
 def _start(name: str, output_dir: Path, track: TrackConfig, run_name: str, env: Mapping[str, str]) -> GeneralTracker:
-    PartialState()  # the trackers' logger asks for it; it finds our process group and opens none
+    PartialState()  # accelerate's logger needs it; it uses the existing process group
     if name == "tensorboard":
         tracker: GeneralTracker = TensorBoardTracker(run_name, logging_dir=str(output_dir / "tensorboard"))
     else:
-        named = "WANDB_MODE" in env or "WANDB_API_KEY" in env
-        mode = {} if named else {"mode": "offline"}
+        is_configured = "WANDB_MODE" in env or "WANDB_API_KEY" in env
+        mode = {} if is_configured else {"mode": "offline"}
         tracker = WandBTracker(track.project, name=run_name, dir=str(output_dir), **mode)
     tracker.start()
     return tracker

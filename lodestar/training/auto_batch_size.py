@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into a device's memory, by trial on generated text of the longest shapes."""
+"""Automatic micro-batch size: the largest that fits into a device's memory, measured on the longest generated texts."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ from lodestar.training.engine import autocast
 from lodestar.training.synthetic import synthetic_task
 from lodestar.training.task import Recipe, TaskSpec, TrainingTask
 
-_ONEDNN = "could not create a primitive"
-"""What oneDNN says on a CPU without memory left."""
+_ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
+"""oneDNN's error on a CPU."""
 
 
 def with_largest_micro_size(recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe]) -> Recipe:
-    """The recipe with `batch.micro_size` as a number: what the run folder's recipe says, or else found by trial."""
-    most = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).examples_per_rank)
-    micro_size = on_main(lambda: _of_earlier_run(recipe))
+    """The recipe with `batch.micro_size` as a number: that of the run folder's recipe, or else a measured one.
+
+    Raises ConfigError where not even one example fits.
+    """
+    max_size = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).examples_per_rank)
+    micro_size = on_main(lambda: _size_of_earlier_run(recipe))
     if micro_size is None:
         with synthetic_task(recipe, runtime, spec, micro_size=1, steps=1) as (synthetic, task):
-            fitting = largest(lambda size: _fits(_sized(synthetic, size), task, runtime, spec, most), most)
-        micro_size = min(gather_counts(fitting))
+            local_size = largest(
+                lambda size: _fits(_with_size(synthetic, size), task, runtime, spec, max_size), max_size
+            )
+        micro_size = min(gather_counts(local_size))
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if not micro_size:
@@ -41,64 +46,68 @@ def with_largest_micro_size(recipe: Recipe, runtime: Runtime, spec: TaskSpec[Rec
             )
     if runtime.is_main:
         print(f"batch.micro_size: {micro_size} examples at a time on each device", file=sys.stderr)
-    return _sized(recipe, micro_size)
+    return _with_size(recipe, micro_size)
 
 
-def _sized(recipe: Recipe, micro_size: int | str) -> Recipe:
+def _with_size(recipe: Recipe, micro_size: int | str) -> Recipe:
     return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": micro_size})})
 
 
-def _of_earlier_run(recipe: TrainingRecipe) -> int | None:
-    """The number in the run folder's recipe, if all that decides the memory is the same there."""
+def _size_of_earlier_run(recipe: TrainingRecipe) -> int | None:
+    """The size in the run folder's recipe, if everything that determines the memory is equal there."""
     path = Path(recipe.run.output_dir) / "config.yaml"
     if not path.is_file():
         return None
     earlier = loader.load(type(recipe), path)
-    same = (earlier.model, earlier.precision, earlier.engine) == (recipe.model, recipe.precision, recipe.engine)
+    is_equal = (earlier.model, earlier.precision, earlier.engine) == (recipe.model, recipe.precision, recipe.engine)
     size = earlier.batch.micro_size
-    return size if isinstance(size, int) and same and _sized(earlier, AUTO).batch == recipe.batch else None
+    return size if isinstance(size, int) and is_equal and _with_size(earlier, AUTO).batch == recipe.batch else None
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, to within an eighth; 0: none. Doubles, then halves the gap."""
-    good, bad, tried = 0, most + 1, 1
-    while good < tried < bad:
-        if fits(tried):
-            good = tried
+def largest(fits: Callable[[int], bool], max_size: int) -> int:
+    """The largest size up to `max_size` that fits, to within an eighth; 0: none. Doubles the size, then bisects."""
+    low, high, size = 0, max_size + 1, 1  # low fits, high does not
+    while low < size < high:
+        if fits(size):
+            low = size
         else:
-            bad = tried
-        tried = min(most, 2 * good) if bad > most else (good + bad) // 2
-        if bad <= most and bad - good <= max(1, good // 8):
+            high = size
+        size = min(max_size, 2 * low) if high > max_size else (low + high) // 2
+        if high <= max_size and high - low <= max(1, low // 8):
             break
-    return good
+    return low
 
 
-def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[Recipe], most: int) -> bool:
-    """Whether forward and backward of the longest micro-batches fit beside what else a run needs.
+def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[Recipe], max_size: int) -> bool:
+    """Whether forward and backward of the longest micro-batches fit beside the planned memory of everything else.
 
-    most   examples of a step on this rank
+    max_size   examples of a step on this rank
     """
     plan = spec.plan(recipe, runtime.world_size, None)
     if runtime.device.type == "cpu" and plan["peak_memory_bytes"] > runtime.memory_bytes():
-        return False  # the kernel would lend more than there is, and end the process when it is used
+        return False  # the kernel overcommits memory, and kills the process when it is used
     module = task.module.to(runtime.device).train()
     parts = {**plan["memory"], "weights": 0, "activations": 0}
-    others_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters()))  # gradients come by trial
+    reserved_bytes = max(
+        0, sum(parts.values()) - sum(p.nbytes for p in module.parameters())
+    )  # gradients are allocated below
     micro_size = recipe.batch.plan(1).micro_size
-    batch = BatchPlan(min(most, max(2, task.held_micro_batches) * micro_size), 1, micro_size)
+    batch = BatchPlan(min(max_size, max(2, task.held_micro_batches) * micro_size), 1, micro_size)
     assert task.micro_batches is not None
-    held = task.micro_batches(batch)
+    micro_batches = task.micro_batches(batch)
     if batch.num_micro_batches > 1:
-        held = held[-task.held_micro_batches :]  # by length: the last are the longest
+        micro_batches = micro_batches[-task.held_micro_batches :]  # sorted by length: the last are the longest
     try:
-        reserved = torch.empty(others_bytes, dtype=torch.uint8, device=runtime.device)
+        reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=runtime.device)
         with autocast(runtime.device, recipe.precision):
-            outputs = [module(*micro_batch.tensors(runtime.device)) for micro_batch in held]
+            outputs = [module(*micro_batch.tensors(runtime.device)) for micro_batch in micro_batches]
         _sum(outputs).backward()
         del reserved, outputs
         return True
     except (RuntimeError, MemoryError) as error:
-        if not (should_reduce_batch_size(error) or isinstance(error, MemoryError) or _ONEDNN in str(error)):
+        if not (
+            should_reduce_batch_size(error) or isinstance(error, MemoryError) or _ONEDNN_OUT_OF_MEMORY in str(error)
+        ):
             raise
         return False
     finally:
@@ -109,7 +118,7 @@ def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[R
 
 
 def _sum(outputs: Any) -> Tensor:
-    """Of all tensors with a gradient in nested outputs."""
+    """The sum of all elements of nested tensors."""
     if isinstance(outputs, Tensor):
         return outputs.float().sum()
     return torch.stack([_sum(x) for x in outputs if not isinstance(x, float)]).sum()

@@ -14,14 +14,14 @@ from lodestar.training.zero import ZeroEngine
 
 
 def build(
-    module: nn.Module, runtime: Runtime, section: EngineConfig, optim: OptimConfig, precision: Precision
+    module: nn.Module, runtime: Runtime, engine: EngineConfig, optim: OptimConfig, precision: Precision
 ) -> Engine:
-    """The engine of the recipe around `module`, whose weights are already those to start from."""
+    """The engine of the recipe around `module`, which has its initial weights; ConfigError for fp16 on a CPU."""
     if precision == "fp16" and runtime.device.type == "cpu":
         raise ConfigError("precision: fp16 needs a GPU (use fp32 or bf16 here)")
     module.to(runtime.device)
-    # All ranks or none: an update that differs by bf16's rounding would let their weights drift apart.
+    # All ranks or none: updates that differ by bf16's rounding would make the weights of ranks diverge.
     muon_fp32 = optim.name == "muon" and not all(gather_objects(runtime.multiplies_bf16()))
-    if section.kind == "ddp":
+    if engine.kind == "ddp":
         return DdpEngine(module, runtime, optim, precision, muon_fp32)
-    return ZeroEngine(module, runtime, section, optim, precision, muon_fp32)
+    return ZeroEngine(module, runtime, engine, optim, precision, muon_fp32)

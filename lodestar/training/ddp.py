@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lodestar.config.schema import OptimConfig, Precision
 from lodestar.distributed.runtime import Runtime
 from lodestar.training import optim as optims
-from lodestar.training.engine import Autocast, Resumed, StepReport, state_tensor
+from lodestar.training.engine import Autocast, ResumeState, StepReport, state_tensor
 
 
 class DdpEngine:
-    """torch's DistributedDataParallel; weights, gradients and states whole on every rank."""
+    """DistributedDataParallel: weights, gradients and optimizer states are whole on every rank."""
 
     def __init__(
         self, module: nn.Module, runtime: Runtime, optim: OptimConfig, precision: Precision, muon_fp32: bool
@@ -28,40 +28,41 @@ class DdpEngine:
         self._world_size = runtime.world_size
         self._wrapped: nn.Module = Autocast(module, runtime.device, precision)
         if runtime.world_size > 1:
-            for said in ("find_unused_parameters=True was specified", "`broadcast_buffers` is deprecated"):
-                warnings.filterwarnings("ignore", message=said)
+            for message in ("find_unused_parameters=True was specified", "`broadcast_buffers` is deprecated"):
+                warnings.filterwarnings("ignore", message=message)
             self._wrapped = DistributedDataParallel(
                 self._wrapped,
                 device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
                 broadcast_buffers=False,
-                # Without this DDP puts gradients into other buckets after the first step, and so sums them in another
-                # order than a resumed run does in its first: equal weights would differ in their last bit.
+                # Without it DDP changes its buckets after the first step, and with them the order of sums: the first
+                # step of a resumed run would differ in the last bit.
                 find_unused_parameters=True,
             )
         self._clip_norm = optim.clip_norm
         parameter_groups = optims.groups(module, optim)
-        plain = [group for group in parameter_groups if not group["use_muon"]]
-        hidden = [group for group in parameter_groups if group["use_muon"]]
-        self._adamw = optims.adamw(plain, optim)
+        adamw_groups = [group for group in parameter_groups if not group["use_muon"]]
+        muon_groups = [group for group in parameter_groups if group["use_muon"]]
+        self._adamw = optims.adamw(adamw_groups, optim)
         self._optimizers: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [
             (self._adamw, ("exp_avg", "exp_avg_sq"))
         ]
-        if hidden:
-            self._optimizers.append((optims.muon(hidden, optim), ("momentum_buffer",)))
-        # A loss scale is a power of two: it moves fp16 gradients away from zero and changes no digit of them.
+        if muon_groups:
+            self._optimizers.append((optims.muon(muon_groups, optim), ("momentum_buffer",)))
+        # The loss scale is a power of two: it keeps fp16 gradients from underflow and does not round them.
         self._scale = 2.0**16 if precision == "fp16" else 1.0
         self._fixed_scale, self._good_steps = precision != "fp16", 0
 
-    def _local(self, last: bool) -> AbstractContextManager[Any]:
+    def _reduced_if(self, last: bool) -> AbstractContextManager[Any]:
+        """Only the last backward of a step reduces gradients over ranks."""
         wrapped = self._wrapped
         return nullcontext() if last or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
 
     def run(self, *inputs: Any, last: bool) -> Any:
-        with self._local(last):
+        with self._reduced_if(last):
             return self._wrapped(*inputs)
 
     def backward(self, local_loss: Tensor, *, last: bool) -> None:
-        with self._local(last):
+        with self._reduced_if(last):
             (local_loss * (self._world_size * self._scale)).backward()
 
     def step(self, lr_factor: float) -> StepReport:
@@ -82,7 +83,7 @@ class DdpEngine:
         for optimizer, _ in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
-        self._adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips by it, without a sync
+        self._adamw.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips the update by it, without a synchronisation
         self._adamw.grad_scale = None  # type: ignore[attr-defined]
         self._adamw.step()
         for optimizer, _ in self._optimizers[1:]:
@@ -113,7 +114,7 @@ class DdpEngine:
     def values(self) -> dict[str, float]:
         return {"loss_scale": self._scale, "good_steps": self._good_steps}
 
-    def resume(self, checkpoint: Resumed) -> None:
+    def resume(self, checkpoint: ResumeState) -> None:
         for optimizer, keys in self._optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

@@ -1,11 +1,11 @@
-"""A few real steps on generated text of the true shapes, longest first: what one runs before a long job."""
+"""The dry run of `--rehearse`: real steps on generated text of the recipe's shapes, longest first."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,39 +29,40 @@ from lodestar.training.task import Recipe, TaskSpec
 
 
 def rehearse(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe], steps: int) -> int:
-    """Take `steps` steps on all ranks, print what they cost, and leave nothing behind."""
+    """Take `steps` steps on all ranks and print what they cost; nothing is left on the disk. Returns the exit code."""
     with distributed_session(placement, recipe.engine.timeout_minutes, recipe) as runtime:
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, spec)
         micro_size = recipe.batch.plan(1).micro_size
         with synthetic_task(recipe, runtime, spec, micro_size=micro_size, steps=steps) as (_, task):
             engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
-            waiting = _Waiting()
-            watch = _Watch(runtime, waiting)
+            loader_timer = _LoaderTimer()
+            step_timer = _StepTimer(runtime, loader_timer)
             with closing(task.batches(0)) as batches:  # closing ends the workers
                 fit(
                     task.stage,
                     engine,
-                    waiting.over(batches),
+                    loader_timer.over(batches),
                     progress=Progress(steps),
                     lr_factor_at=lambda step: 0.0,
-                    hooks=[watch],
+                    hooks=[step_timer],
                 )
-            saved = _save(engine, runtime)
-        found = gather_objects({**watch.found(), **saved})
+            saving = _save(engine, runtime)
+        by_rank = gather_objects({**step_timer.measurements(), **saving})
         if runtime.is_main:
-            planned = spec.plan(recipe, runtime.world_size, None)
-            print(in_words(_report(found, planned, steps, runtime.device.type == "cuda")))
+            plan = spec.plan(recipe, runtime.world_size, None)
+            print(in_words(_report(by_rank, plan, steps, runtime.device.type == "cuda")))
     return 0
 
 
-class _Waiting:
+class _LoaderTimer:
     """Seconds that the loop waited for its next batch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def over(self, batches: Generator[Any]) -> Generator[Any]:
+        """The batches, timed."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -71,13 +72,13 @@ class _Waiting:
             yield batch
 
 
-class _Watch:
-    """A hook that takes the time of each step, and looks into the last one."""
+class _StepTimer:
+    """A hook that measures the time of each step, and profiles the last one."""
 
-    def __init__(self, runtime: Runtime, waiting: _Waiting) -> None:
+    def __init__(self, runtime: Runtime, loader_timer: _LoaderTimer) -> None:
         on_gpu = runtime.device.type == "cuda"
         self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
-        self._on_gpu, self._waiting = on_gpu, waiting
+        self._on_gpu, self._loader_timer = on_gpu, loader_timer
         self._seconds: list[float] = []
         self._tokens = 0
 
@@ -100,46 +101,48 @@ class _Watch:
     def after(self, progress: Progress) -> None:
         self._profile.stop()
 
-    def found(self) -> dict[str, Any]:
-        # gloo and NCCL name their operations themselves; the last step is timed apart, for looking costs time
-        last = {e.key: e for e in self._profile.key_averages() if e.key.startswith(("gloo:", "nccl:"))}
+    def measurements(self) -> dict[str, Any]:
+        """Times in seconds, memory in bytes; the median leaves out the profiled last step."""
+        # gloo and NCCL name their own operations
+        collectives = [e for e in self._profile.key_averages() if e.key.startswith(("gloo:", "nccl:"))]
         return {
             "first": self._seconds[0],
             "step": statistics.median(self._seconds[1:-1]),
-            "loader": statistics.median(self._waiting.seconds[1:]),
-            "collectives": sum(max(e.cpu_time_total, e.device_time_total) for e in last.values()) / 1e6,
-            "calls": sum(e.count for e in last.values()),
+            "loader": statistics.median(self._loader_timer.seconds[1:]),
+            "collectives": sum(max(e.cpu_time_total, e.device_time_total) for e in collectives) / 1e6,
+            "calls": sum(e.count for e in collectives),
             "peak": peak_memory_bytes(),
             "tokens": self._tokens,
         }
 
 
 def _save(engine: Engine, runtime: Runtime) -> dict[str, float]:
-    """Write a checkpoint, and take its time and size."""
+    """Write a checkpoint; its seconds and bytes."""
     start = time.perf_counter()
     tensors = {"weights": engine.weights(), "optimizer": engine.optimizer_state()}
-    written = 0
+    saved_bytes = 0
     if runtime.is_main:
         with tempfile.TemporaryDirectory() as name:
             folder = checkpoint.write(Path(name), 1, tensors=tensors, values={})
-            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return {"saving": time.perf_counter() - start, "saved": written}
+            saved_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return {"saving": time.perf_counter() - start, "saved": saved_bytes}
 
 
-def _report(found: list[Mapping[str, Any]], planned: Mapping[str, Any], steps: int, on_gpu: bool) -> dict[str, Any]:
-    def most(name: str) -> Any:
-        return max(rank[name] for rank in found)
+def _report(by_rank: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], steps: int, on_gpu: bool) -> dict[str, Any]:
+    def largest(name: str) -> Any:
+        return max(measurements[name] for measurements in by_rank)
 
-    step, wanted = most("step"), planned["peak_memory_bytes"] / 2**30
+    step, planned_gib = largest("step"), plan["peak_memory_bytes"] / 2**30
     return {
-        "rehearsed": f"{steps} steps of {planned['global_size']:,} examples on {len(found)} ranks",
-        "first_step": f"{most('first'):.3f} s, all texts at their longest",
-        "step": f"{step:.3f} s, {sum(rank['tokens'] for rank in found) / step:,.0f} tokens/s, padding counted",
-        "waiting_for_the_loader": f"{most('loader'):.3f} s of it",
-        "collectives": f"{most('collectives'):.3f} s, {most('calls')} calls in the last step",
-        "peak_memory": f"{most('peak') / 2**30:.2f} GiB{'' if on_gpu else ' of a whole process'}, planned {wanted:.2f}",
-        "checkpoint": f"{most('saved') / 2**30:.2f} GiB in {most('saving'):.1f} s",
-        "the_run": "not known without data"
-        if planned["steps"] is None
-        else f"{planned['steps']:,} steps, {planned['steps'] * step / 3600:,.1f} hours at this speed",
+        "dry_run": f"{steps} steps of {plan['global_size']:,} examples on {len(by_rank)} ranks",
+        "first_step": f"{largest('first'):.3f} s, all texts of maximum length",
+        "step": f"{step:.3f} s, {sum(rank['tokens'] for rank in by_rank) / step:,.0f} tokens/s, padding included",
+        "waiting_for_the_loader": f"{largest('loader'):.3f} s of the step",
+        "collectives": f"{largest('collectives'):.3f} s, {largest('calls')} calls in the last step",
+        "peak_memory": f"{largest('peak') / 2**30:.2f} GiB{'' if on_gpu else ' of a whole process'}, "
+        f"planned {planned_gib:.2f}",
+        "checkpoint": f"{largest('saved') / 2**30:.2f} GiB in {largest('saving'):.1f} s",
+        "whole_run": "not known without data"
+        if plan["steps"] is None
+        else f"{plan['steps']:,} steps, {plan['steps'] * step / 3600:,.1f} hours at this speed",
     }

@@ -1,7 +1,7 @@
-"""What runs a model on the hardware: forward, backward of a local loss, one optimizer step over all ranks.
+"""The protocol of engines: forward, backward of a local loss, optimizer step over all ranks.
 
-A stage returns its local loss, summed over ranks the loss of the global batch; the engine sums gradients over ranks.
-Both engines average, so both multiply it by the world size first; no other file does.
+A stage returns its local loss; summed over ranks it is the loss of the global batch. Engines sum gradients over ranks:
+their libraries average, so they multiply the local loss by the world size, and no other file does.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ class StepReport:
     grad_norm: Tensor
     """Norm of the gradient of the whole global batch, before clipping."""
     skipped: Tensor
-    """1 where the gradient was not finite and nothing was changed, else 0."""
+    """1 if the gradient was not finite and the weights did not change, else 0."""
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """What an engine needs of a checkpoint."""
+class ResumeState:
+    """The part of a checkpoint that an engine needs."""
 
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     updates: int
     """Steps that were not skipped."""
     values: Mapping[str, float]
+    """Of `Engine.values`."""
 
 
 class Engine(Protocol):
+    """Runs a model on the hardware; `DdpEngine` and `ZeroEngine`."""
+
     module: nn.Module
 
     def run(self, *inputs: Any, last: bool) -> Any:
-        """The model's forward; `last`: the backward of this one is the step's last."""
+        """The model's forward; `last`: its backward is the last one of the step."""
         ...
 
     def backward(self, local_loss: Tensor, *, last: bool) -> None:
@@ -56,29 +59,29 @@ class Engine(Protocol):
         ...
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole fp32 parameters by name, on the CPU; every rank must call."""
+        """Unsharded fp32 parameters by name, on the CPU; every rank must call it."""
         ...
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """Whole optimizer states as `PARAMETER:KEY`, on the CPU, the same for any engine; every rank must call."""
+        """Unsharded optimizer states as `PARAMETER:KEY`, on the CPU, equal for all engines; every rank must call it."""
         ...
 
     def values(self) -> dict[str, float]:
-        """The few numbers besides tensors that the next step depends on."""
+        """The numbers, besides tensors, on which the next step depends: the loss scale."""
         ...
 
-    def resume(self, checkpoint: Resumed) -> None:
-        """Take over states that any engine at any world size wrote; the weights are in the module already."""
+    def resume(self, checkpoint: ResumeState) -> None:
+        """Load states that any engine at any world size wrote; the module has the weights already."""
         ...
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Matrix products in half precision on fp32 weights, so that gradients of many micro-batches add up in fp32."""
+    """Matrix products in half precision on fp32 weights, so that gradients of micro-batches are added in fp32."""
     return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
 
 
 class Autocast(nn.Module):
-    """Enters autocast inside the forward, where no engine's own settings can switch it off again."""
+    """Enters autocast inside the forward, where an engine's settings cannot disable it."""
 
     def __init__(self, module: nn.Module, device: torch.device, precision: str) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ def state_tensor(name: str, key: str, state: Mapping[str, Tensor]) -> Tensor:
     """The state `key` of parameter `name`; CheckpointError where there is none."""
     if f"{name}:{key}" not in state:
         raise CheckpointError(
-            f"checkpoint.resume: no {key} of {name} in it: it was written by another optimizer or model "
+            f"checkpoint.resume: no {key} of {name} in it: written by another optimizer or model "
             "(restore the recipe, or start afresh with checkpoint.resume=none)"
         )
     return state[f"{name}:{key}"]

@@ -1,4 +1,4 @@
-"""What happens beside training: log lines, checkpoints, evaluations, and stopping when asked."""
+"""Hooks of the training loop: log lines, checkpoints, evaluations, and stopping on a signal."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lodestar.training import checkpoint
 from lodestar.training.engine import Engine
 from lodestar.training.loop import Progress, StepDone
 
-SHOWN = ("ndcg_at_10", "mrr_at_10", "recall_at_100")
-"""Metrics of an evaluation that the console tells; metrics.jsonl has them all."""
+CONSOLE_METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_100")
+"""Metrics of an evaluation that the console prints; metrics.jsonl has all."""
 
 
-class _Quiet:
-    """A hook that does nothing; others say what they do."""
+class _NoOpHook:
+    """A hook that does nothing; hooks override the methods that they need."""
 
     def before(self, progress: Progress) -> None: ...
 
@@ -35,8 +35,8 @@ class _Quiet:
     def after(self, progress: Progress) -> None: ...
 
 
-class LogHook(_Quiet):
-    """A line of metrics every so many steps, of that global batch; gives up on a gradient that stays NaN."""
+class LogHook(_NoOpHook):
+    """Logs the metrics of the global batch every `every` steps; TrainingError where the gradient stays not finite."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class LogHook(_Quiet):
 
 
 def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str, float]:
-    """Speeds add up over ranks, padding is averaged, memory is that of the fullest device."""
+    """Over all ranks: rates are summed, padding is averaged, memory is that of the fullest device."""
     summed = sum_over_ranks(
         torch.tensor(
             [local["samples_per_second"], local["tokens_per_second"], local["padding_share"], 1.0], device=device
@@ -105,8 +105,8 @@ def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str,
     }
 
 
-class CheckpointHook(_Quiet):
-    """Commits a checkpoint every so many steps, at the end, and before a stop."""
+class CheckpointHook(_NoOpHook):
+    """Commits a checkpoint every checkpoint.every_steps steps, at the end, and when the run is stopped."""
 
     def __init__(
         self, engine: Engine, directory: Path, section: CheckpointConfig, identity: Mapping[str, Any], rank: int
@@ -116,7 +116,7 @@ class CheckpointHook(_Quiet):
         self._saved: int | None = None
 
     def before(self, progress: Progress) -> None:
-        self._saved = progress.step if progress.step else None  # just loaded: nothing new to save
+        self._saved = progress.step if progress.step else None  # just loaded: nothing to save
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
         every = self._section.every_steps
@@ -138,8 +138,8 @@ class CheckpointHook(_Quiet):
         self._saved = progress.step
 
 
-class EvaluateHook(_Quiet):
-    """Calls `evaluate(step)` at the start if asked, every so many steps, and at the end."""
+class EvaluateHook(_NoOpHook):
+    """Calls `evaluate(step)` every `every` steps, at the end and, with `at_start`, before the first step."""
 
     def __init__(
         self,
@@ -167,24 +167,24 @@ class EvaluateHook(_Quiet):
             self._run(progress)
 
     def _run(self, progress: Progress) -> None:
-        found = self._evaluate(progress.step)
+        metrics = self._evaluate(progress.step)
         self._last = progress.step
-        progress.final |= {key: value for key, value in found.items() if key != "evaluation"}
-        self._tracker.log({"step": progress.step, **found})
-        numbers = [f"{name} {found[name]:.4f}" for name in SHOWN if name in found]
-        self._console.say(f"step {progress.step:,}: {found['evaluation']}: {', '.join(numbers)}")
+        progress.final |= {key: value for key, value in metrics.items() if key != "evaluation"}
+        self._tracker.log({"step": progress.step, **metrics})
+        numbers = [f"{name} {metrics[name]:.4f}" for name in CONSOLE_METRICS if name in metrics]
+        self._console.print(f"step {progress.step:,}: {metrics['evaluation']}: {', '.join(numbers)}")
 
 
-class StopHook(_Quiet):
-    """SIGTERM, SIGINT or SIGUSR1 on any rank stops all ranks at the same step edge, with a checkpoint."""
+class StopHook(_NoOpHook):
+    """SIGTERM, SIGINT or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
-        self._asked: str | None = None
-        self._before: dict[int, Any] = {}
+        self._signal: str | None = None
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopHook:
-        """Listens for SIGUSR1 from here on, so that one that comes early counts; the others end preparation at once."""
+        """From here on SIGUSR1 stops the run after its first step; before training the other signals end it at once."""
         self._listen(signal.SIGUSR1)
         return self
 
@@ -193,29 +193,31 @@ class StopHook(_Quiet):
 
     def _listen(self, *numbers: signal.Signals) -> None:
         for number in numbers:
-            self._before[number] = signal.signal(number, self._ask)
+            self._previous_handlers[number] = signal.signal(number, self._handle)
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice
-        self._asked = signal.Signals(number).name
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C
+        self._signal = signal.Signals(number).name
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
-        asked = self._asked
+        signal_name = self._signal
         if self._world_size > 1:
-            flag = torch.tensor(float(asked is not None))  # on the CPU: gloo, without a word to the GPU
+            flag = torch.tensor(
+                float(signal_name is not None)
+            )  # on the CPU: gloo, without a synchronisation of the GPU
             if not float(max_over_ranks(flag)):
                 return
-            asked = next(name for name in gather_objects(asked) if name is not None)
-        progress.stop = asked
+            signal_name = next(name for name in gather_objects(signal_name) if name is not None)
+        progress.stop = signal_name
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Seconds since its creation."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

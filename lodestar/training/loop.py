@@ -1,4 +1,4 @@
-"""`fit`: the only training loop. It knows steps; the stage knows meaning; the engine knows hardware."""
+"""`fit`: the only training loop. It knows steps, the stage knows the losses, the engine knows the hardware."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lodestar.training.engine import Engine, StepReport
 
 
 class MicroBatch(Protocol):
-    """What goes through the model at once."""
+    """Examples that go through the model at once."""
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """The model's inputs, in the order of its forward."""
@@ -21,13 +21,13 @@ class MicroBatch(Protocol):
 
 
 class Batch(Protocol):
-    """What one rank does in one step."""
+    """The examples of one rank in one step."""
 
     @property
     def micro_batches(self) -> Sequence[MicroBatch]: ...
     @property
     def examples(self) -> int:
-        """Those of the global batch that this rank holds."""
+        """Number of this rank's examples."""
         ...
 
     @property
@@ -43,27 +43,29 @@ OneBatch = TypeVar("OneBatch", bound=Batch)
 
 
 class Stage(Protocol[AnyBatch]):
-    def backward(self, batch: AnyBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
-        """Leave the gradient of this rank's part of a whole step in the engine.
+    """The losses of one kind of training."""
 
-        Returns scalars on the device whose sums over ranks are those of the global batch; `loss` is one of them.
+    def backward(self, batch: AnyBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
+        """Compute the gradient of this rank's part of the global batch, in the engine.
+
+        Returns scalars on the device; their sums over ranks are those of the global batch. `loss` is one of them.
         """
         ...
 
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     total_steps: int
     step: int = 0
-    """Steps that are done."""
+    """Completed steps."""
     skipped: Tensor | int = 0
-    """Steps whose gradient was not finite; on the device, so that counting does not wait for it."""
+    """Steps whose gradient was not finite; on the device, so that nothing waits for it."""
     stop: str | None = None
-    """Why to stop before the end, once all ranks know."""
+    """The signal that stops the run early; equal on all ranks."""
     final: dict[str, Any] = field(default_factory=dict)
-    """What hooks found out and summary.json should say."""
+    """Last values of the metrics, for summary.json."""
 
     @property
     def done(self) -> bool:
@@ -72,7 +74,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepDone(Generic[OneBatch]):
-    """What hooks are shown after a step: local scalars and the engine's report, still on the device."""
+    """A completed step, for hooks: this rank's scalars and the engine's report, still on the device."""
 
     batch: OneBatch
     scalars: Mapping[str, Tensor]
@@ -81,7 +83,7 @@ class StepDone(Generic[OneBatch]):
 
 
 class Hook(Protocol):
-    """Does something beside training; called on every rank, in the order of the list."""
+    """Called on every rank, in the order of the list: before training, after each step, after training."""
 
     def before(self, progress: Progress) -> None: ...
 
@@ -99,7 +101,7 @@ def fit(
     lr_factor_at: Callable[[int], float],
     hooks: Sequence[Hook],
 ) -> None:
-    """Train until `progress` is done or a hook asks to stop."""
+    """Train until `progress` is done or a hook sets `progress.stop`."""
     engine.module.train()
     for hook in hooks:
         hook.before(progress)

@@ -1,4 +1,4 @@
-"""Which parameters are trained how: weight decay on matrices alone, Muon for those of the hidden layers if asked.
+"""Parameter groups and optimizers: weight decay on matrices only; Muon, if chosen, for matrices of hidden layers.
 
 Muon: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
 """
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from lodestar.config.schema import OptimConfig
 
 Group = dict[str, Any]
+"""A parameter group of a torch optimizer."""
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of Muon's iteration, the same in torch and DeepSpeed."""
 
 
 def by_muon(model: nn.Module) -> set[str]:
-    """Names of the matrices of hidden layers: neither embeddings nor anything that touches the vocabulary."""
+    """Names of the matrices of hidden layers: without embeddings and matrices with a side of the vocabulary's size."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     widest = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
     return {
@@ -33,13 +34,13 @@ def by_muon(model: nn.Module) -> set[str]:
 
 
 def groups(model: nn.Module, optim: OptimConfig) -> list[Group]:
-    """Parameter groups, each with its `peak_lr`; `use_muon` tells Muon's from AdamW's."""
+    """Parameter groups, each with `peak_lr` and, for its optimizer, `use_muon`."""
     muon = by_muon(model) if optim.name == "muon" else set()
-    sorted_out: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    by_kind: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # matrices decay; biases and the gains of norms do not
-            sorted_out.setdefault((name in muon, parameter.ndim >= 2), []).append(parameter)
+            by_kind.setdefault((name in muon, parameter.ndim >= 2), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -48,11 +49,12 @@ def groups(model: nn.Module, optim: OptimConfig) -> list[Group]:
             "lr": optim.muon_lr if use_muon else optim.lr,
             "weight_decay": optim.weight_decay if decay else 0.0,
         }
-        for (use_muon, decay), parameters in sorted_out.items()
+        for (use_muon, decay), parameters in by_kind.items()
     ]
 
 
 def adamw(parameter_groups: list[Group], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW: Loshchilov and Hutter 2019, "Decoupled weight decay regularization"."""
     return torch.optim.AdamW(
         [{k: v for k, v in group.items() if k != "use_muon"} for group in parameter_groups],
         lr=optim.lr,
@@ -63,6 +65,7 @@ def adamw(parameter_groups: list[Group], optim: OptimConfig) -> torch.optim.Opti
 
 
 def muon(parameter_groups: list[Group], optim: OptimConfig) -> torch.optim.Optimizer:
+    """torch's Muon."""
     return torch.optim.Muon(
         [{k: v for k, v in group.items() if k != "use_muon"} for group in parameter_groups],
         lr=optim.muon_lr,
@@ -74,7 +77,7 @@ def muon(parameter_groups: list[Group], optim: OptimConfig) -> torch.optim.Optim
 def newton_schulz(gradient: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor:
     """(N, M) -> (N, M) with singular values near 1, in the gradient's own precision.
 
-    The iteration that torch and DeepSpeed take in bf16 whatever the gradient is.
+    torch and DeepSpeed run the same iteration in bf16, whatever the type of the gradient.
     """
     a, b, c = NEWTON_SCHULZ
     tall = gradient.shape[0] > gradient.shape[1]
@@ -87,12 +90,15 @@ def newton_schulz(gradient: Tensor, steps: int = 5, eps: float = 1e-7) -> Tensor
 
 
 @contextmanager
-def muon_in_fp32(wanted: bool) -> Iterator[None]:
-    """Inside, torch's and DeepSpeed's Muon iterate in fp32 if `wanted`: for CPUs without bf16 units, which take many
-    times as long over a product in bf16. Neither library has a switch for it, so their functions are put aside."""
+def muon_in_fp32(enabled: bool) -> Iterator[None]:
+    """Inside, torch's and DeepSpeed's Muon iterate in fp32 if `enabled`.
+
+    CPUs without bf16 units need many times as long for a product in bf16. Neither library has an option for it, so
+    their functions are replaced.
+    """
     replaced: list[tuple[ModuleType, str, Any]] = []
     for module, name, function in _IN_FP32:
-        if wanted and module in sys.modules:
+        if enabled and module in sys.modules:
             replaced.append((sys.modules[module], name, getattr(sys.modules[module], name)))
             setattr(sys.modules[module], name, function)
     try:

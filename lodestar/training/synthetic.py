@@ -1,4 +1,4 @@
-"""A run on generated text of the longest shapes."""
+"""Training on generated text of maximum length."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.training.task import Recipe, TaskSpec, TrainingTask
 
 
-def generated_text(tokens: int, number: int) -> str:
-    """Letters, each a word and so a token to nearly every tokenizer; different for each number."""
-    return " ".join(random.Random(number).choices(string.ascii_lowercase, k=max(1, tokens)))
+def generated_text(tokens: int, index: int) -> str:
+    """Single letters, each a word and with nearly all tokenizers a token; different for each index."""
+    return " ".join(random.Random(index).choices(string.ascii_lowercase, k=max(1, tokens)))
 
 
 @dataclass(frozen=True)
 class LongestFirst:
-    """Rows in the order in which they were generated: a batch of the longest first, then always the second batch."""
+    """A sampler of generated rows: first the batch of the longest rows, then always the second batch."""
 
     rows: int
     global_size: int
     seed: int
     name: str = ""
 
-    def batch(self, number: int, part: range) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(part.start, part.stop) + min(number, 1) * self.global_size
+    def batch(self, index: int, positions: range) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(positions.start, positions.stop) + min(index, 1) * self.global_size
         return torch.zeros_like(rows), rows
 
 
@@ -42,19 +42,19 @@ class LongestFirst:
 def synthetic_task(
     recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe], *, micro_size: int, steps: int
 ) -> Generator[tuple[Recipe, TrainingTask]]:
-    """A recipe and task like the given ones on generated rows: a batch of the longest, then one of all lengths.
+    """The recipe and its task on generated rows: a batch of the longest, then one of all lengths.
 
-    Everything is written to a folder of its own in run.output_dir, which is deleted afterwards.
+    Files are written to a temporary folder in run.output_dir, which is deleted at the end.
     """
-    folder = Path(recipe.run.output_dir) / f"rehearsal-{runtime.rank - runtime.local_rank}"  # each node its own
+    folder = Path(recipe.run.output_dir) / f"rehearsal-{runtime.rank - runtime.local_rank}"  # one for each node
     size, file = recipe.batch.global_size, folder / "rows.jsonl"
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         fractions = [1.0] * size + [1 - i % 8 / 8 for i in range(size)]
         with file.open("w", encoding="utf-8") as lines:
-            for number, fraction in enumerate(fractions):
-                lines.write(json.dumps(spec.synthetic_row(recipe, fraction, number)) + "\n")
+            for index, fraction in enumerate(fractions):
+                lines.write(json.dumps(spec.synthetic_row(recipe, fraction, index)) + "\n")
 
     try:
         once_per_node(lambda: write() if runtime.local_rank == 0 else None, runtime.local_rank)
@@ -72,5 +72,5 @@ def synthetic_task(
     finally:
         if runtime.local_rank == 0:
             rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # it holds a run, or another node's dry run
+            with suppress(OSError):  # the folder has a run, or another node's dry run
                 folder.parent.rmdir()

@@ -1,4 +1,4 @@
-"""What a stage brings to a run."""
+"""The interface between a stage and the trainer."""
 
 from __future__ import annotations
 
@@ -19,17 +19,15 @@ Recipe = TypeVar("Recipe", bound=TrainingRecipe)
 AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe, contravariant=True)
 Row = dict[str, Any]
 """Of a training file."""
-
-
 Export = Callable[[Mapping[str, Tensor], Path, Mapping[str, Any]], None]
-"""(weights by name, folder, facts of the run) -> the folder holds the model."""
+"""(weights by name, folder, results of the run) -> None; writes the model into the folder."""
 Evaluate = Callable[[], dict[str, Any]]
-"""-> `evaluation`, a name, and metrics, the same on every rank; every rank must call."""
+"""() -> `evaluation`, its name, and metrics, equal on all ranks; every rank must call it."""
 
 
 @dataclass
 class TrainingTask:
-    """What a stage brings to a run."""
+    """What a stage gives to the trainer for one run."""
 
     module: nn.Module
     stage: Stage[Any]
@@ -39,33 +37,37 @@ class TrainingTask:
     batches: Callable[[int], Generator[Batch]]
     """First step -> this rank's batches from that step on."""
     identity: Mapping[str, Any]
-    """What must be the same in a run that goes on from a checkpoint."""
+    """JSON values that must equal those of the checkpoint from which a run resumes."""
     export: Export
     evaluate: Evaluate | None = None
     micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
-    """Those of rank 0 in the first step of a batch so planned; none for a stream."""
+    """Plan -> the micro-batches of rank 0 in the first step; none for a stream."""
     held_micro_batches: int = 1
-    """How many have their graphs in memory at once, where a step has several."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Counts of the data: rows, tokens, truncated, dropped; for summary.json."""
+    """Micro-batches whose graphs are in memory at once, if a step has several."""
+    data_counts: Mapping[str, int] = field(default_factory=dict)
+    """Of the training data: rows, tokens, truncated, dropped; for summary.json."""
     new_names: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of parameter names that checkpoints of earlier versions have, and what they are today."""
+    """Prefixes of parameter names in checkpoints of earlier versions -> prefixes today."""
     keep_best: str | None = None
-    """A metric: the result is the best evaluated model, not the last."""
+    """A metric: the exported model is the one with its highest value, not the last."""
 
 
 class BuildTask(Protocol[AnyRecipe]):
-    def __call__(self, recipe: AnyRecipe, runtime: Runtime, sampler: MakeSampler = ShuffledSampler) -> TrainingTask: ...
+    """Builds the task of a recipe on this rank."""
+
+    def __call__(
+        self, recipe: AnyRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler
+    ) -> TrainingTask: ...
 
 
 @dataclass(frozen=True)
 class TaskSpec(Generic[Recipe]):
-    """A kind of training: all that `lodestar` needs to know of a stage."""
+    """A kind of training: what the trainer needs to know of a stage."""
 
     build_task: BuildTask[Recipe]
     plan: Callable[[Recipe, int, str | None], Plan]
-    """(recipe, world size, device) -> what a run would do."""
+    """(recipe, world size, device) -> the plan of `--plan`."""
     synthetic_row: Callable[[Recipe, float, int], Row]
-    """(recipe, fraction of the maximum length, number) -> a row of generated text, different for each number."""
+    """(recipe, fraction of the maximum length, index) -> a row of generated text, different for each index."""
     with_training_file: Callable[[Recipe, Path, Path], Recipe]
-    """(recipe, JSONL file, cache folder) -> the recipe that trains on that file alone."""
+    """(recipe, JSONL file, cache folder) -> the recipe with that file as its only training data."""

@@ -1,4 +1,4 @@
-"""A training run from its recipe to its result: what both stages have in common."""
+"""The trainer: a run from its recipe to the exported model, for both stages."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from lodestar.reporting.training_report import write_report
 from lodestar.training import checkpoint
 from lodestar.training.auto_batch_size import with_largest_micro_size
 from lodestar.training.build_engine import build
-from lodestar.training.engine import Engine, Resumed
+from lodestar.training.engine import Engine, ResumeState
 from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
 from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
 from lodestar.training.task import BuildTask, Recipe, TaskSpec, TrainingTask
 
 _KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train"}
-"""The recipe's names for what a checkpoint says of its run."""
+"""The recipe's keys for values of TrainingTask.identity."""
 STOPPED = 3
-"""Exit code of a run that was asked to stop; the same command goes on from where it was."""
+"""Exit code of a run that a signal stopped; the same command resumes it."""
 
 
 def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
-    """Run to the end, or until asked to stop; returns the exit code."""
+    """Train to the end, or until a signal; returns the exit code."""
     minutes = recipe.engine.timeout_minutes
     with (
         StopHook(placement.world_size) as stop,
         distributed_session(placement, minutes, recipe) as runtime,
-        ExitStack() as held,
+        ExitStack() as locks,
     ):
         folder = Path(recipe.run.output_dir)
-        on_main(lambda: _claim(folder, held))
+        on_main(lambda: _lock(folder, locks))
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, spec)
         plan = on_main(lambda: spec.plan(recipe, runtime.world_size, None))
@@ -59,14 +59,14 @@ def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
         return Trainer(recipe, runtime, in_words(plan)).run(spec.build_task, stop)
 
 
-def _claim(folder: Path, held: ExitStack) -> None:
-    """The run folder, for this run alone."""
+def _lock(folder: Path, locks: ExitStack) -> None:
+    """Create the run folder, and lock it for this run."""
     make_folder(folder, "run.output_dir")
-    held.enter_context(locked(folder, "run.output_dir"))
+    locks.enter_context(locked(folder, "run.output_dir"))
 
 
 class Trainer(Generic[Recipe]):
-    """One run in its folder: from the newest checkpoint, or from the start, to the exported model."""
+    """One run in its folder: from a checkpoint, or from the start, to the exported model."""
 
     def __init__(self, recipe: Recipe, runtime: Runtime, plan: str = "") -> None:
         self.recipe, self.runtime, self.plan = recipe, runtime, plan
@@ -74,9 +74,10 @@ class Trainer(Generic[Recipe]):
         self.checkpoints = self.folder / "checkpoints"
         self.clock = Clock()
         self.changes: list[dict[str, Any]] = []
-        """Of the recipe, by those who went on with this run."""
+        """Of the recipe, at earlier resumes of this run."""
 
     def run(self, build_task: BuildTask[Recipe], stop: StopHook) -> int:
+        """Returns the exit code: 0, or STOPPED."""
         recipe, runtime = self.recipe, self.runtime
         on_main(lambda: make_folder(self.folder, "run.output_dir"))
         on_main(self._check_allowed)
@@ -91,32 +92,31 @@ class Trainer(Generic[Recipe]):
                 )
             resumed = self._find_checkpoint(task, progress)
         if progress.done and self._is_finished(progress):
-            self._say(
-                f"{self.folder}: all {progress.total_steps} steps are done; the model lies in {self.folder / 'model'}"
+            self._print(
+                f"{self.folder}: all {progress.total_steps} steps are done; the model is in {self.folder / 'model'}"
             )
             return 0
         engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
         if resumed is not None:
             with agreed():
                 engine.resume(resumed)
-            self._say(f"goes on from step {progress.step} of {progress.total_steps}")
+            self._print(f"resumes from step {progress.step} of {progress.total_steps}")
         if runtime.is_main:
             self._open_folder(task, progress)
         self._train(task, engine, progress, stop)
         if progress.stop is not None:
-            self._say(f"stopped by {progress.stop} at step {progress.step}; the same command goes on from here")
+            self._print(f"stopped by {progress.stop} at step {progress.step}; the same command resumes from here")
         return STOPPED if progress.stop is not None else 0
 
     def _train(self, task: TrainingTask, engine: Engine, progress: Progress, stop: StopHook) -> None:
         recipe, main = self.recipe, self.runtime.is_main
         if main and (earlier := self._earlier_summary()):
-            write_json(
-                self.folder / "summary.json", {**earlier, "stopped_by": None}
-            )  # it runs again; a kill leaves it so
+            # The run is no longer stopped: so it says also if it is killed.
+            write_json(self.folder / "summary.json", {**earlier, "stopped_by": None})
         tracker = self._tracker(progress)
         console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
         identity = {**task.identity, "recipe": loader.flat(recipe), "changes": self.changes}
-        hooks: list[Hook] = [  # in this order: what is logged and evaluated is in the checkpoint that a stop writes
+        hooks: list[Hook] = [  # in this order: a stop writes its checkpoint after logging and evaluation
             self._log_hook(task, tracker, console),
             *([self._evaluate_hook(task, engine, tracker, console)] if task.evaluate is not None else []),
             stop,
@@ -145,43 +145,45 @@ class Trainer(Generic[Recipe]):
             self._summarise(task, progress)
         barrier()
 
-    # --- before ---
+    # --- before training ---
 
     def _open_folder(self, task: TrainingTask, progress: Progress) -> None:
-        """Leave nothing there that an earlier run could be taken for this one by."""
+        """Archive or delete what an earlier run wrote after the step at which this run starts, and write the recipe."""
         for name in checkpoint.archive(self.checkpoints, progress.step):
-            self._say(f"warning: {self.checkpoints}: {name}: archived, for this run starts at step {progress.step}")
+            self._print(
+                f"warning: {self.checkpoints}: {name}: archived, because this run starts at step {progress.step}"
+            )
         best = self.folder / "best.json"
         if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
             best.unlink()
         write_text(self.folder / "config.yaml", loader.dump(self.recipe))
         data = task.identity.get("data")
-        facts = environment(self.runtime, self.recipe.run.output_dir)
-        write_json(self.folder / "environment.json", {**facts, "data": data, "changes": self.changes})
+        values = environment(self.runtime, self.recipe.run.output_dir)
+        write_json(self.folder / "environment.json", {**values, "data": data, "changes": self.changes})
 
-    def _find_checkpoint(self, task: TrainingTask, progress: Progress) -> Resumed | None:
-        """Put the newest valid checkpoint's weights into the module, and `progress` to its step."""
-        found, passed = on_main(lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume))
-        for line in passed:
-            self._say(f"warning: {line}")
-        if found is None:
+    def _find_checkpoint(self, task: TrainingTask, progress: Progress) -> ResumeState | None:
+        """Load the weights and the progress of the checkpoint to resume from, if any."""
+        folder, warnings = on_main(lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume))
+        for line in warnings:
+            self._print(f"warning: {line}")
+        if folder is None:
             return None
-        tensors, values = checkpoint.read(found)
-        self._check_changes(found, values, task.identity)
+        tensors, values = checkpoint.read(folder)
+        self._check_changes(folder, values, task.identity)
         progress.step, progress.skipped = values["step"], values["skipped"]
         if progress.step > progress.total_steps:
             raise CheckpointError(
-                f"schedule: {progress.total_steps} steps, but {found} has taken {progress.step} (raise them, or choose "
-                "another run.output_dir)"
+                f"schedule: {progress.total_steps} steps, but {folder} has taken {progress.step} (raise them, or "
+                "choose another run.output_dir)"
             )
         weights, optimizer = (checkpoint.with_new_names(tensors[n], task.new_names) for n in ("weights", "optimizer"))
         with torch.no_grad():
             for name, parameter in task.module.named_parameters():
                 if name not in weights or weights[name].shape != parameter.shape:
-                    raise CheckpointError(f"{found}: {name}: missing or of another shape: it belongs to another model")
+                    raise CheckpointError(f"{folder}: {name}: missing or of another shape: it belongs to another model")
                 parameter.copy_(weights[name])
         updates = progress.step - int(progress.skipped)
-        return Resumed(weights, optimizer, updates, values.get("engine", {}))
+        return ResumeState(weights, optimizer, updates, values.get("engine", {}))
 
     def _check_allowed(self) -> None:
         """ConfigError where checkpoint.allow_change names no key of the recipe."""
@@ -193,29 +195,33 @@ class Trainer(Generic[Recipe]):
                 hint = f"did you mean '{close[0]}'?" if close else "name a key, as optim.lr"
                 raise ConfigError(f"checkpoint.allow_change: {name}: no key of this recipe ({hint})")
 
-    def _check_changes(self, found: Path, values: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """CheckpointError where the checkpoint is of a recipe that computes something else, unless that is allowed."""
-        wrote = values.get("recipe")  # earlier versions left it in the run folder alone
-        if wrote is None and (earlier := found.parent.parent / "config.yaml").is_file():
-            wrote = loader.flat(loader.read_values(earlier))
+    def _check_changes(self, folder: Path, values: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """CheckpointError where the checkpoint's recipe computes something else, if not in checkpoint.allow_change."""
+        saved_recipe = values.get("recipe")  # earlier versions saved it in the run folder only
+        if saved_recipe is None and (earlier := folder.parent.parent / "config.yaml").is_file():
+            saved_recipe = loader.flat(loader.read_values(earlier))
         compared: list[tuple[str, Any, Any]] = [
             (_KEY_OF.get(name, name), values[name], now) for name, now in identity.items() if name in values
         ]
         recipe = loader.flat(self.recipe, without=[*NEUTRAL, *_KEY_OF.values()])
-        compared += [(key, wrote[key], now) for key, now in recipe.items() if wrote and key in wrote]
+        compared += [
+            (key, saved_recipe[key], now) for key, now in recipe.items() if saved_recipe and key in saved_recipe
+        ]
         changed = [(key, before, now) for key, before, now in compared if before != now]
         allowed = self.recipe.checkpoint.allow_change
         refused = [(key, before, now) for key, before, now in changed if not loader.covers(allowed, key)]
         if refused:
-            told = "; ".join(f"{key}: the checkpoint has {before!r}, this run {now!r}" for key, before, now in refused)
+            differences = "; ".join(
+                f"{key}: the checkpoint has {before!r}, this run {now!r}" for key, before, now in refused
+            )
             names = ", ".join(key for key, _, _ in refused)
             raise CheckpointError(
-                f"{found}: {told} (restore it, allow it by checkpoint.allow_change='[{names}]', choose another "
+                f"{folder}: {differences} (restore it, allow it by checkpoint.allow_change='[{names}]', choose another "
                 "run.output_dir, or set checkpoint.resume=none)"
             )
         self.changes = list(values.get("changes", []))
         for key, before, now in changed:
-            self._say(f"{key}: {now!r} from step {values['step']} on, {before!r} before")
+            self._print(f"{key}: {now!r} from step {values['step']} on, {before!r} before")
             self.changes.append({"step": values["step"], "key": key, "before": before, "now": now})
 
     def _is_finished(self, progress: Progress) -> bool:
@@ -249,44 +255,44 @@ class Trainer(Generic[Recipe]):
         def evaluate(step: int) -> dict[str, Any]:
             assert task.evaluate is not None
             engine.module.eval()
-            found = task.evaluate()
+            metrics = task.evaluate()
             engine.module.train()
             if task.keep_best is not None:
-                self._keep_if_best(task, engine, step, found)
-            return found
+                self._export_if_best(task, engine, step, metrics)
+            return metrics
 
         section = self.recipe.evaluate
         return EvaluateHook(evaluate, tracker, console, every=section.every_steps, at_start=section.at_start)
 
-    # --- after ---
+    # --- after training ---
 
-    def _keep_if_best(self, task: TrainingTask, engine: Engine, step: int, found: Mapping[str, Any]) -> None:
+    def _export_if_best(self, task: TrainingTask, engine: Engine, step: int, metrics: Mapping[str, Any]) -> None:
         metric = task.keep_best or ""
-        if metric not in found:
-            known = ", ".join(name for name in found if name != "evaluation")
+        if metric not in metrics:
+            known = ", ".join(name for name in metrics if name != "evaluation")
             raise DataError(f"evaluate.keep_best: {metric}: not a metric (one of {known})")
         record = self.folder / "best.json"
         best = from_main(json.loads(record.read_text()) if record.is_file() else None)
-        if best is None or best["metric"] != metric or found[metric] > best["value"] or best["step"] == step:
-            self._export(task, engine, {"steps": step, **found})
+        if best is None or best["metric"] != metric or metrics[metric] > best["value"] or best["step"] == step:
+            self._export(task, engine, {"steps": step, **metrics})
             if self.runtime.is_main:
-                write_json(self.folder / "best.json", {"metric": metric, "value": found[metric], "step": step})
+                write_json(self.folder / "best.json", {"metric": metric, "value": metrics[metric], "step": step})
         barrier()
 
     def _finish(self, task: TrainingTask, engine: Engine, progress: Progress) -> None:
         if task.keep_best is None or not from_main((self.folder / "best.json").is_file()):
             self._export(task, engine, {"steps": progress.step, **progress.final})
 
-    def _export(self, task: TrainingTask, engine: Engine, facts: Mapping[str, Any]) -> None:
+    def _export(self, task: TrainingTask, engine: Engine, results: Mapping[str, Any]) -> None:
         weights = engine.weights()
         if self.runtime.is_main:
             with replacing(self.folder / "model") as tmp:
-                task.export(weights, tmp, {**task.facts, **facts})
+                task.export(weights, tmp, {**task.data_counts, **results})
         barrier()
 
     def _summarise(self, task: TrainingTask, progress: Progress) -> None:
         earlier = self._earlier_summary()
-        went_on = earlier.get("steps", 0) < progress.step
+        has_advanced = earlier.get("steps", 0) < progress.step
         write_json(
             self.folder / "summary.json",
             {
@@ -295,20 +301,20 @@ class Trainer(Generic[Recipe]):
                 "steps": progress.step,
                 "total_steps": progress.total_steps,
                 "skipped": int(progress.skipped),
-                **task.facts,
-                "seconds": (earlier.get("seconds", 0.0) if went_on else 0.0) + self.clock.seconds(),
+                **task.data_counts,
+                "seconds": (earlier.get("seconds", 0.0) if has_advanced else 0.0) + self.clock.seconds(),
                 "final": progress.final,
             },
         )
         write_report(self.folder, plan=self.plan)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.runtime.is_main:
             print(line, file=sys.stderr, flush=True)
 
 
 def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
-    """Versions, hardware, world size and commit: what someone needs who wants the same numbers again."""
+    """Versions, hardware, world size and commit, to reproduce the run."""
     packages = ("torch", "transformers", "deepspeed", "datasets", "accelerate", "sentence-transformers", "tokenizers")
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
     return {
@@ -325,11 +331,11 @@ def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    here = Path(__file__).resolve().parent
+    folder = Path(__file__).resolve().parent
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        process = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
+    return process.stdout.strip()

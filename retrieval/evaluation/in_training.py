@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lodestar.config.schema import EvaluateConfig
+from lodestar.config.schema import EvaluateConfig, TrainingRecipe
 from lodestar.data.loader import cut, padded
 from lodestar.distributed.collectives import from_main
 from lodestar.distributed.runtime import Runtime
+from lodestar.training.engine import autocast
 from retrieval.embedding.embed_in_turns import embed_in_turns
 from retrieval.embedding.exact_search import distributed_search
 from retrieval.embedding.protocols import EmbedTokens
@@ -71,3 +73,27 @@ class InTrainingEvaluator:
             return torch.cat(embeddings)
 
         return embed_in_turns(longest_first, embed_indices)
+
+
+def in_training_evaluation(
+    recipe: TrainingRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    runtime: Runtime,
+    embed: EmbedTokens,
+    *,
+    prompts: Mapping[str, str],
+) -> Callable[[], dict[str, Any]] | None:
+    """Evaluates `embed`, under the run's autocast, on evaluate.data; none where the recipe names no data.
+
+    prompts   by role: query, document
+    """
+    if not recipe.evaluate.data:
+        return None
+    max_lengths = {"query": recipe.model.max_length, "document": recipe.model.max_length}
+    evaluator = InTrainingEvaluator(recipe.evaluate, tokenizer, runtime, max_lengths=max_lengths, prompts=prompts)
+
+    def embed_under_autocast(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        with autocast(runtime.device, recipe.precision):
+            return embed(ids_BL, lengths_B)
+
+    return lambda: {"evaluation": evaluator.name, **evaluator.measure(embed_under_autocast)}

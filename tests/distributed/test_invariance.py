@@ -1,4 +1,4 @@
-"""World size, engine, chunking and uneven shares change nothing but rounding."""
+"""World size, engine, micro-batches and uneven parts of ranks change nothing but rounding."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ENGINES = {
 OPTIONS = {
     "pretrain": {
         "plain": (),
-        "one chunk": ("batch.micro_size=19",),
+        "one micro-batch": ("batch.micro_size=19",),
         "free masks": ("mask.decoder_sets=0",),
         "words": ("loss.bag_of_words=0.1", "decoder.query=embedding"),
     },
     "finetune": {
         "plain": (),
-        "one pass": ("batch.micro_size=19",),
+        "one micro-batch": ("batch.micro_size=19",),
         "matryoshka": ("loss.matryoshka=[4,8]",),
         "directions": ("loss.passage_to_query=1", "loss.query_to_query=0.5", "loss.passage_to_passage=0.25"),
         "learned temperature": ("loss.learn_temperature=true", "loss.distillation=0.5", "loss.matryoshka=[8]"),
@@ -52,23 +52,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exact(folder: Path) -> dict[tuple[str, str], steps.Outcome]:
     """Plain formulas on the whole batch, in fp64."""
     return {
-        (stage, name): PLAIN[stage](folder, *more)
+        (stage, name): PLAIN[stage](folder, *overrides)
         for stage, options in OPTIONS.items()
-        for name, more in options.items()
+        for name, overrides in options.items()
     }
 
 
 @pytest.fixture(scope="module")
 def reference(folder: Path, exact: object) -> dict[tuple[str, str], steps.Outcome]:
-    """One process, DDP, the whole batch in one chunk."""
-    named = [(stage, name) for stage in OPTIONS for name in OPTIONS[stage]]
-    jobs = [(stage, *OPTIONS[stage][name], *ENGINES["ddp"], "batch.micro_size=19") for stage, name in named]
+    """One process, DDP, the whole batch in one micro-batch."""
+    names = [(stage, name) for stage in OPTIONS for name in OPTIONS[stage]]
+    jobs = [(stage, *OPTIONS[stage][name], *ENGINES["ddp"], "batch.micro_size=19") for stage, name in names]
     (outcomes,) = run_world(steps.steps, 1, folder, jobs)
-    return dict(zip(named, outcomes, strict=True))
+    return dict(zip(names, outcomes, strict=True))
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} ranks")
-def found(
+def outcomes_of(
     request: pytest.FixtureRequest, folder: Path, exact: object
 ) -> dict[tuple[str, str, str], list[steps.Outcome]]:
     jobs = [(stage, *OPTIONS[stage][name], *ENGINES[engine]) for stage, name, engine in JOBS]
@@ -83,11 +83,11 @@ def test_the_reference_is_what_plain_formulas_give_in_double_precision(reference
 
 
 @pytest.mark.parametrize("job", JOBS, ids="-".join)
-def test_a_step_is_the_same_at_any_world_size_engine_and_chunking(job, found, reference):
+def test_a_step_is_the_same_at_any_world_size_engine_and_micro_batches(job, outcomes_of, reference):
     stage, name, _ = job
-    for rank, outcome in enumerate(found[job]):
+    for rank, outcome in enumerate(outcomes_of[job]):
         error = steps.distance(outcome, reference[stage, name])
-        assert error < ROUNDING, f"rank {rank} of {len(found[job])}: relative error {error:.1e}"
+        assert error < ROUNDING, f"rank {rank} of {len(outcomes_of[job])}: relative error {error:.1e}"
 
 
 def test_negatives_of_one_rank_alone_give_another_gradient(folder, reference):
@@ -102,7 +102,7 @@ def test_another_batch_gives_another_gradient(folder, reference):
         assert steps.distance(outcome, reference[stage, "plain"]) > 0.01
 
 
-def test_the_shares_of_the_ranks_make_the_batch_and_none_divides_it():
+def test_the_ranks_parts_make_the_batch_and_no_world_size_divides_it():
     for size in SIZES[1:]:
-        rows = steps.expected_rows(size)
-        assert sum(rows) == steps.ROWS and len(set(rows)) == 2
+        examples = steps.expected_examples(size)
+        assert sum(examples) == steps.GLOBAL_SIZE and len(set(examples)) == 2

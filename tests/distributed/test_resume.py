@@ -23,9 +23,9 @@ def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, 
     from lodestar.distributed.runtime import Runtime, choose_device
     from lodestar.training import hooks
 
-    made = steps.recipe(stage, folder, *overrides)
+    recipe = steps.recipe(stage, folder, *overrides)
     placement = Placement(rank, size, rank)
-    session = Trainer(made, Runtime(placement.rank, placement.world_size, placement.local_rank, choose_device(rank)))
+    trainer = Trainer(recipe, Runtime(placement.rank, placement.world_size, placement.local_rank, choose_device(rank)))
     build_task = steps.build_pretrain_task if stage == "pretrain" else steps.build_finetune_task
     if stop_after is not None:
 
@@ -33,8 +33,8 @@ def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, 
             progress.stop = "SIGTERM" if progress.step == stop_after else None
 
         hooks.StopHook.after_step = stop  # type: ignore[method-assign]
-    with hooks.StopHook(size) as stopped:
-        return session.run(build_task, stopped)
+    with hooks.StopHook(size) as stop_hook:
+        return trainer.run(build_task, stop_hook)
 
 
 OPTIONS = {
@@ -52,7 +52,7 @@ CASES += [("finetune", "ddp", "muon"), ("finetune", "zero0", "two sets"), ("fine
 @pytest.mark.parametrize(("stage", "engine", "option"), CASES, ids=str)
 def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, option: str, tmp_path: Path) -> None:
     kind = ("engine.kind=ddp",) if engine == "ddp" else ("engine.kind=deepspeed", f"engine.zero_stage={engine[-1]}")
-    kind += tuple(each.format(folder=tmp_path) for each in OPTIONS[option])
+    kind += tuple(override.format(folder=tmp_path) for override in OPTIONS[option])
     tiny.finetune_file(tmp_path / "second.jsonl", count=21)
     tiny.encoder(tmp_path / "bert", "bert", dropout=0.1)
     steps.recipe(stage, tmp_path)

@@ -65,14 +65,16 @@ def start(stage: str, recipe: Path, *overrides: str) -> list[subprocess.Popen[st
             "--master-addr", HOSTS[0][2], "--master-port", "29777", "--nproc-per-node", "1",
             f"launch/{stage}.py", "--config", str(recipe), *overrides,
         ]  # fmt: skip
-        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-        environment = {**clean, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        inherited = {
+            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        }
+        environment = {**inherited, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         launched.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
     return launched
 
 
 def finish(launched: list[subprocess.Popen[str]]) -> list[str]:
-    """What each said; all have ended."""
+    """The stderr of each; all have ended."""
     try:
         return [process.communicate(timeout=180)[1] for process in launched]
     finally:
@@ -90,25 +92,27 @@ def test_a_cut_cable_ends_both_hosts_with_one_line_that_names_the_peer(stage: st
         "engine.kind=deepspeed", "engine.timeout_minutes=0.1",
     ]  # fmt: skip
     launched = start(stage, recipe, *options, f"schedule.steps={10**6}")
-    metrics, give_up = tmp_path / "cut/metrics.jsonl", time.monotonic() + 120
+    metrics, deadline = tmp_path / "cut/metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert time.monotonic() < give_up and all(process.poll() is None for process in launched), finish(launched)
+        assert time.monotonic() < deadline and all(process.poll() is None for process in launched), finish(launched)
         time.sleep(0.1)
     ip("-n", HOSTS[0][0], "link", "set", HOSTS[0][1], "down")
     try:
-        said = finish(launched)
+        outputs = finish(launched)
     finally:
         ip("-n", HOSTS[0][0], "link", "set", HOSTS[0][1], "up")
-    for me, lines in enumerate(said):
-        (line,) = [line for line in lines.splitlines() if line.startswith("error: ")]
-        other = 1 - me
-        assert line.startswith(f"error: rank {me} (") and HOSTS[me][2] in line
-        assert f"lost rank {other} (" in line and HOSTS[other][2] in line and "goes on" in line
+    for rank, output in enumerate(outputs):
+        (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+        other = 1 - rank
+        assert line.startswith(f"error: rank {rank} (") and HOSTS[rank][2] in line
+        assert f"lost rank {other} (" in line and HOSTS[other][2] in line and "the same command resumes the run" in line
     assert all(process.returncode not in (0, None) for process in launched)
 
-    done = max(int(path.name[5:]) for path in (tmp_path / "cut/checkpoints").glob("step-*"))
-    again = start(stage, recipe, *options, f"schedule.steps={done + 2}", "checkpoint.allow_change=[schedule.steps]")
-    said = finish(again)
-    assert [process.returncode for process in again] == [0, 0], said
-    assert f"goes on from step {done} of {done + 2}" in said[0]
+    saved_step = max(int(path.name[5:]) for path in (tmp_path / "cut/checkpoints").glob("step-*"))
+    resumed = start(
+        stage, recipe, *options, f"schedule.steps={saved_step + 2}", "checkpoint.allow_change=[schedule.steps]"
+    )
+    outputs = finish(resumed)
+    assert [process.returncode for process in resumed] == [0, 0], outputs
+    assert f"resumes from step {saved_step} of {saved_step + 2}" in outputs[0]
     assert (tmp_path / "cut/model/model.safetensors").is_file()

@@ -241,7 +241,7 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(folder
     (saved,) = (parts / "checkpoints").iterdir()
     assert 0 < int(saved.name[-8:]) < 60
     found = run([*command, *more, f"run.output_dir={parts}"])
-    assert found.returncode == 0 and "goes on from step" in found.stderr
+    assert found.returncode == 0 and "resumes from step" in found.stderr
     first, second = (load_file(each / "checkpoints/step-00000060/weights.safetensors") for each in (whole, parts))
     assert all(first[name].equal(second[name]) for name in first)
 

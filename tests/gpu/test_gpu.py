@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def step_on(device: str, stage: str, folder: Path, *overrides: str) -> steps.Outcome:
     made = steps.recipe(stage, folder, *overrides)
-    ready, _ = steps.built(made, 0, 1)
+    ready, _ = steps.built_task(made, 0, 1)
     runtime = Runtime(0, 1, 0, torch.device(device))
     stage_on_device: Any = ready.stage
     stage_on_device._device = runtime.device

@@ -212,7 +212,7 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
     step = int(told.partition("stopped by SIGUSR1 at step ")[2].partition(";")[0])
     assert (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").is_file()
     deadline = time.monotonic() + 120
-    while f"goes on from step {step} " not in log(cluster, job):
+    while f"resumes from step {step} " not in log(cluster, job):
         assert time.monotonic() < deadline, log(cluster, job)
         time.sleep(1)
     cluster.run("scancel", job)

@@ -67,7 +67,7 @@ def test_a_run_is_shown_whole(tmp_path: Path) -> None:
         "Gradient norm",
         "Learning rate",
         "Temperature",
-        "Speed in rows",
+        "Speed in examples",
         "Speed in tokens",
         "Peak memory",
     )
@@ -86,10 +86,10 @@ def test_a_run_is_shown_whole(tmp_path: Path) -> None:
         assert (
             f'<li style="--c:var(--c{int(field == "encoder_loss") + 2 * (field == "decoder_loss")})">{field} ' in text
         )
-    assert "The same throughout: padding 25 % of tokens." in text and "<h3>Padding" not in text
+    assert "Constant: padding 25 % of tokens." in text and "<h3>Padding" not in text
     assert "not finite in 1 lines" in text and "highest 30 at 20" in text
     shown = ("a &lt;run&gt;", "finished, 3 x a device", "steps &lt;40&gt;", "&lt;script&gt;", "torch 9.9", "f1n9er")
-    for told in (*shown, "0:01:01", "5 (10.0% of rows)", "12,345", "0.3456 at step 40", "accuracy", "GiB"):
+    for told in (*shown, "0:01:01", "5 (10.0% of examples)", "12,345", "0.3456 at step 40", "accuracy", "GiB"):
         assert told in text, told
 
 

@@ -1,4 +1,4 @@
-"""Rows of both layouts, and what a step makes of them."""
+"""Rows of both layouts, and the batch of a step."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TOKENIZER = tiny.tokenizer("bert")
 
 
 def table(rows: list[dict[str, Any]], query: str = "", passage: str = "") -> datasets.Dataset:
-    kept = [check_row(f"f:{i}", row) for i, row in enumerate(rows, 1)]
-    columns = {name: [row[name] for row in kept if row] for name in kept[0] or {}}
+    examples = [check_row(f"f:{i}", row) for i, row in enumerate(rows, 1)]
+    columns = {name: [example[name] for example in examples if example] for name in examples[0] or {}}
     return datasets.Dataset.from_dict(Tokenize(TOKENIZER, query, passage, 32, 32)(columns), features=FEATURES)
 
 
@@ -32,23 +32,23 @@ def step(
     rows: list[dict[str, Any]], *, negatives: int = 1, number: int = 0, rank: int = 0, size: int = 1, batch: int = 0
 ) -> StepBatch:
     batch = batch or len(rows)
-    chosen = TrainingDataset(table(rows), ShuffledSampler(len(rows), batch, 5), True)
+    dataset = TrainingDataset(table(rows), ShuffledSampler(len(rows), batch, 5), True)
     plan = BatchPlan(batch, size, 4)
-    return Collate([chosen], DatasetMixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
+    return Collate([dataset], DatasetMixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
 
 
 def texts(batch: StepBatch) -> list[str]:
     """The texts of a step in their own order: queries, then passages."""
-    found = [
+    in_batch_order = [
         TOKENIZER.decode(ids[:length], skip_special_tokens=True)
-        for micro in batch.micro_batches
-        if micro.real
-        for ids, length in zip(micro.ids_BL, micro.lengths_B, strict=True)
+        for micro_batch in batch.micro_batches
+        if micro_batch.is_real
+        for ids, length in zip(micro_batch.ids_BL, micro_batch.lengths_B, strict=True)
     ]
-    return [found[i] for i in batch.place_N.argsort().tolist()]
+    return [in_batch_order[i] for i in batch.text_index_N.argsort().tolist()]
 
 
-def test_both_layouts_are_the_same_row() -> None:
+def test_both_layouts_give_the_same_row() -> None:
     columns = check_row("f:1", {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": None, "negative": "m"})
     bge = check_row("f:1", {"query": "q", "pos": ["p"], "neg": ["n", "m"]})
     assert columns == bge
@@ -57,7 +57,7 @@ def test_both_layouts_are_the_same_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"pos": ["p"]}, "f:3: query: must be a text, got NoneType"),
         ({"query": "q", "pos": "p"}, "f:3: pos: must be a list of texts, got str"),
@@ -70,10 +70,10 @@ def test_both_layouts_are_the_same_row() -> None:
         ({"query": "q", "pos": ["p"], "prompt": 1}, "f:3: prompt: must be a text, got int"),
     ],
 )
-def test_a_bad_row_is_named(row: dict[str, Any], said: str) -> None:
+def test_a_bad_row_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         check_row("f:3", row)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_rows_own_prompt_replaces_the_instruction() -> None:
     for prompt, query in (("mask ", "mask rows"), ("", "rows"), (None, "search rows")):
         rows = table([{"query": "rows", "pos": ["graph"], "prompt": prompt}], query="search ")
         assert TOKENIZER.decode(rows[0]["query_ids"], skip_special_tokens=True) == query
-        assert rows[0]["query_hash"] == content_hash("rows")  # equal texts are known whatever stands before them
+        assert rows[0]["query_hash"] == content_hash("rows")  # equal texts are recognised whatever their prompts
 
 
 ROWS = [
@@ -107,26 +107,26 @@ ROWS = [
 
 
 def groups(batch: StepBatch) -> dict[str, list[str]]:
-    every = texts(batch)
-    passages = every[batch.examples :]
+    all_texts = texts(batch)
+    passages = all_texts[batch.examples :]
     starts, counts = batch.start_Q.tolist(), batch.count_Q.tolist()
-    return {every[i]: passages[start : start + counts[i]] for i, start in enumerate(starts)}
+    return {all_texts[i]: passages[start : start + counts[i]] for i, start in enumerate(starts)}
 
 
-def test_each_query_gets_a_positive_and_as_many_negatives_as_there_are() -> None:
-    found = groups(step(ROWS, negatives=2))
-    assert found["rows"][0] in ("graph", "node") and set(found["rows"][1:]) < {"edge", "mask", "token"}
-    assert len(set(found["rows"][1:])) == 2
-    assert found["tensor"] == ["matrix"]
-    assert found["search"] == ["index", "loss", "loss"]  # repeated where too few
-    assert len(found["learn"]) == 2
-    assert all(len(own) == 1 for own in groups(step(ROWS, negatives=0)).values())
+def test_each_query_gets_a_positive_and_its_negatives() -> None:
+    passages = groups(step(ROWS, negatives=2))
+    assert passages["rows"][0] in ("graph", "node") and set(passages["rows"][1:]) < {"edge", "mask", "token"}
+    assert len(set(passages["rows"][1:])) == 2
+    assert passages["tensor"] == ["matrix"]
+    assert passages["search"] == ["index", "loss", "loss"]  # repeated if there are too few
+    assert len(passages["learn"]) == 2
+    assert all(len(own_passages) == 1 for own_passages in groups(step(ROWS, negatives=0)).values())
 
 
-def test_positives_and_negatives_are_drawn_anew_in_each_epoch_and_the_same_again() -> None:
-    drawn = [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
-    assert len(set(drawn)) > 2
-    assert drawn == [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
+def test_positives_and_negatives_are_drawn_in_each_epoch_and_are_reproducible() -> None:
+    draws = [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
+    assert len(set(draws)) > 2
+    assert draws == [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -138,18 +138,18 @@ def test_ranks_hold_parts_of_the_same_batch(size: int) -> None:
     assert parts == whole
 
 
-def test_a_rank_without_a_query_takes_part_with_a_text_that_does_not_count() -> None:
+def test_a_rank_without_a_query_runs_on_a_filler() -> None:
     batch = step(ROWS, rank=0, size=5)
-    assert batch.examples == 0 and len(batch.place_N) == 0 and len(batch.passage_hash_P) == 0
-    assert len(batch.micro_batches) == 1 and not batch.micro_batches[0].real
+    assert batch.examples == 0 and len(batch.text_index_N) == 0 and len(batch.passage_hash_P) == 0
+    assert len(batch.micro_batches) == 1 and not batch.micro_batches[0].is_real
 
 
 def test_teacher_scores_come_with_their_passages() -> None:
     row = {"query": "rows", "pos": ["graph"], "neg": ["edge"], "pos_scores": [0.9], "neg_scores": [0.2]}
     batch = step([row, ROWS[2]])
-    at = texts(batch)[: batch.examples].index("rows")
-    torch.testing.assert_close(batch.teacher_QG[at], torch.tensor([0.9, 0.2]))
-    assert batch.teacher_QG[1 - at].isnan().all()
+    index = texts(batch)[: batch.examples].index("rows")
+    torch.testing.assert_close(batch.teacher_QG[index], torch.tensor([0.9, 0.2]))
+    assert batch.teacher_QG[1 - index].isnan().all()
 
 
 def test_cut_texts_are_counted() -> None:
@@ -182,8 +182,8 @@ def write(rows: list[dict[str, Any]], path: Path) -> Path:
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("rows", [BARE + LATER, LATER[::-1] + BARE], ids=["bare first", "bare last"])
 def test_rows_of_all_kinds_may_be_mixed_in_any_order(rows: list[dict[str, Any]], suffix: str, tmp_path: Path) -> None:
-    """Columns were typed by the first thousand rows."""
-    found = tokenized(
+    """Column types must not depend on the first rows of a file."""
+    rows_of_file = tokenized(
         find_sources([str(write(rows, tmp_path / f"a.{suffix}"))]),
         cache_dir=tmp_path / "cache",
         settings={},
@@ -193,5 +193,5 @@ def test_rows_of_all_kinds_may_be_mixed_in_any_order(rows: list[dict[str, Any]],
         features=FEATURES,
         processes=1,
     ).rows
-    assert found.to_dict() == table(rows, "search: ").to_dict()
-    assert sorted(len(neg) for neg in found["neg_ids"])[-3:] == [0, 1, 2] and len(found) == len(rows)
+    assert rows_of_file.to_dict() == table(rows, "search: ").to_dict()
+    assert sorted(len(neg) for neg in rows_of_file["neg_ids"])[-3:] == [0, 1, 2] and len(rows_of_file) == len(rows)

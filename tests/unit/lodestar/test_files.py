@@ -1,4 +1,4 @@
-"""A file is whole or as it was; a manifest vouches for every byte."""
+"""A file is whole or as it was; a manifest has the hash of every file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lodestar.files import damage, replacing_file, write_json, write_manifest, w
 ROOT = Path(__file__).parents[3]
 
 
-def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_json(path, {"rows": 1})
     with pytest.raises(ZeroDivisionError), replacing_file(path) as tmp:
@@ -22,18 +22,18 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Pat
         raise ZeroDivisionError
     assert path.read_text() == '{\n  "rows": 1\n}\n'
     write_text(path, "new")
-    assert path.read_text() == "new" and [each.name for each in tmp_path.iterdir()] == ["record.json"]
+    assert path.read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     write_text(path, "old")
-    killed = (
+    code = (
         "import os, signal, sys; from pathlib import Path; from lodestar.files import replacing_file\n"
         "with replacing_file(Path(sys.argv[1])) as tmp: tmp.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    done = subprocess.run([sys.executable, "-c", killed, str(path)], cwd=ROOT, timeout=60)
-    assert done.returncode == -signal.SIGKILL and path.read_text() == "old"
+    process = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=60)
+    assert process.returncode == -signal.SIGKILL and path.read_text() == "old"
 
 
 def test_a_manifest_finds_what_changed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Texts to ids and words, and a step's masks, for each kind of tokenizer."""
+"""Texts to ids and words, and the masks of a step, for each kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retromae.tokenization import TextCheck, Tokenize
 from tests import tiny
 
 TEXTS = tiny.texts(60, seed=9)
-LONG = tiny.texts(60, seed=9, longest=90)  # in short texts a share of 0.3 rounds to a whole token
+LONG = tiny.texts(60, seed=9, longest=90)  # in short texts rounding to whole tokens would change a ratio of 0.3
 
 
 def rows_of(family: str, texts: list[str], *, max_length: int = 512, split: bool = False) -> dict[str, list[Any]]:
@@ -50,43 +50,47 @@ def test_the_ids_are_the_tokenizers_and_words_are_whole(family: str) -> None:
     for text, ids, words in zip(TEXTS, columns["input_ids"], columns["words"], strict=True):
         assert ids == tokenizer(text)["input_ids"]
         assert words[0] == words[-1] == -1 and max(words) == len(text.split()) - 1
-        for word, wanted in enumerate(text.split()):
+        for word, word_text in enumerate(text.split()):
             pieces = [i for i, w in zip(ids, words, strict=True) if w == word]
-            assert tokenizer.decode(pieces).strip() == wanted
+            assert tokenizer.decode(pieces).strip() == word_text
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_shares_of_masked_tokens_are_those_of_the_recipe(family: str) -> None:
+def test_the_mask_ratios_are_those_of_the_recipe(family: str) -> None:
     """Within 1 % over a corpus, whole words, special tokens never; for encoder and decoder."""
-    guessed = hidden = ordinary = inner = 0
+    num_labels = num_hidden = num_ordinary = num_inner = 0
     for number in range(8):
         (batch,) = step(family, number=number, texts=LONG).micro_batches
         labelled = batch.labels_BL != IGNORED
         assert not labelled[batch.words_BL < 0].any()
         assert batch.labels_BL[labelled].equal(batch.input_ids_BL[labelled])
-        guessed, ordinary = guessed + int(labelled.sum()), ordinary + int((batch.words_BL >= 0).sum())
-        seen = decoder_visibility(batch.words_BL, batch.lengths_B, batch.rng_key_B, 0.5, 0)[:, 0]
+        num_labels, num_ordinary = num_labels + int(labelled.sum()), num_ordinary + int((batch.words_BL >= 0).sum())
+        attention_mask = decoder_visibility(batch.words_BL, batch.lengths_B, batch.rng_key_B, 0.5, 0)[:, 0]
         for text, length in enumerate(batch.lengths_B.tolist()):
             rows = torch.arange(1, length - 1)
-            others = ~seen[text, rows][:, rows] & ~torch.eye(len(rows), dtype=torch.bool)
-            hidden, inner = hidden + int(others.sum()), inner + len(rows) * (len(rows) - 1)
+            is_hidden = ~attention_mask[text, rows][:, rows] & ~torch.eye(len(rows), dtype=torch.bool)
+            num_hidden, num_inner = num_hidden + int(is_hidden.sum()), num_inner + len(rows) * (len(rows) - 1)
             for word in batch.words_BL[text][batch.words_BL[text] >= 0].unique():
                 of_word = labelled[text][batch.words_BL[text] == word]
                 assert of_word.all() or not of_word.any()
-    assert abs(guessed / ordinary - 0.3) < 0.01
-    assert abs(hidden / inner - 0.5) < 0.01
+    assert abs(num_labels / num_ordinary - 0.3) < 0.01
+    assert abs(num_hidden / num_inner - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
 def test_a_text_has_the_same_masks_on_any_rank_in_any_micro_batch(size: int) -> None:
     def texts(batch: StepBatch) -> set[tuple[Any, ...]]:
-        found = set()
-        for micro in batch.micro_batches:
+        masked_texts = set()
+        for micro_batch in batch.micro_batches:
             for masked, clean, length, key in zip(
-                micro.masked_input_ids_BL, micro.input_ids_BL, micro.lengths_B, micro.rng_key_B, strict=True
+                micro_batch.masked_input_ids_BL,
+                micro_batch.input_ids_BL,
+                micro_batch.lengths_B,
+                micro_batch.rng_key_B,
+                strict=True,
             ):
-                found.add((tuple(masked[:length].tolist()), tuple(clean[:length].tolist()), int(key)))
-        return found
+                masked_texts.add((tuple(masked[:length].tolist()), tuple(clean[:length].tolist()), int(key)))
+        return masked_texts
 
     whole = step("bert")
     parts = [step("bert", rank, size, micro_size=4) for rank in range(size)]
@@ -102,7 +106,7 @@ def test_another_step_draws_other_masks() -> None:
     assert not first.equal(second)
 
 
-def test_a_rank_without_a_text_takes_part_with_one_that_does_not_count() -> None:
+def test_a_rank_without_a_text_runs_on_a_filler() -> None:
     plan = BatchPlan(2, 3, 4)
     collate = Collate(
         InMemory(rows_of("bert", TEXTS)), ShuffledSampler(60, 2, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3
@@ -110,8 +114,8 @@ def test_a_rank_without_a_text_takes_part_with_one_that_does_not_count() -> None
     assert len(plan.examples(0)) == 0
     batch = collate(0)
     assert (batch.examples, batch.tokens, batch.encoder_labels, batch.decoder_labels) == (0, 0, 0, 0)
-    (micro,) = batch.micro_batches
-    assert not micro.is_real_example_B.any() and (micro.labels_BL == IGNORED).all()
+    (micro_batch,) = batch.micro_batches
+    assert not micro_batch.is_real_example_B.any() and (micro_batch.labels_BL == IGNORED).all()
 
 
 def test_long_texts_are_cut_and_counted_or_split_without_loss() -> None:
@@ -127,8 +131,8 @@ def test_long_texts_are_cut_and_counted_or_split_without_loss() -> None:
 
 def test_a_special_token_spelt_out_in_a_text_is_no_word() -> None:
     columns = rows_of("bert", ["shuffle [MASK] rows"])
-    at = columns["input_ids"][0].index(tiny.tokenizer("bert").mask_token_id)
-    assert columns["words"][0][at] == -1
+    index = columns["input_ids"][0].index(tiny.tokenizer("bert").mask_token_id)
+    assert columns["words"][0][index] == -1
 
 
 def test_a_row_without_a_text_is_named_and_an_empty_one_dropped() -> None:
@@ -147,7 +151,7 @@ def test_a_stream_reads_rows_whose_columns_come_late(tmp_path: Path) -> None:
     def read() -> list[Any]:
         tokenize = Tokenize(tiny.tokenizer("bert"), max_length=64, split=False)
         stream = StreamWindow(lambda: stream_rows(sources), TextCheck("text"), tokenize, 8, 1)
-        return list(islice(stream._endless(), len(rows)))
+        return list(islice(stream._endless_texts(), len(rows)))
 
     assert len(read()) == len(rows)
     tiny.write_jsonl(tmp_path / "a.jsonl", [*rows[:1200], {"score": 1}])

@@ -25,23 +25,25 @@ def a_decoder(dropout: float = 0.0) -> Decoder:
 def a_problem() -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     query, hiddens = (torch.randn(B, L, D, generator=g, dtype=torch.float64) for _ in range(2))
-    visible = torch.rand(B, 1, L, L, generator=g) < 0.5
-    visible[:, :, 1:, 0] = True
-    visible.diagonal(dim1=2, dim2=3).fill_(False)
-    visible[:, :, 0, L - 1] = True
-    return query, hiddens, visible
+    attention_mask = torch.rand(B, 1, L, L, generator=g) < 0.5
+    attention_mask[:, :, 1:, 0] = True
+    attention_mask.diagonal(dim1=2, dim2=3).fill_(False)
+    attention_mask[:, :, 0, L - 1] = True
+    return query, hiddens, attention_mask
 
 
 def norm(x_D: Tensor, layer: nn.LayerNorm) -> Tensor:
     return (x_D - x_D.mean()) / (x_D.var(unbiased=False) + layer.eps).sqrt() * layer.weight + layer.bias
 
 
-def by_loops(layer: Decoder, query: Tensor, hiddens: Tensor, visible: Tensor, own_column: bool = False) -> Tensor:
-    """Position by position, head by head, over the visible columns only."""
+def by_loops(
+    layer: Decoder, query: Tensor, hiddens: Tensor, attention_mask: Tensor, own_column: bool = False
+) -> Tensor:
+    """Position by position, head by head, over the columns of the attention mask."""
     out, size = torch.zeros_like(query), D // HEADS
     for b in range(B):
         for i in range(L):
-            columns = [j for j in range(L) if visible[b, 0, i, j] or (own_column and i == j)]
+            columns = [j for j in range(L) if attention_mask[b, 0, i, j] or (own_column and i == j)]
             context = []
             for head in range(HEADS):
                 part = slice(head * size, (head + 1) * size)
@@ -50,36 +52,36 @@ def by_loops(layer: Decoder, query: Tensor, hiddens: Tensor, visible: Tensor, ow
                 total = sum(math.exp(score) for score in scores)
                 values = (layer.value(hiddens[b, j])[part] * math.exp(s) for j, s in zip(columns, scores, strict=True))
                 context.append(sum(values, torch.zeros(size, dtype=query.dtype)) / total)
-            mixed = norm(layer.out_proj(torch.cat(context)) + query[b, i], layer.attention_norm)
-            wide = layer.fc1(mixed)
+            attended = norm(layer.out_proj(torch.cat(context)) + query[b, i], layer.attention_norm)
+            wide = layer.fc1(attended)
             wide = wide * 0.5 * (1 + torch.erf(wide / math.sqrt(2)))
-            out[b, i] = norm(layer.fc2(wide) + mixed, layer.output_norm)
+            out[b, i] = norm(layer.fc2(wide) + attended, layer.output_norm)
     return out
 
 
 def test_the_layer_equals_one_written_with_loops() -> None:
     layer, problem = a_decoder().eval(), a_problem()
     with torch.no_grad():
-        got = layer(*problem)
-        torch.testing.assert_close(got, by_loops(layer, *problem), rtol=1e-10, atol=1e-10)
-        assert (got - by_loops(layer, *problem, own_column=True)).abs().max() > 1e-2
+        actual = layer(*problem)
+        torch.testing.assert_close(actual, by_loops(layer, *problem), rtol=1e-10, atol=1e-10)
+        assert (actual - by_loops(layer, *problem, own_column=True)).abs().max() > 1e-2
 
 
-def test_a_hidden_column_changes_nothing_and_a_visible_one_does() -> None:
-    layer, (query, hiddens, visible) = a_decoder().eval(), a_problem()
-    visible[:, :, :, 3] = False
+def test_a_masked_column_changes_nothing_and_another_does() -> None:
+    layer, (query, hiddens, attention_mask) = a_decoder().eval(), a_problem()
+    attention_mask[:, :, :, 3] = False
     other = hiddens.clone()
     other[:, 3] += 1.0
-    assert torch.equal(layer(query, hiddens, visible), layer(query, other, visible))
-    visible[:, :, 2, 3] = True
-    changed = (layer(query, hiddens, visible) != layer(query, other, visible)).any(2)
+    assert torch.equal(layer(query, hiddens, attention_mask), layer(query, other, attention_mask))
+    attention_mask[:, :, 2, 3] = True
+    changed = (layer(query, hiddens, attention_mask) != layer(query, other, attention_mask)).any(2)
     assert changed.nonzero()[:, 1].unique().tolist() == [2]
 
 
-def test_a_row_that_sees_nothing_gives_numbers_and_gradients() -> None:
-    layer, (query, hiddens, visible) = a_decoder(), a_problem()
-    visible[0, 0, 2] = False
-    out = layer(query, hiddens.requires_grad_(), visible)
+def test_a_row_without_columns_has_finite_outputs_and_gradients() -> None:
+    layer, (query, hiddens, attention_mask) = a_decoder(), a_problem()
+    attention_mask[0, 0, 2] = False
+    out = layer(query, hiddens.requires_grad_(), attention_mask)
     out.square().sum().backward()
     assert out.isfinite().all() and hiddens.grad is not None and hiddens.grad.isfinite().all()
 
@@ -111,15 +113,15 @@ def test_weights_start_normal_and_biases_at_zero() -> None:
         ("modernbert", {"mlp_dropout": 0.2, "attention_dropout": 0.3}, {"norm_eps": 1e-7}),
     ],
 )
-def test_a_decoder_takes_its_measures_from_any_family(family: str, dropouts: dict, eps: dict) -> None:
-    measures = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "initializer_range": 0.03}
-    layer = Decoder.for_encoder(AutoConfig.for_model(family, **measures, **dropouts, **eps))
+def test_a_decoder_takes_its_sizes_from_any_family(family: str, dropouts: dict, eps: dict) -> None:
+    sizes = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 40, "initializer_range": 0.03}
+    layer = Decoder.for_encoder(AutoConfig.for_model(family, **sizes, **dropouts, **eps))
     assert (layer.heads, layer.fc1.weight.shape) == (2, (40, 24))
     assert (layer.dropout.p, layer.attention_dropout) == (0.2, 0.3)
     assert layer.attention_norm.eps == layer.output_norm.eps == 1e-7
 
 
-def test_a_configuration_without_a_measure_is_an_error_of_one_line() -> None:
+def test_a_configuration_without_a_size_is_an_error_of_one_line() -> None:
     with pytest.raises(ModelError, match="has no num_attention_heads"):
         Decoder.for_encoder(SimpleNamespace(hidden_size=8))
     with pytest.raises(ModelError, match="does not divide into 3 heads"):

@@ -1,4 +1,4 @@
-"""Chunked losses against the plain ones."""
+"""Tiled losses against the plain ones."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ def value_and_grads(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss * 0.37, inputs)]  # the upstream gradient is not 1 in training
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 5, 23, 64, None])
+@pytest.mark.parametrize("tile_rows", [1, 5, 23, 64, None])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_value_and_gradients_are_those_of_cross_entropy_at_any_chunking(
-    chunk_rows: int | None, with_bias: bool
+def test_value_and_gradients_are_those_of_cross_entropy_at_any_tile_size(
+    tile_rows: int | None, with_bias: bool
 ) -> None:
     hidden, weight, bias, target = a_problem()
     inputs = (hidden, weight, bias) if with_bias else (hidden, weight)
-    got = value_and_grads(summed_nll(hidden, weight, bias if with_bias else None, target, chunk_rows), *inputs)
+    actual = value_and_grads(summed_nll(hidden, weight, bias if with_bias else None, target, tile_rows), *inputs)
     expected = value_and_grads(plain(hidden, weight, bias if with_bias else None, target), *inputs)
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    wrong = value_and_grads(plain(hidden, weight, bias if with_bias else None, (target + 1) % V), *inputs)
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(got, wrong, strict=True) if a.ndim != 1 or with_bias)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    other_target = value_and_grads(plain(hidden, weight, bias if with_bias else None, (target + 1) % V), *inputs)
+    assert all(
+        (a - b).abs().max() > 1e-3 for a, b in zip(actual, other_target, strict=True) if a.ndim != 1 or with_bias
+    )
 
 
 def test_the_gradient_agrees_with_finite_differences() -> None:
@@ -49,18 +51,18 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda h, w, b: summed_nll(h, w, b, target, 3), (hidden, weight, bias))
 
 
-def test_fp32_is_within_rounding_of_fp64_also_for_hopeless_and_certain_rows() -> None:
+def test_fp32_is_within_rounding_of_fp64_also_for_probabilities_of_0_and_1() -> None:
     hidden, weight, bias, target = a_problem(torch.float32)
     with torch.no_grad():
         hidden[:8] *= 100  # probabilities below the smallest fp32 number, and of exactly 1
         target[0] = F.linear(hidden, weight, bias)[0].argmax()
-    got = value_and_grads(summed_nll(hidden, weight, bias, target, 5), hidden, weight, bias)
+    actual = value_and_grads(summed_nll(hidden, weight, bias, target, 5), hidden, weight, bias)
     doubles = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     expected = value_and_grads(plain(doubles[0], doubles[1], doubles[2], target), *doubles)
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         # fp32 rounds logits of about 1,000 by 6e-5, and that is the relative error of a probability.
         torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-4)
-    assert got[0].isfinite()
+    assert actual[0].isfinite()
 
 
 def test_nothing_labelled_is_zero_with_zero_gradients() -> None:
@@ -70,7 +72,7 @@ def test_nothing_labelled_is_zero_with_zero_gradients() -> None:
     assert [grad.shape for grad in grads] == [(0, D), (V, D), (V,)]
 
 
-def test_gradients_are_made_only_where_wanted() -> None:
+def test_only_the_required_gradients_are_computed() -> None:
     hidden, weight, bias, target = a_problem()
     with torch.no_grad():
         assert not summed_nll(hidden, weight, bias, target, 5).requires_grad
@@ -96,10 +98,10 @@ def test_under_autocast_products_are_low_and_sums_fp32(low: torch.dtype) -> None
     exact = value_and_grads(plain(hidden, weight, bias, target), hidden, weight, bias)
     with torch.autocast("cpu", low):
         loss = summed_nll(hidden, weight, bias, target, 5)
-    got = value_and_grads(loss, hidden, weight, bias)
-    assert all(x.dtype == torch.float32 for x in got)
-    assert float(got[0]) == pytest.approx(float(exact[0]), rel=3e-3)
-    for a, b in zip(got[1:], exact[1:], strict=True):
+    actual = value_and_grads(loss, hidden, weight, bias)
+    assert all(x.dtype == torch.float32 for x in actual)
+    assert float(actual[0]) == pytest.approx(float(exact[0]), rel=3e-3)
+    for a, b in zip(actual[1:], exact[1:], strict=True):
         # bf16 keeps 8 bits: a product of rounded numbers is off by about 2**-8; fp16 runs in fp32.
         error = float((a - b).norm() / b.norm())
         assert error < (2e-2 if low == torch.bfloat16 else 1e-6)
@@ -128,55 +130,57 @@ def a_bag_problem(dtype: torch.dtype = torch.float64) -> tuple[tuple[Tensor, Ten
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(TEXTS, LENGTH, D, generator=g, dtype=dtype).requires_grad_()
     ids = torch.randint(12, (TEXTS, LENGTH), generator=g)  # few ids, so that some come twice
-    counted = torch.ones(TEXTS, LENGTH, dtype=torch.bool)
-    counted[:, 0] = False
-    counted[1, 5:] = False
+    in_word = torch.ones(TEXTS, LENGTH, dtype=torch.bool)
+    in_word[:, 0] = False
+    in_word[1, 5:] = False
     _, weight, bias, _ = a_problem(dtype)
-    return (hidden, weight, bias), ids, counted
+    return (hidden, weight, bias), ids, in_word
 
 
 def plain_bag(
-    hidden: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, counted: Tensor, twice: bool = False
+    hidden: Tensor, weight: Tensor, bias: Tensor, ids: Tensor, in_word: Tensor, twice: bool = False
 ) -> Tensor:
     total = torch.zeros((), dtype=hidden.dtype)
     for text in range(len(hidden)):
-        positions = [i for i in range(hidden.shape[1]) if counted[text, i]]
+        positions = [i for i in range(hidden.shape[1]) if in_word[text, i]]
         tokens = [int(ids[text, i]) for i in positions]
-        own = tokens if twice else sorted(set(tokens))
-        if own:
+        targets = tokens if twice else sorted(set(tokens))
+        if targets:
             largest = torch.stack([weight @ hidden[text, i] + bias for i in positions]).amax(0)
-            total = total - sum(largest.log_softmax(0)[token] for token in own) / len(own)
+            total = total - sum(largest.log_softmax(0)[token] for token in targets) / len(targets)
     return total
 
 
 def test_the_bag_of_words_equals_the_plain_one() -> None:
-    inputs, ids, counted = a_bag_problem()
-    got = value_and_grads(bag_of_words_nll(*inputs, ids, counted), *inputs)
-    torch.testing.assert_close(got, value_and_grads(plain_bag(*inputs, ids, counted), *inputs), rtol=1e-12, atol=1e-12)
-    assert abs((got[0] - plain_bag(*inputs, ids, counted, twice=True)).item()) > 1e-3
-    assert abs((got[0] - plain_bag(*inputs, ids, torch.ones_like(counted))).item()) > 1e-3
+    inputs, ids, in_word = a_bag_problem()
+    actual = value_and_grads(bag_of_words_nll(*inputs, ids, in_word), *inputs)
+    torch.testing.assert_close(
+        actual, value_and_grads(plain_bag(*inputs, ids, in_word), *inputs), rtol=1e-12, atol=1e-12
+    )
+    assert abs((actual[0] - plain_bag(*inputs, ids, in_word, twice=True)).item()) > 1e-3
+    assert abs((actual[0] - plain_bag(*inputs, ids, torch.ones_like(in_word))).item()) > 1e-3
 
 
-def test_a_text_without_counted_positions_adds_nothing_to_the_bag_of_words() -> None:
-    inputs, ids, counted = a_bag_problem()
-    counted[2] = False
-    two = bag_of_words_nll(inputs[0][:2], inputs[1], inputs[2], ids[:2], counted[:2])
-    assert torch.equal(bag_of_words_nll(*inputs, ids, counted), two)
-    assert bag_of_words_nll(*inputs, ids, torch.zeros_like(counted)).item() == 0.0
+def test_a_text_without_ordinary_tokens_adds_nothing_to_the_bag_of_words() -> None:
+    inputs, ids, in_word = a_bag_problem()
+    in_word[2] = False
+    two = bag_of_words_nll(inputs[0][:2], inputs[1], inputs[2], ids[:2], in_word[:2])
+    assert torch.equal(bag_of_words_nll(*inputs, ids, in_word), two)
+    assert bag_of_words_nll(*inputs, ids, torch.zeros_like(in_word)).item() == 0.0
 
 
 def test_the_bag_of_words_keeps_no_logits_for_the_backward() -> None:
-    inputs, ids, counted = a_bag_problem()
+    inputs, ids, in_word = a_bag_problem()
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        bag_of_words_nll(*inputs, ids, counted)
+        bag_of_words_nll(*inputs, ids, in_word)
     assert max(saved, default=0) <= V * D  # the weight itself, and no texts x positions x vocabulary
 
 
 def test_the_bag_of_words_works_under_autocast() -> None:
-    inputs, ids, counted = a_bag_problem(torch.float32)
+    inputs, ids, in_word = a_bag_problem(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = bag_of_words_nll(*inputs, ids, counted)
+        loss = bag_of_words_nll(*inputs, ids, in_word)
     assert loss.dtype == torch.float32
     # Only the choice of the largest sees bf16: near ties may fall the other way.
-    assert loss.item() == pytest.approx(plain_bag(*inputs, ids, counted).item(), rel=1e-2)
+    assert loss.item() == pytest.approx(plain_bag(*inputs, ids, in_word).item(), rel=1e-2)

@@ -34,7 +34,7 @@ def a_batch(seed: int, texts: int, longest: int, longest_word: int = 4) -> tuple
 
 
 def random_order(key_1: Tensor, draw: int, words: int) -> list[int]:
-    """The order at this address: 18 of the 31 bits that a set has of its hash, ties by number."""
+    """The order of a draw: by 18 of its 31 bits of the hash, ties by index."""
 
     def place(word: int) -> tuple[int, int]:
         bits = int(hashed(key_1, draw // 2, word))
@@ -45,8 +45,8 @@ def random_order(key_1: Tensor, draw: int, words: int) -> list[int]:
 
 
 def walk(words_L: list[int], room: int, order: list[int], *, stop_at_the_first_overshoot: bool = False) -> list[bool]:
-    """Words in this order until the room is filled; a word that would overshoot is skipped."""
-    taken: set[int] = set()
+    """Words in this order until `room` tokens are masked; a word that would exceed them is skipped."""
+    masked_words: set[int] = set()
     for word in order:
         if room == 0:
             break
@@ -55,84 +55,84 @@ def walk(words_L: list[int], room: int, order: list[int], *, stop_at_the_first_o
             if stop_at_the_first_overshoot:
                 break
             continue
-        taken.add(word)
+        masked_words.add(word)
         room -= size
-    return [word in taken for word in words_L]
+    return [word in masked_words for word in words_L]
 
 
 @pytest.mark.parametrize("longest_word", [1, 4, 30])
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
-def test_words_are_chosen_as_by_a_walk_in_the_same_order(longest_word: int, ratio: float) -> None:
+def test_words_are_masked_as_by_a_walk_in_the_same_order(longest_word: int, ratio: float) -> None:
     words, lengths, keys = a_batch(1, texts=12, longest=70, longest_word=longest_word)
     room = num_to_mask(lengths, ratio)
-    chosen = whole_word_masking(words, room, keys, sets=5)
-    expected, careless = [], []
+    is_masked = whole_word_masking(words, room, keys, sets=5)
+    expected, stopped_early = [], []
     for row, r, k in zip(words.tolist(), room.tolist(), keys, strict=True):
         orders = [random_order(k, draw, max(row) + 1) for draw in range(5)]
         expected.append([walk(row, r, order) for order in orders])
-        careless.append([walk(row, r, order, stop_at_the_first_overshoot=True) for order in orders])
-    assert torch.equal(chosen, torch.tensor(expected))
-    assert longest_word == 1 or not torch.equal(chosen, torch.tensor(careless))
+        stopped_early.append([walk(row, r, order, stop_at_the_first_overshoot=True) for order in orders])
+    assert torch.equal(is_masked, torch.tensor(expected))
+    assert longest_word == 1 or not torch.equal(is_masked, torch.tensor(stopped_early))
 
 
-def test_the_budget_is_rounded_as_python_does_and_at_least_one() -> None:
+def test_the_number_to_mask_is_rounded_as_python_does_and_at_least_one() -> None:
     lengths = torch.arange(2, 513)
     for ratio in (0.15, 0.3, 0.5):
         assert num_to_mask(lengths, ratio).tolist() == [max(1, round(ratio * n)) for n in lengths.tolist()]
 
 
-def test_special_tokens_and_pads_are_never_chosen_and_words_only_whole() -> None:
+def test_special_tokens_and_pads_are_never_masked_and_words_only_whole() -> None:
     words, lengths, keys = a_batch(2, texts=40, longest=90)
-    chosen = whole_word_masking(words, num_to_mask(lengths, 0.5), keys, sets=8)
-    assert not chosen[(words < 0)[:, None].expand_as(chosen)].any()
+    is_masked = whole_word_masking(words, num_to_mask(lengths, 0.5), keys, sets=8)
+    assert not is_masked[(words < 0)[:, None].expand_as(is_masked)].any()
     same_word = (words[:, 1:] == words[:, :-1])[:, None].expand(-1, 8, -1)
-    torch.testing.assert_close(chosen[:, :, 1:][same_word], chosen[:, :, :-1][same_word])
-    assert (chosen.sum(2) <= num_to_mask(lengths, 0.5)[:, None]).all()
+    torch.testing.assert_close(is_masked[:, :, 1:][same_word], is_masked[:, :, :-1][same_word])
+    assert (is_masked.sum(2) <= num_to_mask(lengths, 0.5)[:, None]).all()
 
 
-def test_the_budget_is_met_where_short_words_abound() -> None:
+def test_with_short_words_exactly_the_number_to_mask_is_masked() -> None:
     words, lengths, keys = a_batch(3, texts=40, longest=200, longest_word=1)
-    chosen = whole_word_masking(words, num_to_mask(lengths, 0.3), keys, sets=3)
-    assert torch.equal(chosen.sum(2), num_to_mask(lengths, 0.3)[:, None].expand(-1, 3))
+    is_masked = whole_word_masking(words, num_to_mask(lengths, 0.3), keys, sets=3)
+    assert torch.equal(is_masked.sum(2), num_to_mask(lengths, 0.3)[:, None].expand(-1, 3))
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_the_ratio_holds_over_a_corpus(ratio: float) -> None:
     words, lengths, keys = a_batch(4, texts=300, longest=300)
-    chosen = whole_word_masking(words, num_to_mask(lengths, ratio), keys, sets=4)
-    assert int(chosen.sum()) / (4 * int(lengths.sum())) == pytest.approx(ratio, rel=0.01)
+    is_masked = whole_word_masking(words, num_to_mask(lengths, ratio), keys, sets=4)
+    assert int(is_masked.sum()) / (4 * int(lengths.sum())) == pytest.approx(ratio, rel=0.01)
 
 
 def test_each_word_is_as_likely_and_sets_are_independent() -> None:
     texts, length, sets = 1000, 34, 4
     words = torch.tensor([[-1, *range(length - 2), -1]]).expand(texts, -1)
     keys = torch.tensor([key(5, i) for i in range(texts)])
-    chosen = whole_word_masking(words, torch.full((texts,), 16), keys, sets)[:, :, 1:-1].double()
+    is_masked = whole_word_masking(words, torch.full((texts,), 16), keys, sets)[:, :, 1:-1].double()
     # 4,000 draws at 1/2 have a standard deviation of 0.008: five of them.
-    assert (chosen.mean((0, 1)) - 0.5).abs().max() < 0.04
+    assert (is_masked.mean((0, 1)) - 0.5).abs().max() < 0.04
     for other in range(1, sets):
-        assert float((chosen[:, 0] * chosen[:, other]).mean()) == pytest.approx(0.25, abs=0.01)
+        assert float((is_masked[:, 0] * is_masked[:, other]).mean()) == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_text_gets_the_same_masks_in_any_batch_and_padding() -> None:
     words, lengths, keys = a_batch(6, texts=9, longest=50)
     ids = torch.randint(FIRST_ORDINARY, VOCABULARY, words.shape, generator=torch.Generator().manual_seed(6))
-    together = mask_tokens(ids, words, lengths, keys, 0.3, MASK_ID, ORDINARY)
-    seen = {sets: decoder_visibility(words, lengths, keys, 0.5, sets) for sets in (0, 7, 256)}
+    in_batch = mask_tokens(ids, words, lengths, keys, 0.3, MASK_ID, ORDINARY)
+    visibility = {sets: decoder_visibility(words, lengths, keys, 0.5, sets) for sets in (0, 7, 256)}
     for i, n in enumerate(lengths.tolist()):
         one = slice(i, i + 1)
         for pads in (0, 13):
             words_1L = torch.nn.functional.pad(words[one, :n], (0, pads), value=-1)
             ids_1L = torch.nn.functional.pad(ids[one, :n], (0, pads))
-            alone = mask_tokens(ids_1L, words_1L, lengths[one], keys[one], 0.3, MASK_ID, ORDINARY)
-            for got, expected in zip(alone, together, strict=True):
-                assert torch.equal(got[0, :n], expected[i, :n])
-            for sets, expected in seen.items():
-                got = decoder_visibility(words_1L, lengths[one], keys[one], 0.5, sets)
-                assert torch.equal(got[0, 0, :n, :n], expected[i, 0, :n, :n])
-                assert not got[..., n:].any()
+            single = mask_tokens(ids_1L, words_1L, lengths[one], keys[one], 0.3, MASK_ID, ORDINARY)
+            for actual, expected in zip(single, in_batch, strict=True):
+                assert torch.equal(actual[0, :n], expected[i, :n])
+            for sets, expected in visibility.items():
+                actual = decoder_visibility(words_1L, lengths[one], keys[one], 0.5, sets)
+                assert torch.equal(actual[0, 0, :n, :n], expected[i, 0, :n, :n])
+                assert not actual[..., n:].any()
     other = decoder_visibility(words, lengths, keys + 1, 0.5, 7)
-    assert not torch.equal(other, seen[7])
+    assert not torch.equal(other, visibility[7])
 
 
 def test_word_numbers_may_start_anywhere() -> None:
@@ -147,17 +147,17 @@ def test_a_text_beyond_the_limit_is_an_error() -> None:
         whole_word_masking(torch.zeros(1, 8193, dtype=torch.int16), torch.tensor([1]), torch.tensor([0]), 1)
 
 
-def test_of_the_chosen_tokens_80_percent_are_masked_10_random_and_10_kept() -> None:
+def test_of_the_targets_80_percent_are_masked_10_random_and_10_unchanged() -> None:
     words, lengths, keys = a_batch(8, texts=500, longest=300)
     ids = torch.randint(FIRST_ORDINARY, VOCABULARY, words.shape, generator=torch.Generator().manual_seed(8))
     masked, labels = mask_tokens(ids, words, lengths, keys, 0.3, MASK_ID, ORDINARY)
-    chosen = labels != IGNORED
-    assert torch.equal(labels[chosen], ids[chosen])
-    assert torch.equal(masked[~chosen], ids[~chosen])
-    assert not chosen[words < 0].any()
-    assert int(chosen.sum()) / int(lengths.sum()) == pytest.approx(0.3, rel=0.01)
+    is_target = labels != IGNORED
+    assert torch.equal(labels[is_target], ids[is_target])
+    assert torch.equal(masked[~is_target], ids[~is_target])
+    assert not is_target[words < 0].any()
+    assert int(is_target.sum()) / int(lengths.sum()) == pytest.approx(0.3, rel=0.01)
     # Some 22,000 tokens: three standard deviations are below 0.01. One random token in 995 is the clean one.
-    now, clean = masked[chosen], ids[chosen]
+    now, clean = masked[is_target], ids[is_target]
     assert float((now == MASK_ID).double().mean()) == pytest.approx(0.8, abs=0.01)
     assert float((now == clean).double().mean()) == pytest.approx(0.1, abs=0.01)
     random_ids = now[(now != MASK_ID) & (now != clean)]
@@ -166,7 +166,7 @@ def test_of_the_chosen_tokens_80_percent_are_masked_10_random_and_10_kept() -> N
 
 
 @pytest.mark.parametrize("sets", [0, 1, 6, 256])
-def test_the_decoder_sees_what_the_rules_say(sets: int) -> None:
+def test_the_decoder_attends_as_the_rules_say(sets: int) -> None:
     words, lengths, keys = a_batch(9, texts=6, longest=30)
     visible = decoder_visibility(words, lengths, keys, 0.5, sets)
     assert visible.shape == (6, 1, words.shape[1], words.shape[1])
@@ -184,7 +184,7 @@ def test_the_decoder_sees_what_the_rules_say(sets: int) -> None:
                 assert bool(visible[text, 0, i, j]) == expected, (text, i, j)
 
 
-def test_rows_of_one_set_share_their_mask_and_free_rows_do_not() -> None:
+def test_rows_of_one_set_have_equal_masks_and_rows_with_their_own_draw_differ() -> None:
     words, lengths, keys = a_batch(10, texts=1, longest=60, longest_word=1)
     words, lengths = torch.tensor([[-1, *range(58), -1]]), torch.tensor([60])
 
@@ -199,7 +199,7 @@ def test_rows_of_one_set_share_their_mask_and_free_rows_do_not() -> None:
     assert patterns(0) == 0
 
 
-def test_encoder_and_decoder_draw_apart() -> None:
+def test_encoder_and_decoder_draw_independently() -> None:
     words, lengths, keys = a_batch(11, texts=20, longest=60)
     labels = mask_tokens(words.long() + 10, words, lengths, keys, 0.5, MASK_ID, ORDINARY)[1]
     hidden = ~decoder_visibility(words, lengths, keys, 0.5, 1)[:, 0, 0]

@@ -1,4 +1,4 @@
-"""Recipes: strict, typed as a reader expects, and each mistake told where it stands."""
+"""Recipes: strict, typed as a reader expects, and every error with its place."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_what_is_dumped_is_loaded_back_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("lr: 1e-5", "lr: 1e-5\n  lr: 2e-5"), "finetune.yaml:11: optim.lr: already set on line 10 (keep one"),
         (("lr: 1e-5", "lr: -1"), "finetune.yaml:10: optim.lr: must be greater than 0, got -1"),
@@ -65,14 +65,14 @@ def test_what_is_dumped_is_loaded_back_equal(tmp_path: Path) -> None:
         ((RECIPE, "- 1"), "finetune.yaml:1: a recipe is a mapping of sections"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_told_with_file_line_field_and_remedy(change: tuple[str, str], said: str, tmp_path: Path) -> None:
+def test_an_error_has_file_line_field_and_remedy(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, RECIPE.replace(*change))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("optim.lr=-1", "command line: optim.lr: must be greater than 0, got -1"),
         ("optim.lrr=1", "command line: optim.lrr: unknown key (did you mean 'lr'?)"),
@@ -80,28 +80,28 @@ def test_a_mistake_is_told_with_file_line_field_and_remedy(change: tuple[str, st
         ("optim.lr.x=1", "command line: optim.lr.x: lr is not a section"),
     ],
 )
-def test_a_mistake_in_an_override_is_told_as_such(override: str, said: str, tmp_path: Path) -> None:
+def test_an_error_in_an_override_names_the_command_line(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, RECIPE, override)
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
-def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, RECIPE, "optim.lr=-1", "batch.global_size=0")
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
         loader.load(PretrainRecipe, tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize(("rows", "size"), [(32_768, 48), (720, 24), (19, 4), (3, 5), (1, 1)])
-def test_shares_make_exactly_the_global_batch(rows: int, size: int) -> None:
+def test_the_ranks_parts_make_exactly_the_global_batch(rows: int, size: int) -> None:
     plan = BatchPlan(rows, size, micro_size=4)
-    held = [row for rank in range(size) for row in plan.examples(rank)]
-    assert held == list(range(rows)) and max(plan.examples_per_rank) - min(plan.examples_per_rank) <= 1
+    examples = [example for rank in range(size) for example in plan.examples(rank)]
+    assert examples == list(range(rows)) and max(plan.examples_per_rank) - min(plan.examples_per_rank) <= 1
     assert plan.num_micro_batches == -(-max(plan.examples_per_rank) // 4)
 
 

@@ -1,4 +1,4 @@
-"""The cache, the order of rows, mixtures and batches ahead."""
+"""The token cache, the order of rows, mixtures of data sets, and loader workers."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_
 
 def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 70}, {"text": ""}, {"text": "y"}])
-    facts = build(tmp_path, "a.jsonl").stats
-    assert (facts.rows, facts.tokens, facts.truncated, facts.dropped) == (2, 71, 1, 1)
+    stats = build(tmp_path, "a.jsonl").stats
+    assert (stats.rows, stats.tokens, stats.truncated, stats.dropped) == (2, 71, 1, 1)
 
 
 def test_a_bad_row_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -104,37 +104,37 @@ def test_sources_of_every_kind_give_the_same_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "./none", "picture.png"])
-def test_a_source_that_cannot_be_is_named(name: str, tmp_path: Path) -> None:
+def test_a_source_that_does_not_exist_is_named(name: str, tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"data\.train: "):
         find_sources([str(tmp_path / name)])
 
 
 def test_an_epoch_holds_each_row_once_and_the_next_in_another_order() -> None:
-    order = ShuffledSampler(rows=23, global_size=7, seed=1)
-    drawn = [order.batch(step, range(7)) for step in range(23)]  # 7 epochs
-    epochs, rows = (torch.cat([pair[i] for pair in drawn]) for i in range(2))
+    sampler = ShuffledSampler(rows=23, global_size=7, seed=1)
+    batches = [sampler.batch(step, range(7)) for step in range(23)]  # 7 epochs
+    epochs, rows = (torch.cat([pair[i] for pair in batches]) for i in range(2))
     for epoch in range(7):
         assert sorted(rows[epochs == epoch].tolist()) == list(range(23))
     assert rows[epochs == 0].tolist() != rows[epochs == 1].tolist()
 
 
 def test_ranks_hold_parts_of_the_same_batch() -> None:
-    order = ShuffledSampler(rows=50, global_size=9, seed=1)
-    whole = order.batch(4, range(9))[1].tolist()
-    assert [*order.batch(4, range(4))[1].tolist(), *order.batch(4, range(4, 9))[1].tolist()] == whole
+    sampler = ShuffledSampler(rows=50, global_size=9, seed=1)
+    whole = sampler.batch(4, range(9))[1].tolist()
+    assert [*sampler.batch(4, range(4))[1].tolist(), *sampler.batch(4, range(4, 9))[1].tolist()] == whole
     assert ShuffledSampler(rows=50, global_size=9, seed=2).batch(4, range(9))[1].tolist() != whole
 
 
 def test_a_mixture_draws_by_weight_and_counts_what_it_drew() -> None:
     mixture = DatasetMixture([1.0, 3.0], steps=4000, seed=5)
-    drawn = [mixture.at(step) for step in range(4000)]
-    assert abs(sum(which for which, _ in drawn) / 4000 - 0.75) < 0.03
-    for which in (0, 1):
-        assert [number for chosen, number in drawn if chosen == which] == list(
-            range(sum(chosen == which for chosen, _ in drawn))
+    draws = [mixture.at(step) for step in range(4000)]
+    assert abs(sum(dataset for dataset, _ in draws) / 4000 - 0.75) < 0.03
+    for dataset in (0, 1):
+        assert [number for drawn, number in draws if drawn == dataset] == list(
+            range(sum(drawn == dataset for drawn, _ in draws))
         )
-    assert drawn == [DatasetMixture([1.0, 3.0], steps=4000, seed=5).at(step) for step in range(4000)]
+    assert draws == [DatasetMixture([1.0, 3.0], steps=4000, seed=5).at(step) for step in range(4000)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -163,7 +163,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (folder / "file").read_text() == "new"
 
 
-def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_path: Path) -> None:
+def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_cache(tmp_path: Path) -> None:
     path = tiny.pretrain_file(tmp_path / "a.jsonl", 40)
 
     def growing(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -182,32 +182,32 @@ def test_a_file_that_grows_while_it_is_read_is_refused_and_poisons_nothing(tmp_p
     assert tokenized(sources, check=check, **options).stats.rows == 40
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut", "missing", "no manifest", "emptied"])
-def test_a_damaged_cache_is_built_anew_with_one_line(
-    harm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "no manifest", "emptied"])
+def test_a_damaged_cache_is_rebuilt_with_one_line(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
     first = build(tmp_path, "a.jsonl")
-    rows, facts = first.rows.to_dict(), first.stats
-    folder = tmp_path / "cache" / facts.fingerprint
+    rows, stats = first.rows.to_dict(), first.stats
+    folder = tmp_path / "cache" / stats.fingerprint
     (arrow,) = (folder / "rows").glob("*.arrow")
     content = bytearray(arrow.read_bytes())
-    if harm == "flipped":
+    if damage == "flipped":
         content[len(content) // 2] ^= 1
         arrow.write_bytes(content)
-    elif harm == "cut":
+    elif damage == "cut":
         arrow.write_bytes(content[: len(content) // 2])
-    elif harm == "missing":
+    elif damage == "missing":
         (folder / "facts.json").unlink()
-    elif harm == "no manifest":
+    elif damage == "no manifest":
         (folder / "manifest.json").unlink()
     else:
         (folder / "facts.json").write_text("")
     capsys.readouterr()
     again = build(tmp_path, "a.jsonl")
-    assert again.rows.to_dict() == rows and again.stats == facts
+    assert again.rows.to_dict() == rows and again.stats == stats
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert str(folder) in line and "built anew" in line
+    assert str(folder) in line and "rebuilt" in line
     build(tmp_path, "a.jsonl")
     assert "warning" not in capsys.readouterr().err
 
@@ -232,9 +232,9 @@ def loading() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
         [sys.executable, "-c", LOADING], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    *found, own = (process.stdout.readline().strip() for _ in range(3))
-    workers = [eval(each) for each in found]
-    assert all(session == worker and session != int(own) for worker, session in workers)
+    *lines, own_session = (process.stdout.readline().strip() for _ in range(3))
+    workers = [eval(line) for line in lines]
+    assert all(session == worker and session != int(own_session) for worker, session in workers)
     try:
         yield process, [worker for worker, _ in workers]
     finally:
@@ -242,7 +242,7 @@ def loading() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
         process.wait()
 
 
-def runs(process_id: int) -> bool:
+def is_running(process_id: int) -> bool:
     return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
 
 
@@ -253,7 +253,7 @@ def test_workers_outlive_the_signals_of_launchers(loading: tuple[subprocess.Pope
             os.kill(worker, number)
     out, _ = process.communicate("more\n", timeout=60)
     assert out.split() == ["2"] and process.returncode == 0
-    assert not any(runs(worker) for worker in workers)
+    assert not any(is_running(worker) for worker in workers)
 
 
 def test_workers_end_with_their_rank_also_when_it_is_killed(
@@ -262,13 +262,13 @@ def test_workers_end_with_their_rank_also_when_it_is_killed(
     process, workers = loading
     process.kill()
     process.wait()
-    give_up = time.monotonic() + (2 if sys.platform == "linux" else 20)
-    while any(runs(worker) for worker in workers):
-        assert time.monotonic() < give_up, "a worker outlives its rank"
+    deadline = time.monotonic() + (2 if sys.platform == "linux" else 20)
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives its rank"
         time.sleep(0.05)
 
 
 def test_a_rank_that_fails_does_not_wait_for_its_workers() -> None:
     failing = LOADING.partition("for line")[0] + "raise ZeroDivisionError"
-    done = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    process = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and "ZeroDivisionError" in process.stderr

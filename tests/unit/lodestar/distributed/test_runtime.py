@@ -1,4 +1,4 @@
-"""Where a process is, what is drawn at an address, how the learning rate moves, and what a run tells."""
+"""Placement, counter-based random numbers, the learning rate, throughput, console and metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "24", "SLURM_LOCALID": "0"}, Placement(0, 1, 0)),  # in a batch script
     ],
 )
-def test_the_launchers_environment_says_where_a_process_is(env: dict[str, str], placement: Placement) -> None:
+def test_the_launchers_environment_gives_the_placement(env: dict[str, str], placement: Placement) -> None:
     assert Placement.from_env(env) == placement
 
 
@@ -39,7 +39,7 @@ def test_half_an_environment_is_an_error() -> None:
         Placement.from_env({"RANK": "0"})
 
 
-def test_a_draw_depends_on_its_address_alone() -> None:
+def test_a_draw_depends_on_its_key_alone() -> None:
     keys = torch.arange(1000)
     assert rng.hashed(keys, 3).equal(rng.hashed(keys, 3))
     assert rng.hashed(keys, 3)[500:].equal(rng.hashed(keys[500:], 3))
@@ -50,11 +50,11 @@ def test_a_draw_depends_on_its_address_alone() -> None:
 
 
 def test_the_generator_is_the_published_splitmix64() -> None:
-    """First outputs of the reference implementation for the state 0, without the top bit that we drop."""
+    """First outputs of the reference implementation for the state 0, without the top bit, which `rng` drops."""
     golden = -7046029254386353131
     states = torch.tensor([1, 2, 3]) * golden
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [found % 2**64 for found in rng._mix(states).tolist()] == expected
+    assert [number % 2**64 for number in rng._mix(states).tolist()] == expected
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 1000])
@@ -80,15 +80,15 @@ def test_the_other_shapes() -> None:
     assert at(10, "linear") == pytest.approx(0.1) and at(9, "constant") == 1.0
 
 
-def test_a_meter_reads_rates_and_starts_anew() -> None:
+def test_throughput_reads_rates_and_resets() -> None:
     times = iter([0.0, 2.0, 2.0, 3.0, 3.0])
-    meter = Throughput(lambda: next(times))
+    throughput = Throughput(lambda: next(times))
     for _ in range(2):
-        meter.add(samples=5, tokens=60, padded_tokens=80)
-    found = meter.read()
-    assert (found["samples_per_second"], found["tokens_per_second"], found["padding_share"]) == (5.0, 60.0, 0.25)
-    assert found["peak_memory_bytes"] > 1e6
-    assert meter.read()["samples_per_second"] == 0
+        throughput.add(samples=5, tokens=60, padded_tokens=80)
+    rates = throughput.read()
+    assert (rates["samples_per_second"], rates["tokens_per_second"], rates["padding_share"]) == (5.0, 60.0, 0.25)
+    assert rates["peak_memory_bytes"] > 1e6
+    assert throughput.read()["samples_per_second"] == 0
 
 
 def test_without_a_terminal_the_console_writes_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,12 +100,12 @@ def test_without_a_terminal_the_console_writes_lines(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "step 300/1,200  loss 1.25  1,234 texts/s  0:04:30 left\n"
 
 
-def test_metrics_are_lines_of_which_a_resumed_run_forgets_the_later_ones(tmp_path: Path) -> None:
+def test_metrics_are_lines_and_a_resumed_run_deletes_later_ones(tmp_path: Path) -> None:
     tracker = Tracker.open(tmp_path, TrackConfig(), "run", TrackConfig(), {})
     for step in (1, 2, 3):
         tracker.log({"step": step, "loss": math.nan if step == 2 else 1.0 / step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # torn by a kill
+        file.write('{"step": 4, "lo')  # incomplete: the run was killed
     tracker.resume_at(2)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
     Tracker.silent().log({"step": 1})

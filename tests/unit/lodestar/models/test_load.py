@@ -23,33 +23,33 @@ def folder(tmp_path: Path) -> Path:
     return tiny.encoder(tmp_path / "bert", "bert")
 
 
-def load(folder: Path, auto_class: object = AutoModelForMaskedLM, **more: object) -> str:
-    model = ModelConfig(encoder=str(folder), max_length=32, **more)  # type: ignore[arg-type]
+def load(folder: Path, auto_class: object = AutoModelForMaskedLM, **options: object) -> str:
+    model = ModelConfig(encoder=str(folder), max_length=32, **options)  # type: ignore[arg-type]
     return str(load_encoder(model, auto_class, seed=1, random_head=model.random_head))
 
 
 def change(folder: Path, name: str, new: str | None, tensor: torch.Tensor | None = None) -> None:
     """Rename a tensor of the file, drop it, or put another in its place."""
     path = folder / "model.safetensors"
-    held = load_file(path)
-    old = held.pop(name)
+    tensors = load_file(path)
+    old = tensors.pop(name)
     if new is not None:
-        held[new] = old if tensor is None else tensor
-    save_file(held, path, metadata={"format": "pt"})
+        tensors[new] = old if tensor is None else tensor
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM])
 def test_all_tensors_are_counted_by_value(family: str, auto_class: type, tmp_path: Path) -> None:
-    said = load(tiny.encoder(tmp_path / family, family), auto_class)
-    from_file, of, total = said.split()[:3]
+    report = load(tiny.encoder(tmp_path / family, family), auto_class)
+    from_file, of, total = report.split()[:3]
     assert of == "of" and from_file == total
 
 
-def test_a_file_with_or_without_the_base_models_prefix_serves(folder: Path) -> None:
+def test_a_file_with_or_without_the_base_models_prefix_is_loaded(folder: Path) -> None:
     path = folder / "model.safetensors"
-    held = load_file(path)
-    save_file({n.removeprefix("bert."): t for n, t in held.items() if n.startswith("bert.")}, path)
+    tensors = load_file(path)
+    save_file({n.removeprefix("bert."): t for n, t in tensors.items() if n.startswith("bert.")}, path)
     assert load(folder, AutoModel).startswith("37 of 37")
 
 
@@ -57,7 +57,7 @@ NAME = "bert.encoder.layer.1.attention.self.query.weight"
 
 
 @pytest.mark.parametrize(
-    ("new", "tensor", "said"),
+    ("new", "tensor", "message"),
     [
         (None, None, "41 of 42 tensors: .* is missing"),
         ("bert.encoder.layer.1.attention.self.q.weight", None, "41 of 42 tensors: .* is missing"),
@@ -65,10 +65,10 @@ NAME = "bert.encoder.layer.1.attention.self.query.weight"
     ],
 )
 def test_a_missing_renamed_or_reshaped_tensor_is_an_error(
-    new: str | None, tensor: torch.Tensor | None, said: str, folder: Path
+    new: str | None, tensor: torch.Tensor | None, message: str, folder: Path
 ) -> None:
     change(folder, NAME, new, tensor)
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         load(folder)
 
 
@@ -89,7 +89,7 @@ def test_a_head_may_be_random_only_if_the_recipe_says_so(folder: Path) -> None:
         load(folder, random_head=True)
 
 
-def test_random_weights_are_said_to_be_random_and_depend_on_the_seed_alone(folder: Path) -> None:
+def test_random_weights_are_reported_and_depend_on_the_seed_alone(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.random_weights: true"):
         load(folder)
@@ -114,7 +114,7 @@ def test_what_cannot_be_opened_is_one_line(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_the_parts_put_together_are_the_model(family: str, tmp_path: Path) -> None:
+def test_the_parts_together_are_the_model(family: str, tmp_path: Path) -> None:
     """Head and vocabulary on the base model's output give the model's own logits."""
     model = AutoModelForMaskedLM.from_pretrained(tiny.encoder(tmp_path / family, family)).eval()
     parts = parts_of(model)
@@ -126,11 +126,11 @@ def test_the_parts_put_together_are_the_model(family: str, tmp_path: Path) -> No
     assert (parts.positions is None) == (family == "modernbert")
 
 
-# --- does the tokenizer fit, does [CLS] see the text ----------------------------------------
+# --- the tokenizer fits, [CLS] attends to the text ------------------------------------------
 
 
-def tokenizer_of(folder: Path, **more: object) -> object:
-    return load_tokenizer(ModelConfig(encoder=str(folder), max_length=32, **more))  # type: ignore[arg-type]
+def tokenizer_of(folder: Path, **options: object) -> object:
+    return load_tokenizer(ModelConfig(encoder=str(folder), max_length=32, **options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -148,7 +148,7 @@ def test_a_folder_without_tokenizer_files_is_an_error(folder: Path) -> None:
         tokenizer_of(folder)
 
 
-def test_a_tokenizer_that_knows_special_tokens_alone_is_an_error(folder: Path) -> None:
+def test_a_tokenizer_with_special_tokens_only_is_an_error(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
@@ -185,7 +185,7 @@ def test_a_tokenizer_that_puts_no_cls_before_a_text_is_an_error(folder: Path) ->
 
 
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMaskedLM])
-def test_a_causal_decoder_is_refused(auto_class: type, folder: Path, tmp_path: Path) -> None:
+def test_a_causal_decoder_is_an_error(auto_class: type, folder: Path, tmp_path: Path) -> None:
     """By its kind, and by its configuration."""
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 40, "n_positions": 64}
     GPT2Model(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
@@ -197,7 +197,7 @@ def test_a_causal_decoder_is_refused(auto_class: type, folder: Path, tmp_path: P
         load(folder, auto_class)
 
 
-def test_an_encoder_that_pools_otherwise_is_warned_of_in_one_line(folder: Path) -> None:
+def test_another_pooling_gives_a_warning_of_one_line(folder: Path) -> None:
     pooling = folder / "1_Pooling" / "config.json"
     pooling.parent.mkdir()
     for values, mode in (

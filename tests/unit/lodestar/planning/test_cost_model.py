@@ -28,20 +28,22 @@ from lodestar.planning.cost_model import (
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("width", "feed_forward", "layers"), [(64, 256, 2), (128, 256, 4)])
-def test_activations_are_what_autograd_keeps(precision: str, width: int, feed_forward: int, layers: int):
+def test_activations_are_what_autograd_saves(precision: str, width: int, feed_forward: int, layers: int):
     config = BertConfig(
         vocab_size=100, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
         num_attention_heads=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    tower = BiEncoder(AutoModel.from_config(config), 0.1)
+    model = BiEncoder(AutoModel.from_config(config), 0.1)
     shape = EncoderShape(layers, width, feed_forward, 100, 512)
 
-    def held(rows: int) -> int:
-        ids, lengths = torch.ones(rows, 64, dtype=torch.int64), torch.full((rows,), 64)
+    def saved_bytes(texts: int) -> int:
+        ids, lengths = torch.ones(texts, 64, dtype=torch.int64), torch.full((texts,), 64)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return graph_bytes(lambda: tower(ids, lengths))
+            return graph_bytes(lambda: model(ids, lengths))
 
-    measured = (held(6) - held(2)) / (4 * 64)  # of one token: what does not grow with the rows is weights
+    measured = (saved_bytes(6) - saved_bytes(2)) / (
+        4 * 64
+    )  # of one token: what does not grow with the batch is weights
     assert activation_bytes(shape, precision, dropout=False) == pytest.approx(measured, rel=0.05)
 
 
@@ -71,12 +73,12 @@ def test_zero_shards_what_its_stage_says():
 
 def test_the_time_of_a_step_is_made_of_counted_operations_and_bytes():
     device = DEVICES["a100-40g"]
-    cost = StepCost(BERT_BASE, held_tokens=0, flops=19.5e12 * 0.4, gathered=1000, scored=10**6)
-    found = seconds(cost, device, "fp32", world_size=2)
-    assert found.model == pytest.approx(1.0)
-    assert found.gather == pytest.approx(2 * 0.5 * 4 * 768 * 1000 / (25e9 * 0.7))
-    assert found.loss == pytest.approx(6 * 768 * 1e6 / (19.5e12 * 0.8))
-    alone = seconds(StepCost(BERT_BASE, held_tokens=0, flops=0), device, "bf16", world_size=1)
-    assert alone.reduction == alone.gather == 0
+    cost = StepCost(BERT_BASE, held_tokens=0, flops=19.5e12 * 0.4, gathered_embeddings=1000, scored_pairs=10**6)
+    step = seconds(cost, device, "fp32", world_size=2)
+    assert step.model == pytest.approx(1.0)
+    assert step.gather == pytest.approx(2 * 0.5 * 4 * 768 * 1000 / (25e9 * 0.7))
+    assert step.loss == pytest.approx(6 * 768 * 1e6 / (19.5e12 * 0.8))
+    single = seconds(StepCost(BERT_BASE, held_tokens=0, flops=0), device, "bf16", world_size=1)
+    assert single.reduction == single.gather == 0
     # 6 floating-point operations per parameter and token, and those of attention
     assert model_flops(BERT_BASE, 10, 0, forwards=3) == 6 * 10 * 12 * BERT_BASE.layer_parameters

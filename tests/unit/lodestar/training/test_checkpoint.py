@@ -27,7 +27,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert values == {"step": 12, "skipped": 2, "seed": 7}
 
 
-def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
+def test_the_newest_is_found_and_the_oldest_are_deleted(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         write(tmp_path, step)
     assert checkpoint.find(tmp_path, "auto") == (tmp_path / "step-00000015", [])
@@ -37,7 +37,7 @@ def test_the_newest_is_found_and_the_oldest_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_one_flipped_bit_is_found_and_the_one_before_serves(name: str, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_detected_and_the_checkpoint_before_is_used(name: str, tmp_path: Path) -> None:
     write(tmp_path, 5)
     folder = write(tmp_path, 10)
     content = bytearray((folder / name).read_bytes())
@@ -45,8 +45,8 @@ def test_one_flipped_bit_is_found_and_the_one_before_serves(name: str, tmp_path:
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):
         checkpoint.read(folder)
-    found, passed = checkpoint.find(tmp_path, "auto")
-    assert found == tmp_path / "step-00000005" and len(passed) == 1 and name in passed[0]
+    resumed_from, warnings = checkpoint.find(tmp_path, "auto")
+    assert resumed_from == tmp_path / "step-00000005" and len(warnings) == 1 and name in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json"])
@@ -57,47 +57,47 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
         checkpoint.read(folder)
 
 
-def test_a_draft_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_none(tmp_path: Path) -> None:
     write(tmp_path, 5)
     write(tmp_path, 10).rename(tmp_path / ".step-00000010.tmp")
-    (tmp_path / "step-00000020").mkdir()  # no manifest: torn
+    (tmp_path / "step-00000020").mkdir()  # no manifest: incomplete
     assert checkpoint.steps(tmp_path) == [5]
     assert write(tmp_path, 10).is_dir() and checkpoint.steps(tmp_path) == [5, 10]
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     write(tmp_path, 5)
     with pytest.raises(TypeError):
         checkpoint.write(tmp_path, 5, tensors=TENSORS, values={"bad": object()})
     assert checkpoint.read(tmp_path / "step-00000005")[1]["seed"] == 7
 
 
-def spoil(folder: Path, how: str) -> None:
+def damage(folder: Path, kind: str) -> None:
     manifest = folder / "manifest.json"
     content = json.loads(manifest.read_text())
-    if how == "missing":
+    if kind == "missing":
         manifest.unlink()
-    elif how == "emptied":
+    elif kind == "emptied":
         manifest.write_text("")
-    elif how == "an empty object":
+    elif kind == "an empty object":
         manifest.write_text("{}")
-    elif how == "no files":
+    elif kind == "no files":
         manifest.write_text(json.dumps({**content, "files": {}}))
-    elif how == "of another step":
+    elif kind == "of another step":
         manifest.write_text(json.dumps({**content, "step": 3}))
-    elif how == "renamed":
+    elif kind == "renamed":
         folder.rename(folder.with_name(f"old-{folder.name}"))
     else:
         (folder / "weights.safetensors").unlink()
 
 
-SPOILS = ("missing", "emptied", "an empty object", "no files", "of another step", "renamed", "no weights")
+DAMAGES = ("missing", "emptied", "an empty object", "no files", "of another step", "renamed", "no weights")
 
 
-@pytest.mark.parametrize("how", SPOILS)
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(kind: str, tmp_path: Path) -> None:
     for step in (5, 10):
-        spoil(write(tmp_path, step), how)
+        damage(write(tmp_path, step), kind)
     with pytest.raises(CheckpointError, match=r"no valid checkpoint.*checkpoint\.resume=none") as caught:
         checkpoint.find(tmp_path, "auto")
     assert "step-00000005" in str(caught.value) and "step-00000010" in str(caught.value)
@@ -105,15 +105,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_afresh(how: str,
     assert checkpoint.find(tmp_path, "none") == (None, [])
 
 
-@pytest.mark.parametrize("how", [each for each in SPOILS if each != "renamed"])
-def test_a_damaged_one_is_passed_over_for_the_one_before(how: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "renamed"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind: str, tmp_path: Path) -> None:
     write(tmp_path, 5)
-    spoil(write(tmp_path, 10), how)
-    found, passed = checkpoint.find(tmp_path, "auto")
-    assert found == tmp_path / "step-00000005" and len(passed) == 1 and "step-00000010" in passed[0]
+    damage(write(tmp_path, 10), kind)
+    resumed_from, warnings = checkpoint.find(tmp_path, "auto")
+    assert resumed_from == tmp_path / "step-00000005" and len(warnings) == 1 and "step-00000010" in warnings[0]
 
 
-def test_neither_drafts_nor_what_was_set_aside_keep_a_run_from_starting(tmp_path: Path) -> None:
+def test_neither_unfinished_nor_archived_checkpoints_keep_a_run_from_starting(tmp_path: Path) -> None:
     write(tmp_path, 5).rename(tmp_path / ".step-00000005.tmp")
     write(tmp_path, 10)
     checkpoint.archive(tmp_path, 0)
@@ -126,26 +126,26 @@ def test_no_random_mutation_of_a_checkpoint_is_read(tmp_path: Path) -> None:
     (other / "state.json").write_text(json.dumps({"step": 5, "skipped": 3, "seed": 7}))
     draw = random.Random(0)
     names = sorted(path.name for path in whole.iterdir())
-    unread = 0
+    num_damaged = 0
     for _ in range(100):
         name = draw.choice(names)
         content = (whole / name).read_bytes()
         changed = bytearray(content)
-        how = draw.choice(["bit", "cut", "empty", "swap"])
-        if how == "bit":
+        kind = draw.choice(["bit", "cut", "empty", "swap"])
+        if kind == "bit":
             changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
-        elif how == "cut":
+        elif kind == "cut":
             del changed[draw.randrange(len(changed)) :]
-        elif how == "empty":
+        elif kind == "empty":
             changed.clear()
         else:
             changed = bytearray((other / name).read_bytes())
         (whole / name).write_bytes(changed)
         if bytes(changed) != content:
-            unread += 1
+            num_damaged += 1
             with pytest.raises(CheckpointError):
                 checkpoint.find(tmp_path, "auto")
             with pytest.raises(CheckpointError):
                 checkpoint.read(whole)
         (whole / name).write_bytes(content)
-    assert unread > 70 and checkpoint.find(tmp_path, "auto") == (whole, [])
+    assert num_damaged > 70 and checkpoint.find(tmp_path, "auto") == (whole, [])

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and what it makes of what lies there."""
+"""The run folder: what a run writes, and how it resumes from it."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from tests import tiny
 from tests.distributed import steps
 
 
-def train(folder: Path, *overrides: str, stage: str = "finetune", poison: Any = None) -> Path:
-    """A run alone, in this process; its folder."""
-    made = steps.recipe(stage, folder, "checkpoint.every_steps=2", "checkpoint.keep=2", *overrides)
+def train(folder: Path, *overrides: str, stage: str = "finetune", backward: Any = None) -> Path:
+    """A run in this process; its folder."""
+    run_recipe = steps.recipe(stage, folder, "checkpoint.every_steps=2", "checkpoint.keep=2", *overrides)
 
     def build_task(recipe: Any, runtime: Runtime) -> TrainingTask:
-        built = (steps.build_finetune_task if stage == "finetune" else steps.build_pretrain_task)(recipe, runtime)
-        if poison is not None:
-            inner = built.stage.backward
-            built.stage.backward = lambda batch, engine, step: poison(inner, batch, engine, step)  # type: ignore[method-assign]
-        return built
+        task = (steps.build_finetune_task if stage == "finetune" else steps.build_pretrain_task)(recipe, runtime)
+        if backward is not None:
+            stage_backward = task.stage.backward
+            task.stage.backward = lambda batch, engine, step: backward(stage_backward, batch, engine, step)  # type: ignore[method-assign]
+        return task
 
     with StopHook(1) as stop:
-        assert Trainer(made, Runtime(0, 1, 0, torch.device("cpu"))).run(build_task, stop) == 0
-    return Path(made.run.output_dir)
+        assert Trainer(run_recipe, Runtime(0, 1, 0, torch.device("cpu"))).run(build_task, stop) == 0
+    return Path(run_recipe.run.output_dir)
 
 
-def test_a_fresh_start_sets_aside_what_an_earlier_run_saved(tmp_path: Path) -> None:
+def test_a_fresh_start_archives_the_checkpoints_of_an_earlier_run(tmp_path: Path) -> None:
     folder = train(tmp_path, "schedule.steps=8")
     assert checkpoint.steps(folder / "checkpoints") == [6, 8]
     train(tmp_path, "schedule.steps=4", "checkpoint.resume=none")
-    assert checkpoint.steps(folder / "checkpoints") == [2, 4]  # its own: not pruned for higher ones
+    assert checkpoint.steps(folder / "checkpoints") == [2, 4]  # of this run: not pruned for higher steps
     assert (folder / "checkpoints/archived-step-00000008/manifest.json").is_file()
     assert json.loads((folder / "summary.json").read_text())["steps"] == 4
 
 
-def test_a_damaged_checkpoint_does_not_outlive_the_run_that_passed_it_over(
+def test_a_damaged_checkpoint_does_not_outlive_the_run_that_skipped_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(tmp_path, "schedule.steps=4")
@@ -71,7 +71,7 @@ def test_the_best_of_an_earlier_run_is_not_the_best_of_a_fresh_one(tmp_path: Pat
     assert (folder / "model/model.safetensors").read_bytes() != first
 
 
-def test_a_run_that_is_refused_leaves_the_recipe_of_the_one_before(tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_leaves_the_recipe_of_the_run_before(tmp_path: Path) -> None:
     folder = train(tmp_path)
     before = (folder / "config.yaml").read_text()
     with pytest.raises(CheckpointError, match=r"run\.seed: the checkpoint has 42, this run 7"):
@@ -87,14 +87,14 @@ def test_the_environment_names_the_data(tmp_path: Path) -> None:
     assert json.loads((folder / "environment.json").read_text())["data"] == state["data"] != []
 
 
-def _nan_from(first: int) -> Any:
-    def poisoned(inner: Any, batch: Any, engine: Any, step: int) -> Any:
-        shares = inner(batch, engine, step)
+def _nan_gradient_from(first: int) -> Any:
+    def backward(stage_backward: Any, batch: Any, engine: Any, step: int) -> Any:
+        scalars = stage_backward(batch, engine, step)
         if step >= first:
             next(engine.module.parameters()).grad.fill_(float("nan"))
-        return shares
+        return scalars
 
-    return poisoned
+    return backward
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -102,7 +102,7 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(stage: str, tmp
     clean = train(tmp_path, "schedule.steps=2", "schedule.shape=constant", f"run.output_dir={tmp_path}/a", stage=stage)
     skipping = train(
         tmp_path, "schedule.steps=4", "schedule.shape=constant", f"run.output_dir={tmp_path}/b", stage=stage,
-        poison=_nan_from(2),
+        backward=_nan_gradient_from(2),
     )  # fmt: skip
     assert json.loads((skipping / "summary.json").read_text())["skipped"] == 2
     first, second = (
@@ -112,9 +112,11 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(stage: str, tmp
     assert all(first["optimizer"][name].equal(second["optimizer"][name]) for name in first["optimizer"])
 
 
-def test_a_gradient_that_stays_without_numbers_ends_the_run(tmp_path: Path) -> None:
+def test_a_gradient_that_stays_not_finite_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 6: the gradient was not finite 3 times in a row"):
-        train(tmp_path, "schedule.steps=9", "track.log_every=2", "engine.give_up_after=3", poison=_nan_from(3))
+        train(
+            tmp_path, "schedule.steps=9", "track.log_every=2", "engine.give_up_after=3", backward=_nan_gradient_from(3)
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_gradient_that_stays_without_numbers_ends_the_run(tmp_path: Path) -> N
         ("pretrain", "precision=bf16", "precision", "'fp32'", "'bf16'"),
     ],
 )
-def test_a_changed_recipe_is_refused_by_key_and_both_values_unless_allowed_by_name(
+def test_a_changed_recipe_is_an_error_with_key_and_both_values_unless_allowed(
     stage: str, change: str, key: str, before: str, now: str, tmp_path: Path
 ) -> None:
     folder = train(tmp_path, "schedule.steps=4", stage=stage)
@@ -141,53 +143,53 @@ def test_a_changed_recipe_is_refused_by_key_and_both_values_unless_allowed_by_na
     for summary in folder.glob("summary.json"):
         summary.unlink()
     change, before, now = (text.replace("FOLDER", str(tmp_path)) for text in (change, before, now))
-    said = re.escape(f"{key}: the checkpoint has {before}, this run {now}")
-    with pytest.raises(CheckpointError, match=f"{said}.*checkpoint\\.allow_change='\\[{re.escape(key)}\\]'"):
+    message = re.escape(f"{key}: the checkpoint has {before}, this run {now}")
+    with pytest.raises(CheckpointError, match=f"{message}.*checkpoint\\.allow_change='\\[{re.escape(key)}\\]'"):
         train(tmp_path, "schedule.steps=4", change, stage=stage)
     train(tmp_path, "schedule.steps=4", change, f"checkpoint.allow_change=[{key}]", stage=stage)
-    (noted,) = json.loads((folder / "environment.json").read_text())["changes"]
-    assert noted["key"] == key and noted["step"] == 4 and repr(noted["before"]) == before
+    (recorded,) = json.loads((folder / "environment.json").read_text())["changes"]
+    assert recorded["key"] == key and recorded["step"] == 4 and repr(recorded["before"]) == before
 
 
-def test_what_changes_nothing_may_change(tmp_path: Path) -> None:
+def test_keys_that_do_not_change_the_result_may_change(tmp_path: Path) -> None:
     train(tmp_path, "schedule.steps=4")
     train(tmp_path, "schedule.steps=4", "batch.micro_size=7", "run.name=other", "track.log_every=1", "data.workers=1")
 
 
 def test_a_checkpoint_without_a_recipe_is_compared_with_the_run_folders(tmp_path: Path) -> None:
-    """As versions before this one wrote them."""
+    """As earlier versions wrote them."""
     folder = train(tmp_path, "schedule.steps=4")
     saved = folder / "checkpoints/step-00000004"
     tensors, values = checkpoint.read(saved)
-    kept = ("skipped", "engine", "stage", "seed", "global_size", "data")
-    checkpoint.write(saved.parent, 4, tensors=tensors, values={name: values[name] for name in kept})
+    names = ("skipped", "engine", "stage", "seed", "global_size", "data")
+    checkpoint.write(saved.parent, 4, tensors=tensors, values={name: values[name] for name in names})
     with pytest.raises(CheckpointError, match=r"optim\.lr: the checkpoint has 0\.001, this run 0\.01"):
         train(tmp_path, "schedule.steps=4", "optim.lr=0.01")
     train(tmp_path, "schedule.steps=4")
 
 
-def test_fewer_steps_than_were_taken_are_not_done(tmp_path: Path) -> None:
+def test_fewer_steps_than_were_taken_are_an_error(tmp_path: Path) -> None:
     train(tmp_path, "schedule.steps=4")
     with pytest.raises(CheckpointError, match=r"schedule: 2 steps, but .*step-00000004 has taken 4"):
         train(tmp_path, "schedule.steps=2", "checkpoint.allow_change=[schedule.steps]")
 
 
-def test_a_change_that_is_allowed_must_be_of_a_key(tmp_path: Path) -> None:
+def test_allow_change_must_name_keys(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"allow_change: optim\.rl: no key .*did you mean 'optim\.lr'"):
         train(tmp_path, "checkpoint.allow_change=[optim.rl]")
 
 
-def test_a_run_folder_is_one_jobs_alone_and_free_again_after_a_crash(tmp_path: Path) -> None:
-    holding = (
+def test_a_run_folder_is_locked_and_free_again_after_a_crash(tmp_path: Path) -> None:
+    code = (
         "import sys, time; from pathlib import Path; from lodestar.files import locked\n"
         "with locked(Path(sys.argv[1]), 'run.output_dir'): print('held', flush=True); time.sleep(60)"
     )
     root = Path(__file__).parents[4]
-    process = subprocess.Popen([sys.executable, "-c", holding, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
-        said = rf"run\.output_dir: .*in use by process {process.pid} on {re.escape(socket.gethostname())} since "
-        with pytest.raises(ConfigError, match=said), locked(tmp_path, "run.output_dir"):
+        message = rf"run\.output_dir: .*in use by process {process.pid} on {re.escape(socket.gethostname())} since "
+        with pytest.raises(ConfigError, match=message), locked(tmp_path, "run.output_dir"):
             pass
     finally:
         process.kill()
@@ -197,7 +199,7 @@ def test_a_run_folder_is_one_jobs_alone_and_free_again_after_a_crash(tmp_path: P
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_a_checkpoint_of_version_0_1_goes_on_as_it_did_there(stage: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_version_0_1_resumes_as_it_did_there(stage: str, tmp_path: Path) -> None:
     """The decoder's parameters had other names then, and the checkpoint held no recipe."""
     old = Path(__file__).parents[3] / "data/checkpoints_0.1" / stage
     shutil.copytree(old / "step-00000002", tmp_path / f"runs/{stage}/checkpoints/step-00000002")

@@ -181,7 +181,7 @@ def test_the_command_plans_without_writing_then_merges_once(
     assert merge_main(["--config", str(recipe)]) == 0
     assert (output / WEIGHTS).is_file()
     for overrides, complaint in (
-        ([], "is there already"),
+        ([], "already exists"),
         (["models=[{path: a}]"], "models: a merge takes two or more"),
         (["models=[{path: a, weight: 0}, {path: b, weight: 0}]"], "every weight is 0"),
         (["models=[{path: a, weight: -1}, {path: b}]"], "models: must be greater than or equal to 0"),
@@ -198,5 +198,5 @@ def test_the_recipe_of_the_repository_loads() -> None:
 
 
 def test_an_existing_output_is_not_replaced(models: list[Path]) -> None:
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="already exists"):
         merge(models[:2], [1, 1], models[2])

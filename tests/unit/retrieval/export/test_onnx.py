@@ -143,7 +143,7 @@ def test_the_command_plans_and_tells_each_mistake_in_one_line(
     assert json.loads(capsys.readouterr().out)["files"].startswith("model.onnx, model_int8.onnx, ")
     assert not output.exists()
     for overrides, complaint in (
-        ([f"output={tmp_path}"], f"output: {tmp_path}: is there already"),
+        ([f"output={tmp_path}"], f"output: {tmp_path}: already exists"),
         (["int8=yes"], "int8: must be"),
         ([f"model={tmp_path / 'absent'}"], "absent: no such folder"),
     ):
