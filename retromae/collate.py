@@ -60,10 +60,8 @@ class StepBatch:
     examples: int
     tokens: int
     padded_tokens: int
-    encoder_labels: int
-    """Tokens that the encoder must predict."""
-    decoder_labels: int
-    """Tokens that the decoder must predict."""
+    label_counts: dict[str, int]
+    """What each term of the loss is a mean over: tokens to predict, or texts."""
 
     def pin_memory(self) -> StepBatch:
         return replace(self, micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches])
@@ -100,8 +98,11 @@ class Collate:
             examples=len(positions),
             tokens=sum(lengths),
             padded_tokens=sum(m.input_ids_BL.numel() for m in micro_batches),
-            encoder_labels=sum(int((m.labels_BL != IGNORED).sum()) for m in micro_batches),
-            decoder_labels=sum(max(0, length - 2) for length in lengths),
+            label_counts={
+                "encoder": sum(int((m.labels_BL != IGNORED).sum()) for m in micro_batches),
+                "decoder": sum(max(0, length - 2) for length in lengths),
+                "bag_of_words": len(positions),
+            },
         )
 
     def _micro_batch(self, texts: list[EncodedText], rng_key_B: Tensor, is_real: bool) -> MicroBatch:

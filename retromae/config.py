@@ -31,6 +31,11 @@ class LossConfig(Section):
     bag_of_words: Annotated[float, Field(ge=0)] = 0.0
     """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1."""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of all terms, by name, in the order of RetroMAE.forward."""
+        return {"encoder": 1.0, "decoder": 1.0, "bag_of_words": self.bag_of_words}
+
 
 class DataConfig(TrainingDataConfig):
     train: Annotated[list[str], Field(min_length=1)]

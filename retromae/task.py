@@ -65,7 +65,7 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
     title = "RetroMAE pre-training: a starting point for fine-tuning, not yet a retrieval model"
     return TrainingTask(
         module=module,
-        stage=PretrainStage(bag_of_words=recipe.loss.bag_of_words, seed=seed, rank=runtime.rank, device=runtime.device),
+        stage=PretrainStage(weights=recipe.loss.weights, seed=seed, rank=runtime.rank, device=runtime.device),
         total_steps=data.total_steps,
         rows=data.rows,
         batches=data.batches,
