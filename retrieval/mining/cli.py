@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
-from lodestar.errors import ModelError
+from lodestar.errors import require
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.shards import files_of
 from retrieval.mining.config import MineRecipe
@@ -40,10 +40,7 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
 
 def run(recipe: MineRecipe, placement: Placement) -> int:
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
+    require("faiss", field="mine", extra="mine")
     from lodestar.distributed.session import distributed_session
     from retrieval.embedding.encode import TIMEOUT_MINUTES
     from retrieval.mining.hard_negatives import mine

@@ -9,14 +9,13 @@ Shape suffixes: N documents, D embedding width.
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
 
 from pydantic import AfterValidator
 
-from lodestar.errors import ConfigError
+from lodestar.errors import require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,7 +70,4 @@ StoreKind = Annotated[str, AfterValidator(_check_kind)]
 def store_class(kind: str) -> Callable[[str, str, int], Store]:
     """The class of `STORES`; ConfigError if its client library is not installed."""
     module, _, name = STORES[kind].partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"store.kind: {error.name} is missing (install lodestar-embeddings[databases])") from None
+    return getattr(require(module, field="store.kind", extra="databases"), name)

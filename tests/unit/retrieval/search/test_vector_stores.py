@@ -116,5 +116,5 @@ def test_a_database_is_added_by_a_class_and_a_line_of_the_registry(
 
 def test_a_client_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STORES, "faiss", "no_such_client:Store")
-    with pytest.raises(ConfigError, match=r"store\.kind: no_such_client is missing"):
+    with pytest.raises(ConfigError, match=r"store\.kind: no_such_client is not installed \(pip install"):
         open_store(StoreConfig(kind="faiss", path=str(tmp_path)), "a-hub/name", 8)
