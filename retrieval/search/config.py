@@ -12,7 +12,7 @@ from lodestar.config.schema import Count
 from retrieval.embedding.config import Encode, Prompts
 from retrieval.search.vector_stores import STORES, StoreKind
 
-_SECRET = re.compile(r"://[^@]*:.*@|(password|key|token)=", re.IGNORECASE | re.DOTALL)
+_SECRET = re.compile(r"://[^@]*:.*@|[?&](\w*password|api[-_]?key|token)=", re.IGNORECASE | re.DOTALL)
 """In a URL."""
 
 

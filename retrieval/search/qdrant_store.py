@@ -21,6 +21,8 @@ RECORD = "lodestar"
 """The key of a collection's metadata."""
 BATCH_ROWS = 128
 """Of one request: a server takes no more than 32 MB at once."""
+TIMEOUT_SECONDS = 60
+"""Of one request; the client's own 5 are too few for an exact search in a large collection."""
 
 
 class QdrantStore:
@@ -82,7 +84,9 @@ class QdrantStore:
 
 def _connect(location: Location) -> QdrantClient:
     if location.url:
-        return QdrantClient(url=location.url, api_key=location.api_key, check_compatibility=False)
+        return QdrantClient(
+            url=location.url, api_key=location.api_key, timeout=TIMEOUT_SECONDS, check_compatibility=False
+        )
     try:
         return QdrantClient(path=location.path)
     except RuntimeError:
