@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 
 class LodestarError(Exception):
     """An error that the user can fix; printed as `error: ...`, exit code 2."""
@@ -47,3 +50,17 @@ class PeerLostError(LodestarError):
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, to quote it in ours; the error's class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require(module: str, *, field: str, extra: str) -> ModuleType:
+    """The imported module, an optional library or one of ours that imports one; ConfigError if that is not installed.
+
+    field   what of the recipe or the command needs it
+    extra   of pyproject.toml, that installs it
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError)
+        problem = f"{error.name} is not installed" if absent else f"{module} cannot be imported: {first_line(error)}"
+        raise ConfigError(f"{field}: {problem} (pip install 'lodestar-embeddings[{extra}]')") from None

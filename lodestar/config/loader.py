@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
@@ -18,6 +18,8 @@ from lodestar.errors import ConfigError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
 COMMAND_LINE = "command line"
+IN_PYTHON = "recipe"
+"""The place of a mistake in a recipe that is no file."""
 
 
 class Section(BaseModel):
@@ -39,13 +41,47 @@ def load(schema: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) 
 
     Raises ConfigError with one line for each error: `FILE:LINE: FIELD: what is wrong (what to do)`.
     """
-    tree = _read(Path(path))
+    return _check(schema, _read(Path(path)), str(path), overrides)
+
+
+def recipe_of(
+    schema: type[Recipe], source: Recipe | Mapping[str, object] | str | Path, overrides: Sequence[str] = ()
+) -> Recipe:
+    """A recipe, its values as a mapping, or the path of its YAML file, with `KEY=VALUE` overrides laid on it.
+
+    Raises as `load`; a mistake in values reads `recipe: FIELD: what is wrong (what to do)`.
+    """
+    if isinstance(source, str | Path):
+        return load(schema, source, overrides)
+    if isinstance(source, schema) and not overrides:
+        return source
+    values = source if isinstance(source, Mapping) else source.model_dump(mode="json")
+    tree = _Tree(json.loads(json.dumps(dict(values), default=_json_value)))
+    _add_places(tree.values, "", tree.places)
+    return _check(schema, tree, IN_PYTHON, overrides)
+
+
+def _json_value(value: object) -> object:
+    """Of what JSON does not know: a section of a recipe as its values, a path as text."""
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
+def _add_places(value: Any, at: str, places: dict[str, str]) -> None:
+    places[at] = IN_PYTHON
+    if isinstance(value, list):
+        value = dict(enumerate(cast(list[Any], value)))
+    if isinstance(value, dict):
+        for key, inner in cast(dict[Any, Any], value).items():
+            _add_places(inner, f"{at}.{key}" if at else str(key), places)
+
+
+def _check(schema: type[Recipe], tree: _Tree, file: str, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _override(tree, override)
     try:
         return schema.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
-        lines = [_explain(schema, tree, str(path), detail) for detail in error.errors(include_url=False)]
+        lines = [_explain(schema, tree, file, detail) for detail in error.errors(include_url=False)]
         raise ConfigError("\nerror: ".join(dict.fromkeys(lines))) from None
 
 
@@ -187,7 +223,7 @@ def _explain(schema: type[BaseModel], tree: _Tree, file: str, detail: ErrorDetai
             names.append(part)
     key = ".".join(names)
     place = tree.places.get(key) or tree.places.get(".".join(names[:-1])) or f"{file}:1"
-    return f"{place}: {key or 'recipe'}: {_reason(schema, loc, detail)}"
+    return ": ".join(dict.fromkeys([place, key or IN_PYTHON, _reason(schema, loc, detail)]))  # "recipe" once
 
 
 def _reason(schema: type[BaseModel], names: list[str], detail: ErrorDetails) -> str:

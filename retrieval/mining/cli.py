@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lodestar.cli import entry_point
+from lodestar.config.loader import recipe_of
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
-from lodestar.errors import ModelError
+from lodestar.errors import require
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.corpus import files_of
 from retrieval.mining.config import MineRecipe
+
+
+def mine(recipe: MineRecipe | Mapping[str, object] | str | Path, *overrides: str) -> Path:
+    """Add hard negatives to a training file, as the command does; returns the file that was written.
+
+    recipe     an object, its values, or a YAML file
+    overrides  as "mine.negatives=7"
+    Raises ConfigError, DataError or ModelError. Needs no launcher; under one, all ranks share the work.
+    """
+    recipe = recipe_of(MineRecipe, recipe, overrides)
+    run(recipe, Placement.from_env())
+    return Path(recipe.output)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +54,7 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
 
 def run(recipe: MineRecipe, placement: Placement) -> int:
-    try:
-        import faiss  # noqa: F401
-    except ImportError:
-        raise ModelError("mine: faiss is not installed (pip install 'lodestar-embeddings[mine]')") from None
+    require("faiss", field="mine", extra="mine")
     from lodestar.distributed.session import distributed_session
     from retrieval.embedding.encode import TIMEOUT_MINUTES
     from retrieval.mining.hard_negatives import mine

@@ -16,15 +16,15 @@ from rich.text import Text
 
 from lodestar.cli import Parser, entry_point
 from lodestar.data.readers import count_rows
-from lodestar.distributed.runtime import Placement, choose_device
+from lodestar.distributed.runtime import Placement, check_device, choose_device
 from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError
 from lodestar.planning.plan import PlanWarnings, in_words
-from retrieval.embedding.model_folder import check_folder
+from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.evaluation.beir import Document, read_corpus
 from retrieval.search.config import IndexRecipe
-from retrieval.search.corpus import FIELD, cache_file, corpus_of_run, find_corpus
-from retrieval.search.index import index
-from retrieval.search.store_record import check_record, find_table, read_record, record_path
+from retrieval.search.corpus import cache_file, check_where, corpus_of_run, find_corpus
+from retrieval.search.index import index, work_folder
+from retrieval.search.store_record import check_record, find_table, read_record
 
 if TYPE_CHECKING:
     from retrieval.search.search import Hit, Searcher, StoreSearcher
@@ -44,15 +44,17 @@ def index_main(argv: Sequence[str] | None = None) -> int:
 def index_plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     missing = PlanWarnings([])
     rows = missing.or_default(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
-    check_record(recipe.store, recipe.model, prompts=recipe.prompts)
-    record = read_record(record_path(recipe.store))
+    record = missing.or_default(None, lambda: read_record(recipe.store), "a new table is assumed")
+    if record is not None:
+        check_record(recipe.store, record, recipe.model, fingerprint(recipe.model, recipe.prompts))
     return {
         "world_size": world_size,
         "model": recipe.model,
         "corpus": recipe.corpus,
         "rows": rows,
         "chunks": None if rows is None else -(-rows // recipe.encode.shard_rows),
-        "store": f"{recipe.store.kind}, {recipe.store.path}, {recipe.store.table}",
+        "store": f"{recipe.store.kind}, {recipe.store.place}, {recipe.store.table}",
+        "work": str(work_folder(recipe)),
         "state": "exists: rows with an existing id are overwritten" if record else "new",
         "missing": missing.lines,
     }
@@ -65,7 +67,7 @@ def index_run(recipe: IndexRecipe, placement: Placement) -> int:
         )
     summary = index(recipe, progress=sys.stderr.isatty())
     print(
-        f"{summary.documents:,} documents in {recipe.store.kind}, {recipe.store.path}, {recipe.store.table} "
+        f"{summary.documents:,} documents in {recipe.store.kind}, {recipe.store.place}, {recipe.store.table} "
         f"({summary.rows:,} rows embedded, {summary.truncated:,} texts truncated)"
     )
     return 0
@@ -97,7 +99,7 @@ def parse_search(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--corpus", metavar="PATH", help="a corpus.jsonl or BEIR folder; none: the one that the run's summary names"
     )
-    parser.add_argument("--store", metavar="PATH", help="a folder that launch/index.py filled, or its recipe")
+    parser.add_argument("--store", metavar="PATH", help="a folder that lodestar index filled, or its recipe")
     parser.add_argument(
         "--where",
         action="append",
@@ -105,6 +107,7 @@ def parse_search(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FIELD=VALUE",
         help="with --store: only such documents; repeatable",
     )
+    parser.add_argument("--device", metavar="NAME", help="as cuda:1 or cpu; none: the first GPU, or the CPU")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="how many documents to show (5)")
     parser.add_argument("--plan", action="store_true", help="say what would be searched and by what model, and exit")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
@@ -116,7 +119,7 @@ def parse_search(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.store and options.corpus:
         raise ConfigError("command line: --corpus: not with --store, which has a corpus (give the one or the other)")
     if options.where and not options.store:
-        raise ConfigError("command line: --where: only with --store (launch/index.py creates one)")
+        raise ConfigError("command line: --where: only with --store (lodestar index creates one)")
     return options
 
 
@@ -125,7 +128,7 @@ def search_plan(options: argparse.Namespace) -> dict[str, object]:
         store, record, model, precision = find_table(options.store, options.model)
         return {
             "model": model,
-            "store": store.path,
+            "store": store.place,
             "kind": store.kind,
             "table": store.table,
             "dimension": record.dimension,
@@ -146,24 +149,33 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
     if options.store:
         where = _parse_where(options.where)
         table = find_table(options.store, options.model)
+        device = _choose_device(options)
         from retrieval.search.search import table_searcher
 
-        return table_searcher(table, where)
+        return table_searcher(table, where, device)
     corpus = _read_corpus(options)
+    device = _choose_device(options)
     from retrieval.embedding.load_model import load_model
     from retrieval.search.search import Searcher
 
-    model = load_model(corpus.model_folder, choose_device(0))
+    model = load_model(corpus.model_folder, device)
     cache = cache_file(corpus.model_folder, corpus.documents)
     return nullcontext(Searcher(model, corpus.documents, cache=cache, progress=sys.stderr.isatty()))
 
 
+def _choose_device(options: argparse.Namespace) -> str:
+    if options.device is None:
+        return str(choose_device(0))
+    check_device(options.device, "command line: --device")
+    return options.device
+
+
 def _parse_where(options: Sequence[str]) -> dict[str, str]:
+    for option in options:
+        if "=" not in option:
+            raise ConfigError(f"command line: --where: {option}: not FIELD=VALUE (as lang=en)")
     parts = [option.partition("=") for option in options]
-    for field, equals, value in parts:
-        if not equals or not FIELD.fullmatch(field):
-            raise ConfigError(f"command line: --where: {field}{equals}{value}: not FIELD=VALUE (as lang=en)")
-    return {field: value for field, _, value in parts}
+    return check_where({field: value for field, _, value in parts}, "command line: --where")
 
 
 class _Corpus(NamedTuple):

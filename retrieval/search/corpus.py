@@ -18,7 +18,7 @@ from retrieval.embedding.model_folder import fingerprint
 from retrieval.evaluation.beir import Document
 from retrieval.search.vector_stores import Row
 
-FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 """What a field of a row may be called."""
 
 
@@ -47,10 +47,18 @@ def as_row(location: str, row: Mapping[str, object]) -> Row:
     if not isinstance(fields.get("text"), str):
         raise DataError(f"{location}: text: must be text (give each row one)")
     for field in fields:
-        if not FIELD.fullmatch(field) or field in ("id", "vector"):
+        if not _FIELD.fullmatch(field) or field in ("id", "vector"):
             raise DataError(f"{location}: {field}: not a name for metadata (letters, digits and _, not id or vector)")
     texts = {field: _as_text(value) for field, value in fields.items() if value is not None}
     return {"title": "", **texts, "id": str(document_id)}
+
+
+def check_where(where: Mapping[str, object], place: str = "where") -> dict[str, str]:
+    """The values as text, as rows have them; ConfigError at `place` for what cannot be a field."""
+    for field in where:
+        if not _FIELD.fullmatch(field):
+            raise ConfigError(f"{place}: {field}: not the name of a field (letters, digits and _)")
+    return {field: _as_text(value) for field, value in where.items()}
 
 
 def _as_text(value: object) -> str:

@@ -14,12 +14,12 @@ import faiss
 import numpy as np
 
 from lodestar.files import replacing_file
-from retrieval.search.vector_stores import Row, SearchHit
+from retrieval.search.vector_stores import Location, Row, SearchHit
 
 
 class FaissStore:
-    def __init__(self, path: str, table: str, dimension: int) -> None:
-        self._path = Path(path) / f"{table}.faiss"
+    def __init__(self, location: Location, table: str, dimension: int) -> None:
+        self._path = Path(location.path) / f"{table}.faiss"
         self._rows = sqlite3.connect(self._path.with_suffix(".sqlite"))
         self._rows.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, id TEXT UNIQUE, row TEXT)")
         if self._path.is_file():

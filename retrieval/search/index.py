@@ -7,19 +7,22 @@ Shape suffixes: N rows of a chunk, D embedding width.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Runtime, choose_device
 from lodestar.files import make_folder
 from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig
+from retrieval.embedding.model_folder import fingerprint
 from retrieval.embedding.shards import read_embeddings, read_manifest
 from retrieval.search.config import IndexRecipe
 from retrieval.search.corpus import find_corpus, read_chunks
-from retrieval.search.store_record import check_record, open_store
+from retrieval.search.store_record import check_record, new_record, open_store, read_record
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,30 @@ class IndexSummary:
     """In the table now."""
 
 
-def index(recipe: IndexRecipe, *, progress: bool = False) -> IndexSummary:
+def index(
+    recipe: IndexRecipe | Mapping[str, object] | str | Path, *overrides: str, progress: bool = False
+) -> IndexSummary:
     """Write the corpus to the store. Repeating it changes nothing; documents that left the corpus stay.
 
-    TABLE.work beside the table keeps the embeddings until the table has them all: the same call after an interruption
-    embeds only what is missing. Raises ConfigError, DataError (before anything is embedded) or ModelError.
+    recipe     an object, its values, or a YAML file
+    overrides  as "encode.precision=bf16"
+    The work folder keeps the embeddings until the table has them all: the same call after an interruption embeds only
+    what is missing. Raises ConfigError, DataError (before anything is embedded) or ModelError.
     """
+    recipe = recipe_of(IndexRecipe, recipe, overrides)
     sources, store = find_corpus(recipe.corpus), recipe.store
-    check_record(store, recipe.model, prompts=recipe.prompts)
+    identity, record = fingerprint(recipe.model, recipe.prompts), read_record(store)
+    if record is not None:
+        check_record(store, record, recipe.model, identity)
     num_rows = sum(len(chunk) for chunk in read_chunks(sources, recipe.encode.shard_rows))
-    work = make_folder(store.path, "store.path") / f"{store.table}.work"
+    if store.path is not None:
+        make_folder(store.path, "store.path")
+    work = work_folder(recipe)
     _embed_corpus(recipe, work)
     manifest = read_manifest(work)
+    record = new_record(store, recipe.model, identity, manifest["width"], recipe.prompts)
     with (
-        closing(open_store(store, recipe.model, manifest["width"], recipe.prompts)) as database,
+        closing(open_store(store, record)) as database,
         tqdm(total=num_rows, unit="row", disable=not progress) as bar,
     ):
         chunks = read_chunks(sources, recipe.encode.shard_rows)
@@ -57,6 +70,11 @@ def index(recipe: IndexRecipe, *, progress: bool = False) -> IndexSummary:
         documents = database.count()
     shutil.rmtree(work)
     return IndexSummary(num_rows, manifest["truncated"], documents)
+
+
+def work_folder(recipe: IndexRecipe) -> Path:
+    """Where the embeddings are until the table has them all."""
+    return Path(recipe.work) if recipe.work else Path(recipe.store.path or "") / f"{recipe.store.table}.work"
 
 
 def _embed_corpus(recipe: IndexRecipe, folder: Path) -> None:

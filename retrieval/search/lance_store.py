@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 from lancedb.query import LanceVectorQueryBuilder
 
-from retrieval.search.vector_stores import Row, SearchHit
+from retrieval.search.vector_stores import Location, Row, SearchHit
 
 
 class LanceStore:
-    def __init__(self, path: str, table: str, dimension: int) -> None:
-        database = lancedb.connect(path)
+    def __init__(self, location: Location, table: str, dimension: int) -> None:
+        database = lancedb.connect(location.path)
         if table in database.list_tables(limit=1_000_000).tables:
             self._table = database.open_table(table)
         else:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from lodestar.distributed.runtime import choose_device
+from lodestar.distributed.runtime import check_device, choose_device
 from retrieval.embedding.cache import load_or_compute
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.embedder import Embedder
 from retrieval.embedding.exact_search import search
 from retrieval.evaluation.beir import Document
+from retrieval.search.config import IndexRecipe
+from retrieval.search.corpus import check_where
 from retrieval.search.store_record import IndexedTable, find_table, open_store
 from retrieval.search.vector_stores import Store
 
@@ -59,9 +61,9 @@ class Searcher:
 class StoreSearcher:
     """A vector database and the model that embedded its documents; also a context manager."""
 
-    def __init__(self, embedder: Embedder, store: Store, where: Mapping[str, str] | None = None) -> None:
-        """where   only documents with these values, as {"lang": "en"}"""
-        self.embedder, self.store, self.where = embedder, store, where or {}
+    def __init__(self, embedder: Embedder, store: Store, where: Mapping[str, object] | None = None) -> None:
+        """where   only documents with these values, as {"lang": "en"}; ConfigError for what cannot be a field"""
+        self.embedder, self.store, self.where = embedder, store, check_where(where or {})
 
     def search(self, query: str, k: int = 5) -> list[Hit]:
         """The k nearest documents, best first."""
@@ -76,20 +78,29 @@ class StoreSearcher:
 
 
 def open_searcher(
-    path: str | Path, *, model: str | None = None, where: Mapping[str, str] | None = None
+    source: IndexRecipe | Mapping[str, object] | str | Path,
+    *,
+    model: str | None = None,
+    where: Mapping[str, object] | None = None,
+    device: str | None = None,
 ) -> StoreSearcher:
-    """path    the folder that launch/index.py filled, or its recipe
+    """source  the folder that `lodestar index` filled, or its recipe: a YAML file, values or an object
     model   where the model is now, if it was moved
     where   only documents with these values, as {"lang": "en"}
+    device  of the model, as "cuda:1"; none: the first GPU, or the CPU
     Raises ConfigError, also if the model is not the one that embedded the documents.
     """
-    return table_searcher(find_table(path, model), where)
+    where = check_where(where or {})
+    return table_searcher(find_table(source, model), where, device)
 
 
-def table_searcher(table: IndexedTable, where: Mapping[str, str] | None = None) -> StoreSearcher:
+def table_searcher(
+    table: IndexedTable, where: Mapping[str, object] | None = None, device: str | None = None
+) -> StoreSearcher:
     """As `open_searcher`, for a table that was found before."""
-    dimension, prompts = table.record.dimension, table.record.prompts
+    record, device = table.record, device or str(choose_device(0))
+    check_device(device, "device")
     embedder = Embedder(
-        table.model, [str(choose_device(0))], precision=table.precision, width=dimension, prompts=prompts
+        table.model, [device], precision=table.precision, width=record.dimension, prompts=record.prompts
     )
-    return StoreSearcher(embedder, open_store(table.store, table.model, dimension, prompts), where)
+    return StoreSearcher(embedder, open_store(table.store, record), where)

@@ -1,29 +1,32 @@
-"""Which model's embeddings a table holds: a record beside the database, checked whenever the table is opened.
+"""Which model's embeddings a table holds: a record, checked whenever the table is opened.
 
+A folder has it in a file beside the database, a server in the database itself, where other machines find it too.
 Loads without torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pydantic import ValidationError
 
-from lodestar.config.loader import Section, load
+from lodestar.config.loader import Section, recipe_of
 from lodestar.config.schema import Precision
+from lodestar.distributed.runtime import local_environment
 from lodestar.errors import ConfigError
 from lodestar.files import make_folder, write_text
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.model_folder import fingerprint
 from retrieval.search.config import IndexRecipe, StoreConfig
-from retrieval.search.vector_stores import Store, StoreKind, store_class
+from retrieval.search.vector_stores import STORES, Location, ServerStore, Store, StoreKind, store_class
 
 SUFFIX = ".store.json"
 
 
 class StoreRecord(Section):
-    """TABLE.store.json: the model that embedded a table."""
+    """The model that embedded a table."""
 
     kind: StoreKind
     table: str
@@ -33,56 +36,98 @@ class StoreRecord(Section):
     prompts: Prompts = {}
 
 
-def record_path(store: StoreConfig) -> Path:
-    return Path(store.path) / f"{store.table}{SUFFIX}"
+def new_record(
+    store: StoreConfig, model: str, identity: str, dimension: int, prompts: Prompts | None = None
+) -> StoreRecord:
+    """identity   the model's fingerprint, with these prompts"""
+    return StoreRecord(
+        kind=store.kind,
+        table=store.table,
+        model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+        fingerprint=identity,
+        dimension=dimension,
+        prompts=prompts or {},
+    )
 
 
-def read_record(path: Path) -> StoreRecord | None:
-    if not path.is_file():
-        return None
+def read_record(store: StoreConfig) -> StoreRecord | None:
+    """None if the table does not exist; ConfigError also for a server that cannot be reached."""
+    if store.path is None:
+        text = cast(type[ServerStore], store_class(store.kind)).read_record(_locate(store), store.table)
+    else:
+        text = path.read_text(encoding="utf-8") if (path := _record_path(store)).is_file() else None
+    return None if text is None else _parse(text, _name(store))
+
+
+def _parse(text: str, name: str) -> StoreRecord:
     try:
-        return StoreRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        return StoreRecord.model_validate_json(text)
     except ValidationError:
-        raise ConfigError(f"{path}: cannot be read (delete the table, and index again)") from None
+        raise ConfigError(f"{name}: cannot be read (delete the table, and index again)") from None
 
 
-def check_record(store: StoreConfig, model: str, dimension: int | None = None, prompts: Prompts | None = None) -> None:
-    """ConfigError if the table exists and holds another model's embeddings, or vectors of another dimension."""
-    path, remedy = record_path(store), "take another store.table, or delete this one"
-    record = read_record(path)
-    if record is None:
-        return
+def check_record(
+    store: StoreConfig, record: StoreRecord, model: str, identity: str, dimension: int | None = None
+) -> None:
+    """ConfigError if the table holds another model's embeddings, or vectors of another dimension.
+
+    identity   the model's fingerprint, with the prompts that are used
+    """
+    name, remedy = _name(store), "take another store.table, or delete this one"
     if record.kind != store.kind:
-        raise ConfigError(f"{path}: kind: the table is {record.kind}'s, not {store.kind}'s ({remedy})")
+        raise ConfigError(f"{name}: kind: the table is {record.kind}'s, not {store.kind}'s ({remedy})")
     if dimension not in (None, record.dimension):
         raise ConfigError(
-            f"{path}: dimension: the table has {record.dimension}, the model gives {dimension} ({remedy})"
+            f"{name}: dimension: the table has {record.dimension}, the model gives {dimension} ({remedy})"
         )
-    if record.fingerprint != fingerprint(model, prompts):
-        raise ConfigError(f"{path}: model: embedded by {record.model}, which is not {model} as it is now ({remedy})")
+    if record.fingerprint != identity:
+        raise ConfigError(f"{name}: model: embedded by {record.model}, which is not {model} as it is now ({remedy})")
 
 
-def open_store(store: StoreConfig, model: str, dimension: int, prompts: Prompts | None = None) -> Store:
-    """The table, created if it does not exist; ConfigError if its embeddings are another model's, or have no record."""
-    check_record(store, model, dimension, prompts)
-    make_folder(store.path, "store.path")
-    database = store_class(store.kind)(store.path, store.table, dimension)
-    if not record_path(store).is_file():
+def open_store(store: StoreConfig, record: StoreRecord) -> Store:
+    """The table, created with this record if it does not exist; ConfigError if it has another one, or rows and none."""
+    existing = read_record(store)
+    if existing is not None:
+        check_record(store, existing, record.model, record.fingerprint, record.dimension)
+    if store.path is not None:
+        make_folder(store.path, "store.path")
+    database = store_class(store.kind)(_locate(store), store.table, record.dimension)
+    if existing is None:
         if database.count():
             database.close()
-            raise ConfigError(
-                f"{store.path}: table: launch/index.py did not create {store.table} (take another store.table)"
-            )
-        record = StoreRecord(
-            kind=store.kind,
-            table=store.table,
-            model=str(Path(model).resolve()) if Path(model).is_dir() else model,
-            fingerprint=fingerprint(model, prompts),
-            dimension=dimension,
-            prompts=prompts or {},
-        )
-        write_text(record_path(store), record.model_dump_json(indent=2) + "\n")
+            raise ConfigError(f"{store.place}: table: lodestar did not create {store.table} (take another store.table)")
+        text = record.model_dump_json(indent=2) + "\n"
+        if store.path is None:
+            cast(ServerStore, database).write_record(text)
+        else:
+            write_text(_record_path(store), text)
     return database
+
+
+def _locate(store: StoreConfig) -> Location:
+    if store.path is not None:
+        return Location(store.place, path=store.path)
+    url = store.url or _environment(store.url_env, "store.url_env")
+    schemes = [f"{scheme}://" for scheme in STORES[store.kind].schemes]
+    if not url.startswith(tuple(schemes)):
+        raise ConfigError(f"store.url_env: {store.url_env}: must begin with {' or '.join(schemes)}")
+    api_key = _environment(store.api_key_env, "store.api_key_env") if store.api_key_env else None
+    return Location(store.place, url=url, api_key=api_key)
+
+
+def _environment(name: str | None, field: str) -> str:
+    if value := local_environment().get(name or ""):
+        return value
+    raise ConfigError(f"{field}: {name}: not set in the environment (export it)")
+
+
+def _record_path(store: StoreConfig) -> Path:
+    return Path(store.path or "") / f"{store.table}{SUFFIX}"
+
+
+def _name(store: StoreConfig) -> str:
+    """Of the record, for messages."""
+    return f"{store.place}: {store.table}" if store.path is None else str(_record_path(store))
 
 
 class IndexedTable(NamedTuple):
@@ -96,32 +141,29 @@ class IndexedTable(NamedTuple):
     """In which queries are embedded."""
 
 
-def find_table(path: str | Path, model: str | None = None) -> IndexedTable:
-    """path    the folder that launch/index.py filled, or its recipe
+def find_table(source: IndexRecipe | Mapping[str, object] | str | Path, model: str | None = None) -> IndexedTable:
+    """source  the folder that `lodestar index` filled, or its recipe: a YAML file, values or an object
     model   where the model is now, if it was moved
     Raises ConfigError, also if the model is not the one that embedded the documents.
     """
     precision: Precision = "fp32"
-    if str(path).endswith((".yaml", ".yml")):
-        recipe = load(IndexRecipe, path)
-        store, precision, record = recipe.store, recipe.encode.precision, read_record(record_path(recipe.store))
+    if isinstance(source, str | Path) and not str(source).endswith((".yaml", ".yml")):
+        store, record = _only_table(source)
+        model = model or record.model
+    else:
+        recipe = recipe_of(IndexRecipe, source)
+        store, precision, record = recipe.store, recipe.encode.precision, read_record(recipe.store)
         model = model or recipe.model
         if record is None:
-            raise ConfigError(f"{record_path(store)}: no such index (launch/index.py --config {path} creates it)")
-    else:
-        store, record = _only_table(path)
-        model = model or record.model
-    check_record(store, model, prompts=record.prompts)
+            raise ConfigError(f"{_name(store)}: no such index (lodestar index creates it from the recipe)")
+    check_record(store, record, model, fingerprint(model, record.prompts))
     return IndexedTable(store, record, model, precision)
 
 
 def _only_table(folder: str | Path) -> tuple[StoreConfig, StoreRecord]:
     paths = sorted(Path(folder).glob(f"*{SUFFIX}"))
     if len(paths) != 1:
-        problem = (
-            f"holds {len(paths)} tables (name the recipe)" if paths else "holds no index (launch/index.py creates one)"
-        )
-        raise ConfigError(f"{folder}: {problem}")
-    record = read_record(paths[0])
-    assert record is not None
+        problem = f"{len(paths)} tables (name the recipe)" if paths else "no index (lodestar index creates one)"
+        raise ConfigError(f"{folder}: holds {problem}")
+    record = _parse(paths[0].read_text(encoding="utf-8"), str(paths[0]))
     return StoreConfig(kind=record.kind, path=str(folder), table=record.table), record

