@@ -1,1 +1,5 @@
 """Stage 2: contrastive fine-tuning."""
+
+from contrastive.cli import finetune
+
+__all__ = ["finetune"]

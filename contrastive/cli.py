@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from contrastive.config import FinetuneRecipe
 from contrastive.plan import plan
 from lodestar import cli
+from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Placement
 
 
@@ -27,3 +29,17 @@ def rehearse(recipe: FinetuneRecipe, placement: Placement, steps: int) -> int:
     from lodestar.training.dry_run import rehearse
 
     return rehearse(recipe, placement, SPEC, steps)
+
+
+def finetune(recipe: FinetuneRecipe | Mapping[str, object] | str | Path, *overrides: str) -> Path:
+    """Fine-tune an encoder, as `lodestar finetune` does, in this process; returns the folder of the exported model.
+
+    recipe      a FinetuneRecipe, its values as a dict, or the path of its YAML file
+    overrides   as on the command line: "optim.lr=1e-5"
+    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; KeyboardInterrupt once a run that was
+    asked to stop has saved its checkpoint.
+    """
+    checked = recipe_of(FinetuneRecipe, recipe, overrides)
+    if run(checked, Placement.from_env()):
+        raise KeyboardInterrupt
+    return Path(checked.run.output_dir) / "model"

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from retrieval.embedding.embedder import Embedder
+    from retrieval.evaluation.cli import evaluate
     from retrieval.mining.cli import mine
     from retrieval.search.index import index
     from retrieval.search.search import Searcher, open_searcher
 
-__all__ = ["Embedder", "Searcher", "index", "mine", "open_searcher"]
+__all__ = ["Embedder", "Searcher", "evaluate", "index", "mine", "open_searcher"]
 
 _MODULES = {
     "Embedder": "retrieval.embedding.embedder",
     "Searcher": "retrieval.search.search",
+    "evaluate": "retrieval.evaluation.cli",
     "index": "retrieval.search.index",
     "mine": "retrieval.mining.cli",
     "open_searcher": "retrieval.search.search",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lodestar import cli
+from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Placement
 from retromae.config import PretrainRecipe
 from retromae.plan import plan
@@ -27,3 +29,17 @@ def rehearse(recipe: PretrainRecipe, placement: Placement, steps: int) -> int:
     from retromae.task import SPEC
 
     return rehearse(recipe, placement, SPEC, steps)
+
+
+def pretrain(recipe: PretrainRecipe | Mapping[str, object] | str | Path, *overrides: str) -> Path:
+    """Pre-train an encoder, as `lodestar pretrain` does, in this process; returns the folder of the exported model.
+
+    recipe      a PretrainRecipe, its values as a dict, or the path of its YAML file
+    overrides   as on the command line: "schedule.steps=1000"
+    Raises ConfigError, DataError, ModelError, CheckpointError or TrainingError; KeyboardInterrupt once a run that was
+    asked to stop has saved its checkpoint.
+    """
+    checked = recipe_of(PretrainRecipe, recipe, overrides)
+    if run(checked, Placement.from_env()):
+        raise KeyboardInterrupt
+    return Path(checked.run.output_dir) / "model"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lodestar.cli import entry_point
+from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Placement
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.model_folder import check_folder
 from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.tasks import read_task
+
+if TYPE_CHECKING:
+    from retrieval.evaluation.results import Result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,10 +46,24 @@ def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> 
 
 
 def run(recipe: EvaluateRecipe, placement: Placement) -> int:
+    _evaluate(recipe, placement)
+    return 0
+
+
+def evaluate(recipe: EvaluateRecipe | Mapping[str, object] | str | Path, *overrides: str) -> dict[str, Result]:
+    """Measure models, as `lodestar evaluate` does; returns the results by task, whose `rows` hold all metrics.
+
+    recipe      an EvaluateRecipe, its values as a dict, or the path of its YAML file
+    overrides   as on the command line: "bm25=false"
+    Raises ConfigError, DataError or ModelError.
+    """
+    return _evaluate(recipe_of(EvaluateRecipe, recipe, overrides), Placement.from_env())
+
+
+def _evaluate(recipe: EvaluateRecipe, placement: Placement) -> dict[str, Result]:
     tasks = {name: read_task(config, name) for name, config in recipe.all_tasks.items()}
     for path in recipe.labelled_models.values():
         check_folder(path)  # now, not after hours with the first model
     from retrieval.evaluation.compare import evaluate
 
-    evaluate(recipe, tasks, placement)
-    return 0
+    return evaluate(recipe, tasks, placement)
