@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lodestar.config.loader import dump
 from lodestar.files import write_json
 from lodestar.models.load import parameter_aliases
+
+POOLING_MODES = (
+    "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken",
+)  # fmt: skip
 
 
 def save_model(
@@ -32,9 +37,6 @@ def save_model(
     weights   the model's parameters, one name for each; none: those in the model (an engine may have sharded them)
     prompts   by role: `encode_query` applies "query", `encode_document` "document"
     """
-    from sentence_transformers import __version__ as sentence_transformers_version
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
-
     folder.mkdir(parents=True, exist_ok=True)
     state = None
     if weights is not None:  # all names of a tied tensor, of which transformers keeps one
@@ -50,10 +52,12 @@ def save_model(
     backend.no_truncation()  # options of the last call are no part of the model
     backend.no_padding()
     tokenizer.save_pretrained(folder)
-    width = model.config.hidden_size
-    for name, module in (("1_Pooling", Pooling(width, pooling_mode="cls")), ("2_Normalize", Normalize())):
+    # In the keys that every version of sentence-transformers and other servers read; newer ones know shorter keys too.
+    modes = {f"pooling_mode_{name}": name == "cls_token" for name in POOLING_MODES}
+    pooling = {"word_embedding_dimension": model.config.hidden_size, **modes, "include_prompt": True}
+    for name, config in (("1_Pooling", pooling), ("2_Normalize", {})):
         (folder / name).mkdir(exist_ok=True)
-        module.save(str(folder / name))
+        write_json(folder / name / "config.json", config)
     paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -65,7 +69,7 @@ def save_model(
         folder / "config_sentence_transformers.json",
         {
             "model_type": "SentenceTransformer",
-            "__version__": {"sentence_transformers": sentence_transformers_version},
+            "__version__": {"sentence_transformers": version("sentence-transformers")},
             "prompts": {"query": "", "document": "", **prompts},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 from cycler import cycler
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -54,10 +54,6 @@ article p{margin:.35rem 0 0;font-size:.92rem}"""
 )
 
 
-class Html(str):
-    """Complete markup; every other text is escaped when it is put on a page."""
-
-
 class Mark(NamedTuple):
     """A text that appears on hovering over part of a figure; bounds in the units of its axes."""
 
@@ -80,11 +76,6 @@ def page(path: Path, title: str, parts: Iterable[str]) -> Path:
     return path
 
 
-def escape(value: object) -> Html:
-    """As markup: Html stays, any other value becomes escaped text."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
-
-
 def number(value: object) -> str:
     """A value as text: 0.3217, 12,345, 1.2e-05, yes, or str(value)."""
     if isinstance(value, bool):
@@ -96,24 +87,24 @@ def number(value: object) -> str:
     return "–" if value is None else str(value)
 
 
-def facts(values: Mapping[str, object]) -> Html:
+def facts(values: Mapping[str, object]) -> Markup:
     """Named values in tiles, the first thing on a page."""
     cells = (f"<div><dt>{escape(name)}</dt><dd>{escape(number(value))}</dd></div>" for name, value in values.items())
-    return Html(f'<dl class="facts">{"".join(cells)}</dl>')
+    return Markup(f'<dl class="facts">{"".join(cells)}</dl>')
 
 
-def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> Html:
-    """A table with numbers aligned right; a cell may be Html."""
+def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> Markup:
+    """A table with numbers aligned right; a cell may be Markup."""
     body = "".join(f"<tr>{''.join(_cell(value) for value in row)}</tr>" for row in rows)
     heading = "".join(
         f'<th class="number">{escape(name)}</th>' if i else f"<th>{escape(name)}</th>" for i, name in enumerate(head)
     )
-    return Html(f'<div class="wide"><table>{f"<tr>{heading}</tr>" if head else ""}{body}</table></div>')
+    return Markup(f'<div class="wide"><table>{f"<tr>{heading}</tr>" if head else ""}{body}</table></div>')
 
 
 def _cell(value: object) -> str:
-    is_number = isinstance(value, (int, float, Html)) and not isinstance(value, bool)
-    content = value if isinstance(value, Html) else number(value)
+    is_number = isinstance(value, (int, float, Markup)) and not isinstance(value, bool)
+    content = value if isinstance(value, Markup) else number(value)
     return f'<td class="{"number" if is_number else "text"}">{escape(content)}</td>'
 
 
@@ -124,7 +115,7 @@ def figure(
     key: Sequence[str] = (),
     caption: str = "",
     height: float = 2.3,
-) -> Html:
+) -> Markup:
     """A figure as inline SVG, 7.2 inches wide.
 
     draw      draws on matplotlib's axes; may return marks
@@ -156,7 +147,7 @@ def figure(
     lines = "".join(f'<li style="--c:var(--c{i % len(SERIES)})">{escape(line)}</li>' for i, line in enumerate(key))
     legend = f'<ul class="key">{lines}</ul>' if key else ""
     figcaption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return Html(f"<figure><h3>{escape(title)}</h3>{figcaption}{legend}{svg}</figure>")
+    return Markup(f"<figure><h3>{escape(title)}</h3>{figcaption}{legend}{svg}</figure>")
 
 
 def _hover_area(axes: Axes, mark: Mark) -> str:

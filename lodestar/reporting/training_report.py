@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from lodestar.reporting.html import Html, Mark, escape, facts, figure, number, page, table
+from lodestar.reporting.html import Mark, facts, figure, number, page, table
 from lodestar.reporting.trackers import METRICS, read_metrics
 
 Line = Mapping[str, Any]
@@ -112,8 +113,8 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _folded(title: str, body: str) -> Html:
-    return Html(f"<details><summary>{escape(title)}</summary>{body}</details>")
+def _folded(title: str, body: str) -> Markup:
+    return Markup(f"<details><summary>{escape(title)}</summary>{body}</details>")
 
 
 def _flat(value: object) -> str:
@@ -203,7 +204,7 @@ def _series(lines: Sequence[Line]) -> dict[str, Series]:
     return series
 
 
-def curves(chart: Chart, series: Sequence[Series]) -> Html:
+def curves(chart: Chart, series: Sequence[Series]) -> Markup:
     """Values over steps; at most `_POINTS` of each series, with every spike."""
     log = chart.axis == "log" and _spread(series) > 10
 
@@ -273,7 +274,7 @@ def _marks(series: Sequence[Series]) -> list[Mark]:
     return marks
 
 
-def _summary_of(series: Series) -> Html:
+def _summary_of(series: Series) -> Markup:
     """The line of the figure's key: last, lowest and highest value."""
     lowest, highest = int(series.value_N.argmin()), int(series.value_N.argmax())
     text = f"last {number(float(series.value_N[-1]))}, " + ", ".join(
@@ -281,7 +282,7 @@ def _summary_of(series: Series) -> Html:
         for word, i in (("lowest", lowest), ("highest", highest))
     )
     text += f", not finite in {series.not_finite} lines" if series.not_finite else ""
-    return Html(f"{escape(series.name)} <span class=muted>{escape(text)}</span>")
+    return Markup(f"{escape(series.name)} <span class=muted>{escape(text)}</span>")
 
 
 # --- evaluations -----------------------------------------------------------------------------
@@ -305,9 +306,9 @@ def _evaluations(lines: Sequence[Line]) -> list[str]:
     return parts
 
 
-def _best(lines: Sequence[Line], metric: str, value: float | None) -> Html:
+def _best(lines: Sequence[Line], metric: str, value: float | None) -> Markup:
     """The value, in bold where no line has a higher one."""
     if not isinstance(value, (int, float)):
         return escape(number(value))
     best = value == max(line[metric] for line in lines if line.get(metric) is not None)
-    return Html(f"<b>{value:.4f}</b>" if best else f"{value:.4f}")
+    return Markup(f"<b>{value:.4f}</b>" if best else f"{value:.4f}")

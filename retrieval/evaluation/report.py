@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from sklearn.manifold import TSNE
 
-from lodestar.reporting.html import MUTED, SERIES, Html, Mark, escape, facts, figure, number, page, table
+from lodestar.reporting.html import MUTED, SERIES, Mark, facts, figure, number, page, table
 from retrieval.evaluation.beir import Beir
 from retrieval.evaluation.metrics import metrics
 from retrieval.evaluation.tasks import RetrievalOutput
@@ -158,7 +159,7 @@ def write_report(path: str | Path, beir: Beir, split: str, rows: Sequence[Row], 
     best = {name: max(float(row[name]) for row in rows) for name in metric_names}
     cells = [
         [name.replace("_at_", "@")]
-        + [Html(f"<b>{row[name]:.4f}</b>" if row[name] == best[name] else f"{row[name]:.4f}") for row in rows]
+        + [Markup(f"<b>{row[name]:.4f}</b>" if row[name] == best[name] else f"{row[name]:.4f}") for row in rows]
         for name in metric_names
     ]
     parts: list[str] = [
@@ -177,7 +178,7 @@ def write_report(path: str | Path, beir: Beir, split: str, rows: Sequence[Row], 
     return page(Path(path), f"{beir.name}, {split}", parts)
 
 
-def _histogram(view: View) -> Html:
+def _histogram(view: View) -> Markup:
     """Fractions of each group, because there are many more negatives than positives."""
     groups = {"relevant": view.positive_P, "hardest negative": view.hardest_Q, "random": view.negative_P}
     groups = {name: scores for name, scores in groups.items() if len(scores)}
@@ -198,17 +199,17 @@ def _histogram(view: View) -> Html:
         return marks
 
     key = [
-        Html(f"{escape(name)} <span class=muted>mean {scores.mean():.3f}, {len(scores):,} pairs</span>")
+        Markup(f"{escape(name)} <span class=muted>mean {scores.mean():.3f}, {len(scores):,} pairs</span>")
         for name, scores in groups.items()
     ]
     caption = "The more the hardest negatives overlap with the relevant documents, the more the model misses."
     return figure(f"Scores: {view.model}", draw, key=key, caption=caption, height=2.6)
 
 
-def _map(view: View, *, seed: int = 0) -> Html:
+def _map(view: View, *, seed: int = 0) -> Markup:
     """t-SNE of queries and documents, with a line from each query to its relevant documents."""
     if len(view.point_MD) < 4:
-        return Html("")
+        return Markup("")
     tsne = TSNE(perplexity=min(30, (len(view.point_MD) - 1) / 3), init="random", random_state=seed)
     xy_M2 = tsne.fit_transform(view.point_MD)
 
@@ -233,7 +234,7 @@ def _map(view: View, *, seed: int = 0) -> Html:
     return figure(f"Map: {view.model}", draw, key=key, caption=caption, height=5.2)
 
 
-def _article(result: QueryResult) -> Html:
+def _article(result: QueryResult) -> Markup:
     rank = result.relevant_rank
     place = "not found" if rank is None else f"rank {rank}"
     relevant = escape(_shorten(result.relevant))
@@ -242,7 +243,7 @@ def _article(result: QueryResult) -> Html:
         other = escape(_shorten(result.other))
         lines.append(f"<p><b>Found instead</b>, score {result.other_score:.3f}: {other}</p>")
     ndcg = f"<span class=muted>nDCG@10 {number(result.ndcg_at_10)}</span>"
-    return Html(f"<article><b>{escape(_shorten(result.query))}</b> {ndcg}{''.join(lines)}</article>")
+    return Markup(f"<article><b>{escape(_shorten(result.query))}</b> {ndcg}{''.join(lines)}</article>")
 
 
 def _shorten(text: str, max_characters: int = _MAX_CHARACTERS) -> str:

@@ -103,7 +103,6 @@ LOADS_TORCH = ("torch", "transformers", "sentence_transformers", "accelerate", "
 MAY_BE_ABSENT = ("faiss", "lancedb", "qdrant_client", "psycopg", "onnx", "onnxruntime", "onnxscript")  # the extras
 IMPORTED_LATE = {  # besides those two kinds
     ("lodestar/data/readers", "datasets"): "a second before each mistake in a recipe would be told",
-    ("lodestar/models/save", "sentence_transformers"): "seconds at the start of each rank; one rank saves, at the end",
     ("lodestar/training/zero", "deepspeed"): "its environment must be prepared first; DDP does without it",
 }
 
