@@ -58,6 +58,9 @@ demo-ablation: install ## the demo, and stage 2 without stage 1
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
 
+reference: install ## write what the documentation takes from the code
+	PYTHONPATH=. $(VENV)/bin/python docs/generate_reference.py
+
 docs: $(DOCS_VENV)/installed ## build the documentation into build/site; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 

@@ -1,7 +1,12 @@
-"""Writes docs/reference/COMMAND.md and configs/schema/COMMAND.json from the recipes' schemas: `make reference`."""
+"""Writes what the documentation takes from the code, by `make reference`; a test says when it is stale.
+
+docs/reference/COMMAND.md and configs/schema/COMMAND.json from the recipes' schemas; in docs/architecture.md the first
+line of each file, in docs/models.md the known models.
+"""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -9,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from lodestar.commands import COMMANDS
-from lodestar.recipes_cli import schema
+from lodestar.recipes_cli import schema, summary
+from retrieval.embedding.known_models import KNOWN_MODELS
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("lodestar", "retrieval", "retromae", "contrastive", "launch", "examples", "benchmarks")
 Node = dict[str, Any]
 
 
@@ -23,13 +30,43 @@ def main() -> None:
 
 def files() -> dict[Path, str]:
     """Every generated file and what it holds."""
-    found: dict[Path, str] = {}
+    contents: dict[Path, str] = {}
     for command in (name for name, command in COMMANDS.items() if command.recipe):
         definition = schema(command)
         text = json.dumps(definition, indent=1, ensure_ascii=False) + "\n"
-        found[ROOT / "configs/schema" / f"{command}.json"] = text
-        found[ROOT / "docs/reference" / f"{command}.md"] = page(command, definition)
-    return found
+        contents[ROOT / "configs/schema" / f"{command}.json"] = text
+        contents[ROOT / "docs/reference" / f"{command}.md"] = page(command, definition)
+    for name, mark, text in (("architecture", "files", file_map()), ("models", "known models", known_models())):
+        path = ROOT / f"docs/{name}.md"
+        start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
+        before, _, rest = path.read_text(encoding="utf-8").partition(start)
+        contents[path] = f"{before}{start}{text}{end}{rest.partition(end)[2]}"
+    return contents
+
+
+def file_map() -> str:
+    """Each file with the first line of its docstring, each recipe with its first comment."""
+    lines: list[str] = []
+    for folder in FOLDERS:
+        paths = [path for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "__init__.py"]
+        for path in sorted(paths, key=lambda path: (path.parent != ROOT / folder, path)):
+            docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            first = docstring.partition("\n")[0].replace(" Loads without torch.", "").rstrip(".")
+            lines.append(f"{path.relative_to(ROOT).as_posix():<42} {first}")
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        lines.append(f"{path.relative_to(ROOT).as_posix():<42} {summary(path)}")
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def known_models() -> str:
+    lines = ["| models | pooling | query | passage | tokens | languages |", "|---|---|---|---|---:|---|"]
+    for model in KNOWN_MODELS:
+        name = model.name.replace("\\.", ".").replace("(", "{").replace(")", "}").replace("|", ",").replace("}?", "}")
+        instructions = [f"`{text}`" if text else "none" for text in (model.query, model.document)]
+        pooling = "[CLS]" if model.pooling == "cls" else model.pooling
+        cells = [f"`{name}`", pooling, *instructions, f"{model.max_length:,}", model.languages]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def page(command: str, definition: Node) -> str:

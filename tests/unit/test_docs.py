@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -80,3 +81,12 @@ def test_the_custom_page_splits_a_csv_into_training_rows_and_a_beir_folder(
 def test_links_lead_to_files(page: str) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", (DOCS.parent / page).read_text(encoding="utf-8"))
     assert targets and not [target for target in targets if not (DOCS.parent / target).is_file()]
+
+
+def test_what_the_documentation_takes_from_the_code_is_fresh() -> None:
+    spec = importlib.util.spec_from_file_location("generate_reference", DOCS / "generate_reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stale = [path.name for path, text in module.files().items() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"{stale}: run make reference"
