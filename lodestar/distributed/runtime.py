@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from lodestar.errors import ConfigError, LaunchError
+from lodestar.errors import LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -108,18 +108,6 @@ def choose_device(local_rank: int) -> torch.device:
             )
         return torch.device("cuda", local_rank)
     return torch.device("cpu")
-
-
-def check_device(name: str, field: str) -> None:
-    """ConfigError for a device that torch or this machine does not have."""
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"{field}: {name!r}: unknown kind of device (write cuda:0 or cpu)") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"{field}: {name}: this machine has {torch.cuda.device_count()} GPUs (name one of them)")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from lodestar.cli import Parser, entry_point
 from lodestar.data.readers import count_rows
-from lodestar.distributed.runtime import Placement, check_device, choose_device
+from lodestar.distributed.runtime import Placement, choose_device
 from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError
 from lodestar.planning.plan import PlanWarnings, in_words
 from retrieval.embedding.model_folder import check_folder, fingerprint
@@ -166,7 +166,9 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
 def _choose_device(options: argparse.Namespace) -> str:
     if options.device is None:
         return str(choose_device(0))
-    check_device(options.device, "command line: --device")
+    from retrieval.embedding.embedder import check_devices
+
+    check_devices([options.device], "command line: --device")
     return options.device
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from lodestar.distributed.runtime import check_device, choose_device
+from lodestar.distributed.runtime import choose_device
 from retrieval.embedding.cache import load_or_compute
 from retrieval.embedding.distributed_embed import embed
-from retrieval.embedding.embedder import Embedder
+from retrieval.embedding.embedder import Embedder, check_devices
 from retrieval.embedding.exact_search import search
 from retrieval.evaluation.beir import Document
 from retrieval.search.config import IndexRecipe
@@ -99,7 +99,7 @@ def table_searcher(
 ) -> StoreSearcher:
     """As `open_searcher`, for a table that was found before."""
     record, device = table.record, device or str(choose_device(0))
-    check_device(device, "device")
+    check_devices([device], "device")
     embedder = Embedder(
         table.model, [device], precision=table.precision, width=record.dimension, prompts=record.prompts
     )
