@@ -1,18 +1,25 @@
-"""The SQL of docs/search.md on a real Postgres with pgvector."""
+"""A corpus in a real Postgres with pgvector, by the command and by the SQL of docs/search.md."""
 
 from __future__ import annotations
 
 import pytest
 
+from retrieval.search.cli import index_main
 from tests import pages
 
 
-def test_the_sql_of_the_page_finds_the_nearest_documents_and_inserts_once(expected: list[str], postgres: None) -> None:
+def test_the_sql_of_the_page_finds_the_nearest_documents_and_inserts_once(
+    expected: list[str], postgres: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import psycopg
 
+    monkeypatch.setenv("DATABASE_URL", "postgresql:///search")
+    overrides = ["store.kind=pgvector", "store.path=null", "store.url_env=DATABASE_URL"]
     for _ in range(2):
+        assert index_main(["--config", "index.yaml", *overrides]) == 0
         assert pages.execute("search.md", None, "Postgres with pgvector")["found"] == expected
-    with psycopg.connect("dbname=search") as connection:
-        assert connection.execute("SELECT count(*), count(DISTINCT lang) FROM documents").fetchone() == (200, 2)
-        with pytest.raises(psycopg.errors.DataException, match="expected 32 dimensions, not 2"):
-            connection.execute("UPDATE documents SET embedding = '[1, 2]'")
+    with psycopg.connect("postgresql:///search") as connection:
+        count = "SELECT count(*), count(DISTINCT metadata ->> 'lang') FROM documents"
+        assert connection.execute(count).fetchone() == (200, 2)
+        for statement in pages.blocks("search.md", "Postgres with pgvector", "sql")[0].split(";"):
+            connection.execute(statement.encode())
