@@ -57,10 +57,11 @@ class DataConfig(TrainingDataConfig):
     """BGE JSONL, or (anchor, positive, negative_1, ...) columns; each entry is a data set, each batch is of one."""
     negatives_per_query: Natural = 1
     """Negatives per example, drawn again in each epoch; repeated if an example has fewer, none if it has none."""
-    query_instruction: str = ""
-    """Put before each query, and saved with the model as its prompt `query`."""
-    passage_instruction: str = ""
-    """Put before each passage, and saved with the model as its prompt `document`."""
+    query_instruction: str | None = None
+    """Precedes each query, and becomes the model's prompt named query; none: the encoder's own, which its folder holds
+    or, for a known hub name, its model card; "" for no instruction."""
+    passage_instruction: str | None = None
+    """The same for passages; the prompt named document."""
     query_max_length: Count | None = None
     """Tokens; none: model.max_length."""
     passage_max_length: Count | None = None

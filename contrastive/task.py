@@ -25,19 +25,21 @@ from lodestar.data.training_examples import ROW_FEATURES, check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.load import load_encoder, load_tokenizer
+from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import Row, TaskSpec, TrainingTask
+from retrieval.embedding.known_models import resolve_prompts
 from retrieval.evaluation.in_training import in_training_evaluation
 
 
 def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
-    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
     with agreed():  # an error on one node must not leave the other nodes waiting
+        recipe = _with_instructions(recipe, runtime)
         tokenizer = load_tokenizer(recipe.model)
         if tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no padding token (add one)")
+    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
     max_lengths = {role: data.length(role, recipe.model.max_length) for role in ("query", "passage")}
     tokenized_datasets = _tokenized_datasets(recipe, runtime, tokenizer, max_lengths)
     fingerprints = [dataset.stats.fingerprint for dataset in tokenized_datasets]
@@ -48,7 +50,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
     total_steps = recipe.schedule.total_steps(counts["rows"], size)
     collate = _collate(recipe, runtime, tokenizer, tokenized_datasets, make_sampler, total_steps)
     module = _model(recipe, runtime)
-    prompts = {"query": data.query_instruction, "document": data.passage_instruction}
+    prompts = {"query": data.query_instruction or "", "document": data.passage_instruction or ""}
 
     def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
         return module(ids_BL, lengths_B)[0]
@@ -93,15 +95,14 @@ def _tokenized_datasets(
 ) -> list[TokenizedDataset]:
     """One for each entry of data.train."""
     data = recipe.data
-    tokenize = Tokenize(
-        tokenizer, data.query_instruction, data.passage_instruction, max_lengths["query"], max_lengths["passage"]
-    )
+    instructions = data.query_instruction or "", data.passage_instruction or ""
+    tokenize = Tokenize(tokenizer, *instructions, max_lengths["query"], max_lengths["passage"])
 
     def tokenized_dataset(path: str) -> TokenizedDataset:
         return tokenized(
             find_sources([path]),
             cache_dir=Path(data.cache_dir),
-            settings=settings(data, tokenize),
+            settings=settings(tokenize),
             tokenize=tokenize,
             check=check_row,
             row_features=ROW_FEATURES,
@@ -136,6 +137,19 @@ def _collate(
         negatives=data.negatives_per_query,
         pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
     )
+
+
+def _with_instructions(recipe: FinetuneRecipe, runtime: Runtime) -> FinetuneRecipe:
+    """The recipe with the encoder's own instructions where it leaves them out."""
+    encoder, data = recipe.model.encoder, recipe.data
+    known = {**resolve_prompts(encoder, None), **{k: v for k, v in folder_prompts(encoder).items() if v}}
+    for key, role in (("query_instruction", "query"), ("passage_instruction", "document")):
+        if getattr(data, key) is None:
+            instruction = known.get(role, "")
+            data = data.model_copy(update={key: instruction})
+            if instruction and runtime.is_main:
+                print(f"data.{key}: {instruction!r}, as {encoder} takes it", file=sys.stderr)
+    return recipe.model_copy(update={"data": data})
 
 
 def _model(recipe: FinetuneRecipe, runtime: Runtime) -> BiEncoder:

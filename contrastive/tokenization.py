@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from contrastive.config import DataConfig
 from lodestar.data.training_examples import SCORES, content_hash
 from lodestar.models.load import tokenizer_identity
 
@@ -93,8 +92,8 @@ class Tokenize:
         return ids, is_too_long
 
 
-def settings(data: DataConfig, tokenize: Tokenize) -> dict[str, Any]:
+def settings(tokenize: Tokenize) -> dict[str, Any]:
     """Everything besides the texts that determines their token ids."""
     lengths = {"query_max_length": tokenize.query_max_length, "passage_max_length": tokenize.passage_max_length}
-    instructions = {"query": data.query_instruction, "passage": data.passage_instruction}
+    instructions = {"query": tokenize.query_instruction, "passage": tokenize.passage_instruction}
     return {"stage": "finetune", **lengths, **instructions, "tokenizer": tokenizer_identity(tokenize.tokenizer)}

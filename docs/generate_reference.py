@@ -1,7 +1,7 @@
 """Writes what the documentation takes from the code, by `make reference`; a test says when it is stale.
 
-docs/reference/COMMAND.md and configs/schema/COMMAND.json from the recipes' schemas; in docs/architecture.md the first
-line of each file, in docs/models.md the known models.
+docs/reference/lodestar-COMMAND.md and configs/schema/COMMAND.json from the recipes' schemas; in docs/architecture.md
+the first line of each file, in docs/models.md the known models.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def files() -> dict[Path, str]:
         definition = schema(command)
         text = json.dumps(definition, indent=1, ensure_ascii=False) + "\n"
         contents[ROOT / "configs/schema" / f"{command}.json"] = text
-        contents[ROOT / "docs/reference" / f"{command}.md"] = page(command, definition)
+        contents[ROOT / "docs/reference" / f"lodestar-{command}.md"] = page(command, definition)
     for name, mark, text in (("architecture", "files", file_map()), ("models", "known models", known_models())):
         path = ROOT / f"docs/{name}.md"
         start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"

@@ -12,6 +12,7 @@ from lodestar.config.loader import Section
 AUTO = "auto"
 NEUTRAL = (
     "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers",
+    "data.query_instruction", "data.passage_instruction",
     "model.activation_checkpointing", "batch.micro_size", "batch.keep_graph", "engine", "checkpoint", "evaluate",
     "track",
 )  # fmt: skip

@@ -52,6 +52,18 @@ def find_folder(name: str) -> Path:
         ) from None
 
 
+def folder_prompts(name: str) -> dict[str, str]:
+    """The prompts by role in a sentence-transformers folder; empty for a plain transformers folder."""
+    path = find_folder(name) / "config_sentence_transformers.json"
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}
+        return {str(role): str(prompt) for role, prompt in prompts.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError):
+        raise ModelError(f"{path}: damaged (delete it, or fetch the folder again)") from None
+
+
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer, checked against its encoder.
 
