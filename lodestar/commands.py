@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 
 class Command(NamedTuple):
+    """An entry point, loaded when its command is called."""
+
     summary: str
     main: str
     """module:function, which takes the arguments after the name and returns the exit code."""
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments and arguments[0].startswith(("--local_rank", "--local-rank")):
-        arguments.pop(0)  # the deepspeed launcher puts it before everything else
+        arguments.pop(0)  # deepspeed's launcher passes it first
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_usage())
@@ -74,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(place: str) -> object:
-    """What stands at module:name."""
-    module, _, name = place.partition(":")
+def load(target: str) -> object:
+    """The object at `module:name`."""
+    module, _, name = target.partition(":")
     return getattr(import_module(module), name)
 
 

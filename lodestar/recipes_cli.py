@@ -1,4 +1,4 @@
-"""`lodestar recipes` and `lodestar schema`: what a recipe may say. Loads without torch."""
+"""`lodestar recipes` and `lodestar schema`: the recipes, and the JSON Schemas of their keys. Loads without torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from lodestar.commands import COMMANDS, load, recipes_folder
 
 SCHEMA_LINE = "# yaml-language-server: $schema="
-"""By it YAML language servers complete a recipe's keys and show what they mean."""
+"""A recipe's first line, by which YAML language servers complete and document its keys."""
 
 
 def recipes_main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def recipes_main(argv: Sequence[str] | None = None) -> int:
     elif len(arguments) == 1 and (name := arguments[0].removesuffix(".yaml")) in names:
         print(_with_schema_of(folder, names[name].read_text(encoding="utf-8")), end="")
     else:
-        return _mistake(f"recipes: {' '.join(arguments)}: no such recipe", arguments[-1], names)
+        return _print_error(f"recipes: {' '.join(arguments)}: no such recipe", arguments[-1], names)
     return 0
 
 
@@ -41,7 +41,7 @@ def summary(path: Path) -> str:
 
 
 def _with_schema_of(folder: Path, text: str) -> str:
-    """The copy of a recipe names the schema by its full path."""
+    """A recipe's text, with the full path of its schema."""
     first, newline, rest = text.partition("\n")
     if not first.startswith(SCHEMA_LINE):
         return text
@@ -58,7 +58,9 @@ def schema_main(argv: Sequence[str] | None = None) -> int:
     elif len(arguments) == 1 and arguments[0] in names:
         print(json.dumps(schema(arguments[0]), indent=2, ensure_ascii=False))
     else:
-        return _mistake(f"schema: {' '.join(arguments) or 'no command'}: has no recipe", (arguments or [""])[-1], names)
+        return _print_error(
+            f"schema: {' '.join(arguments) or 'no command'}: has no recipe", (arguments or [""])[-1], names
+        )
     return 0
 
 
@@ -67,8 +69,8 @@ def schema(command: str) -> dict[str, Any]:
     return cast(type[BaseModel], load(COMMANDS[command].recipe)).model_json_schema()
 
 
-def _mistake(what: str, name: str, names: Sequence[str] | dict[str, Path]) -> int:
+def _print_error(message: str, name: str, names: Sequence[str] | dict[str, Path]) -> int:
     close = get_close_matches(name, names, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(names)}"
-    print(f"error: command line: {what} ({hint})", file=sys.stderr)
+    print(f"error: command line: {message} ({hint})", file=sys.stderr)
     return 2

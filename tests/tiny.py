@@ -1,4 +1,4 @@
-"""Tiny encoders, tokenizers and texts that tests make for themselves; nothing comes from a hub."""
+"""Tiny encoders, tokenizers and texts for tests; nothing comes from a hub."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ FAMILIES = ("bert", "xlm-roberta", "modernbert")
 
 def texts(count: int, seed: int = 0, longest: int = 24) -> list[str]:
     """Sentences of 3 to `longest` words."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     return [
-        " ".join(chance.choice(WORDS) + chance.choice(["", "s", "ing"]) for _ in range(chance.randint(3, longest)))
+        " ".join(rng.choice(WORDS) + rng.choice(["", "s", "ing"]) for _ in range(rng.randint(3, longest)))
         for _ in range(count)
     ]
 
@@ -87,32 +87,34 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
     halves = [part for word in WORDS[1::2] for part in (word[:4], f"##{word[4:]}") if part != "##"]
     if family == "bert":
         pieces = dict.fromkeys([*names, *letters, *(f"##{c}" for c in letters), *whole, *halves, "##s", "##ing"])
-        made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token=unk))
-        made.decoder = decoders.WordPiece()  # type: ignore[assignment]
-        made.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+        backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token=unk))
+        backend.decoder = decoders.WordPiece()  # type: ignore[assignment]
+        backend.normalizer = normalizers.BertNormalizer()  # type: ignore[assignment]
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
     elif family == "xlm-roberta":
         scores = dict.fromkeys(["▁", *letters], -6.0) | {"s": -3.0, "ing": -3.0}
         scores |= {part.removeprefix("##"): -4.0 for part in halves} | {f"▁{word}": -5.0 for word in whole}
-        made = Tokenizer(models.Unigram([*((name, 0.0) for name in names), *scores.items()], unk_id=names.index(unk)))
-        made.decoder = decoders.Metaspace()  # type: ignore[assignment]
-        made.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+        backend = Tokenizer(
+            models.Unigram([*((name, 0.0) for name in names), *scores.items()], unk_id=names.index(unk))
+        )
+        backend.decoder = decoders.Metaspace()  # type: ignore[assignment]
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
     else:
-        made = Tokenizer(models.BPE())
-        made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        backend = Tokenizer(models.BPE())
+        backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=330, special_tokens=names, initial_alphabet=alphabet, show_progress=False
         )
-        made.train_from_iterator(texts(300, seed=7), trainer)
-    made.add_special_tokens(names)
-    ends = [(cls, made.token_to_id(cls)), (sep, made.token_to_id(sep))]
-    made.post_processor = processors.TemplateProcessing(
+        backend.train_from_iterator(texts(300, seed=7), trainer)
+    backend.add_special_tokens(names)
+    ends = [(cls, backend.token_to_id(cls)), (sep, backend.token_to_id(sep))]
+    backend.post_processor = processors.TemplateProcessing(
         single=f"{cls} $A {sep}", pair=f"{cls} $A {sep} $B {sep}", special_tokens=ends
     )  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=made,
+        tokenizer_object=backend,
         cls_token=cls,
         pad_token=pad,
         sep_token=sep,
@@ -133,27 +135,27 @@ def encoder(
     std: float = 0.2,
 ) -> Path:
     """A masked language model of random weights with its tokenizer, saved as a transformers folder."""
-    made = tokenizer(family)
+    own_tokenizer = tokenizer(family)
     sizes = {
-        "vocab_size": len(made), "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "intermediate_size": 2 * width, "pad_token_id": made.pad_token_id, "initializer_range": std,
+        "vocab_size": len(own_tokenizer), "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "intermediate_size": 2 * width, "pad_token_id": own_tokenizer.pad_token_id, "initializer_range": std,
     }  # fmt: skip
-    kept = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     config: Any
     if family == "bert":
-        config = BertConfig(max_position_embeddings=64, **sizes, **kept)
+        config = BertConfig(max_position_embeddings=64, **sizes, **rates)
     elif family == "xlm-roberta":
-        config = XLMRobertaConfig(max_position_embeddings=66, **sizes, **kept)
+        config = XLMRobertaConfig(max_position_embeddings=66, **sizes, **rates)
     else:
         rates = {name: dropout for name in ("embedding_dropout", "mlp_dropout", "attention_dropout")}
-        ends = {"cls_token_id": made.cls_token_id, "sep_token_id": made.sep_token_id}
-        ends |= {"bos_token_id": made.cls_token_id, "eos_token_id": made.sep_token_id}
+        ends = {"cls_token_id": own_tokenizer.cls_token_id, "sep_token_id": own_tokenizer.sep_token_id}
+        ends |= {"bos_token_id": own_tokenizer.cls_token_id, "eos_token_id": own_tokenizer.sep_token_id}
         config = ModernBertConfig(max_position_embeddings=64, local_attention=16, **sizes, **rates, **ends)
     torch.manual_seed(seed)
     model = AutoModelForMaskedLM.from_config(config)
     model.get_input_embeddings().weight.data *= 5  # texts that differ give vectors that differ, even untrained
     model.save_pretrained(folder)
-    made.save_pretrained(folder)
+    own_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -168,10 +170,10 @@ def pretrain_file(path: Path, count: int = 40) -> Path:
 
 
 def finetune_file(path: Path, count: int = 40, negatives: int = 2, scores: bool = False) -> Path:
-    every = texts(count * (2 + negatives), seed=3)
+    all_texts = texts(count * (2 + negatives), seed=3)
     rows = []
     for i in range(count):
-        query, pos, *neg = every[i * (2 + negatives) : (i + 1) * (2 + negatives)]
+        query, pos, *neg = all_texts[i * (2 + negatives) : (i + 1) * (2 + negatives)]
         row: dict[str, Any] = {"query": query, "pos": [pos, pos + " again"], "neg": neg}
         if scores:
             row |= {"pos_scores": [0.9, 0.8], "neg_scores": [0.1 * j for j in range(negatives)]}
@@ -184,8 +186,8 @@ def trained(folder: Path, plain: Path, *, query_prompt: str = "search ", max_len
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    made = plain if plain.exists() else encoder(plain)
-    transformer = Transformer(str(made), max_seq_length=max_length)
+    encoder_folder = plain if plain.exists() else encoder(plain)
+    transformer = Transformer(str(encoder_folder), max_seq_length=max_length)
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling_mode="cls"), Normalize()]
     prompts = {"query": query_prompt, "document": ""}
     SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(folder))

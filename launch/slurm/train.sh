@@ -1,19 +1,19 @@
-# What both batch scripts do: one launcher on each node, a rendezvous on the first, and a requeue for a run that was
-# told to stop. Sourced with STAGE set; "$@" is the recipe and its overrides, which no shell ever evaluates.
+# Shared by both batch scripts: one launcher on each node, a rendezvous on the first, and a requeue for a stopped run.
+# Sourced with STAGE set; "$@" is the recipe and its overrides, which no shell evaluates.
 set -euo pipefail
 
 : "${1:?usage: sbatch launch/slurm/$STAGE.sbatch RECIPE [KEY=VALUE ...]}"
 cd "${LODESTAR_HOME:-$SLURM_SUBMIT_DIR}"
 
 # --- settings of the cluster: change them here -------------------------------------------------------------
-PYTHON=${PYTHON:-.venv/bin/python}               # the environment, on a disk that every node sees
-RANKS_PER_NODE=${RANKS_PER_NODE:-8}              # as many as there are GPUs
-MOST_REQUEUES=${MOST_REQUEUES:-20}               # after so many, a stopped run stays stopped
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}     # of each rank, on the CPU
-export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}       # nodes often have no way out: fetch models and data beforehand
+PYTHON=${PYTHON:-.venv/bin/python}               # the environment, on a file system of all nodes
+RANKS_PER_NODE=${RANKS_PER_NODE:-8}              # one per GPU
+MOST_REQUEUES=${MOST_REQUEUES:-20}               # limit of requeues of a stopped run
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}     # CPU threads of each rank
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}       # nodes often have no internet: download models and data before
 export WANDB_MODE=${WANDB_MODE:-offline}         # afterwards: wandb sync RUN_FOLDER/wandb/offline-*
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1         # a lost peer ends the others instead of hanging them
-# export NCCL_SOCKET_IFNAME=ib0                  # the network that NCCL shall use
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=1         # ranks end, instead of hanging, when one is lost
+# export NCCL_SOCKET_IFNAME=ib0                  # the network interface for NCCL
 # export NCCL_DEBUG=INFO
 # -----------------------------------------------------------------------------------------------------------
 
@@ -23,8 +23,8 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 logs=runs/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs"
 
-# The signal before the time limit goes to every process of the step. The launcher would die of it and leave its ranks
-# behind, so it ignores it; the ranks save and stop.
+# SLURM sends the signal before the time limit to every process of the step. The launcher ignores it, because it would
+# end without its ranks; the ranks save and stop.
 srun --kill-on-bad-exit=0 bash -c '
     trap "" USR1
     exec "$0" -m torch.distributed.run --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
@@ -32,7 +32,7 @@ srun --kill-on-bad-exit=0 bash -c '
         "launch/$5.py" --config "${@:6}"
 ' "$PYTHON" "$RANKS_PER_NODE" "${address:-$host}" "$port" "$logs" "$STAGE" "$@" || code=$?
 
-# What became of it stands in the run folder: launchers exit with 1 whatever their ranks return.
+# The run folder has the outcome, because launchers exit with 1 whatever their ranks return.
 state=$("$PYTHON" "launch/$STAGE.py" --config "$@" --plan 1 --json | "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["state"])')
 echo "run: $state"
 if [[ $state == stopped && ${SLURM_RESTART_COUNT:-0} -lt $MOST_REQUEUES ]]; then

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, trackers, the console, HTML reports."""
+"""What a run reports: metrics, trackers, the console, HTML reports."""

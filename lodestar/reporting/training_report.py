@@ -155,7 +155,7 @@ def _highlights(
     for name in ("truncated", "dropped"):
         if name in summary:
             fraction = f" ({summary[name] / summary['rows']:.1%} of examples)" if summary.get("rows") else ""
-            highlights[f"Examples {name}"] = f"{summary[name]:,}{fraction}"
+            highlights[f"Texts {name}"] = f"{summary[name]:,}{fraction}"
     return highlights
 
 
