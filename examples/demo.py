@@ -2,7 +2,7 @@
 
     python examples/demo.py [--ablation]
 
-Each step is skipped when its result is there, and training goes on from its last checkpoint; run it again at any time.
+Each step is skipped when its result is there, and training resumes from its last checkpoint; run it again at any time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 

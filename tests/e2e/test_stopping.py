@@ -122,8 +122,8 @@ def test_ranks_with_different_recipes_are_told_in_one_line(folder: Path) -> None
     """Those that trained on silently, and those that failed in a collective."""
     changed = ("run.seed=7", "loss.temperature=0.2", "optim.lr=0.01", "batch.global_size=20", "schedule.steps=3")
     (line,) = pair(folder, (), (*changed, "track.log_every=3"))
-    told = "run.seed 7, not 42, loss.temperature 0.2, not 0.1, batch.global_size 20, not 19, optim.lr 0.01, not 0.001, "
-    told += "schedule.steps 3, not 2, track.log_every 3, not 1"
+    told = "run.seed 7, not 42, batch.global_size 20, not 19, optim.lr 0.01, not 0.001, schedule.steps 3, not 2, "
+    told += "track.log_every 3, not 1, loss.temperature 0.2, not 0.1"
     assert line == f"error: recipe: not the same as on rank 0: rank 1 has {told} (start all ranks with the same)"
 
 
