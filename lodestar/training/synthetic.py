@@ -7,13 +7,13 @@ import random
 import string
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 
 import torch
 from torch import Tensor
 
+from lodestar.data.sampler import ShuffledSampler
 from lodestar.distributed.collectives import agreed, once_per_node
 from lodestar.distributed.runtime import Runtime
 from lodestar.training.task import Recipe, TaskSpec, TrainingTask
@@ -24,14 +24,8 @@ def generated_text(tokens: int, index: int) -> str:
     return " ".join(random.Random(index).choices(string.ascii_lowercase, k=max(1, tokens)))
 
 
-@dataclass(frozen=True)
-class LongestFirst:
-    """A sampler of generated rows: first the batch of the longest rows, then always the second batch."""
-
-    rows: int
-    global_size: int
-    seed: int
-    name: str = ""
+class LongestFirst(ShuffledSampler):
+    """Rows in the order in which they were generated: a batch of the longest first, then always the second batch."""
 
     def batch(self, index: int, positions: range) -> tuple[Tensor, Tensor]:
         rows = torch.arange(positions.start, positions.stop) + min(index, 1) * self.global_size
