@@ -93,6 +93,9 @@ def tree(tmp_path: Path) -> Path:
 
 def run(tree: Path, folder: Path, example: str) -> str:
     """What the example's commands print."""
+    style = [sys.executable, "-m", "ruff", "check", "--quiet", "--config", str(ROOT / "pyproject.toml"), "."]
+    checked = subprocess.run(style, cwd=tree, capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stdout
     (block,) = re.findall(r"```bash\n(.*?)```", example, re.DOTALL)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

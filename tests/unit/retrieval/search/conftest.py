@@ -35,7 +35,7 @@ def database_url(postgres_folder: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreConfig]:
     """An empty database of each kind in each place where it can be."""
     kind, key = request.param.split()
-    pytest.importorskip(CLIENTS[kind], reason="an optional library: lodestar-embeddings[databases]")
+    pytest.importorskip(CLIENTS.get(kind, "numpy"), reason="an optional library: lodestar-embeddings[databases]")
     if key == "path":
         yield StoreConfig(kind=kind, path=str(tmp_path / "db"))
     elif kind == "pgvector":
