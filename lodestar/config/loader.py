@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from lodestar.commands import recipes_folder
 from lodestar.errors import ConfigError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -81,7 +82,13 @@ def _check(schema: type[Recipe], tree: _Tree, file: str, overrides: Sequence[str
     try:
         return schema.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
-        lines = [_explain(schema, tree, file, detail) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        misspelt = {_explain(schema, tree, file, detail).rpartition("did you mean '")[2] for detail in details}
+        lines = [
+            _explain(schema, tree, file, detail)
+            for detail in details
+            if detail["type"] != "missing" or f"{detail['loc'][-1]}'?)" not in misspelt  # one mistake, one line
+        ]
         raise ConfigError("\nerror: ".join(dict.fromkeys(lines))) from None
 
 
@@ -127,7 +134,9 @@ def _read(path: Path) -> _Tree:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe (name a YAML file, as configs/pretrain/demo.yaml)") from None
+        shipped = recipes_folder() / f"{path}.yaml"
+        remedy = f"lodestar recipes {path} > my.yaml copies it" if shipped.is_file() else "name a YAML file"
+        raise ConfigError(f"{path}: no such recipe ({remedy}; lodestar recipes lists those that come along)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:

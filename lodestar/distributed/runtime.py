@@ -185,8 +185,10 @@ def _complete_environment(placement: Placement) -> None:
 
 def _rendezvous(placement: Placement) -> str:
     """The init_method of torch.distributed; LaunchError where the address of the first node is not known."""
-    if placement.world_size == 1:
-        return "tcp://127.0.0.1:0"  # port 0: a free port, as no other process must know it
+    if placement.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # Port 0: a free port, as no other process must know it. Not under torchrun, whose agent serves the meeting
+        # point even for a single process: there torch would only connect, to port 0, and wait.
+        return "tcp://127.0.0.1:0"
     host = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if host is None:
         raise LaunchError("environment: MASTER_ADDR: not set (export the first node's address, and MASTER_PORT)")

@@ -19,7 +19,10 @@ def check_folder(path: str | Path) -> Path:
     if is_local and not (folder / "modules.json").is_file():
         # Without this check sentence-transformers adds mean pooling to a bare encoder and goes on.
         problem = "no modules.json there" if folder.exists() else "no such folder"
-        raise ModelError(f"{path}: {problem} (name a sentence-transformers folder, as model/ of a run)")
+        raise ModelError(
+            f"{path}: {problem} (name a sentence-transformers folder, as model/ of a run; docs/models.md says how a bare "
+            "encoder becomes one)"
+        )
     return folder
 
 

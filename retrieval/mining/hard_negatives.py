@@ -104,4 +104,5 @@ def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
         if not counts:
             raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
     average, short = sum(counts) / len(counts), sum(count < recipe.mine.negatives for count in counts)
-    print(f"{output}: {len(counts):,} examples with {average:.1f} negatives each, {short:,} with fewer than asked for")
+    hint = " (for more: raise mine.last_rank, or loosen mine.margin and mine.relative_margin)" if short else ""
+    print(f"{output}: {len(counts):,} examples with {average:.1f} negatives each, {short:,} with fewer{hint}")

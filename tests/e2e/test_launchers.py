@@ -276,3 +276,11 @@ def test_a_mistake_is_one_line_before_torch_is_imported(folder: Path) -> None:
     said = [line for line in found.stderr.splitlines() if not line.startswith("import time:")]
     assert said == ["error: command line: optim.lr: must be greater than 0, got -1"]
     assert not any(line.endswith(" torch") for line in found.stderr.splitlines())
+
+
+def test_torchrun_with_a_single_process_meets_itself(folder: Path) -> None:
+    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "launch/finetune.py"]
+    config, encoder = str(recipe(folder, "finetune")), f"model.encoder={folder}/bert"
+    overrides = ["schedule.steps=1", f"run.output_dir={folder}/runs/single", encoder, "track.to=[]", "evaluate={}"]
+    done = run([*launcher, "--config", config, *overrides])
+    assert done.returncode == 0, done.stderr

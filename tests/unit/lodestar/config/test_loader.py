@@ -59,6 +59,7 @@ def test_what_is_dumped_is_loaded_back_equal(tmp_path: Path) -> None:
         (("lr: 1e-5", "lr: fast"), "finetune.yaml:10: optim.lr: must be a number, got \"fast\""),
         (("lr: 1e-5", "lr: 1\n  learning: 1"), "finetune.yaml:11: optim.learning: unknown key (known here: name, lr,"),
         (("lr: 1e-5", "lr: 1e-5\nlos:\n  temperature: 1"), "finetune.yaml:11: los: unknown key (did you mean 'loss'?)"),
+        (("  encoder: bert", "  encodr: bert"), "finetune.yaml:4: model.encodr: unknown key (did you mean 'encoder'?)"),
         (("  encoder: bert", "  max_length: 16"), "finetune.yaml:3: model.encoder: not set (it has no default)"),
         (("steps: 10", "steps: 10\n  epochs: 1"), "finetune.yaml:11: schedule: needs exactly one of epochs and steps"),
         (("lr: 1e-5", "lr: 1e-5\n  name: muon"), "finetune.yaml:9: optim: muon does not clip"),
