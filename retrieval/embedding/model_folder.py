@@ -20,8 +20,8 @@ def check_folder(path: str | Path) -> Path:
         # Without this check sentence-transformers adds mean pooling to a bare encoder and goes on.
         problem = "no modules.json there" if folder.exists() else "no such folder"
         raise ModelError(
-            f"{path}: {problem} (name a sentence-transformers folder, as model/ of a run; docs/models.md says how a bare "
-            "encoder becomes one)"
+            f"{path}: {problem} (name a sentence-transformers folder, as model/ of a run; docs/models.md says how a "
+            "bare encoder becomes one)"
         )
     return folder
 
