@@ -12,10 +12,11 @@ from typing import Any
 import datasets
 import pytest
 
+import retrieval
 from lodestar.data.training_examples import check_row
 from retrieval.evaluation.beir import read_beir
 from tests import tiny
-from tests.pages import DOCS, execute
+from tests.pages import DOCS, blocks, execute
 
 
 def rows(path: str) -> list[dict[str, Any]]:
@@ -90,3 +91,27 @@ def test_what_the_documentation_takes_from_the_code_is_fresh() -> None:
     spec.loader.exec_module(module)
     stale = [path.name for path, text in module.files().items() if path.read_text(encoding="utf-8") != text]
     assert not stale, f"{stale}: run make reference"
+
+
+def test_a_bare_encoder_becomes_a_model(tmp_path: Path) -> None:
+    tiny.encoder(tmp_path / "bert", "bert")
+    (code,) = blocks("models.md", "A bare encoder")
+    code = code.replace("path/to/encoder", str(tmp_path / "bert")).replace("encoder-as-model", str(tmp_path / "model"))
+    exec(code, {})
+    with retrieval.Embedder(tmp_path / "model", ["cpu"]) as embedder:
+        assert embedder.encode_queries(["shuffle rows"]).shape == (1, embedder.width)
+
+
+def test_the_api_page_trains_evaluates_and_embeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny.encoder(tmp_path / "bert", "bert")
+    tiny.finetune_file(tmp_path / "train.jsonl")
+    tiny.beir_folder(tmp_path / "beir")
+    (code,) = blocks("reference/api.md")
+    for name, own in (("BAAI/bge-small-en-v1.5", "bert"), ("data/custom/train.jsonl", "train.jsonl"),
+                      ("data/custom", "beir"), ('"global_size": 64', '"global_size": 8')):  # fmt: skip
+        assert name in code
+        code = code.replace(name, own)
+    values: dict[str, Any] = {}
+    exec(code.replace('"batch.micro_size=16"', '"batch.micro_size=4", "precision=fp32", "model.max_length=32"'), values)
+    assert values["query_QD"].shape[0] == 1 and values["results"]["beir"].rows[-1]["ndcg_at_10"] >= 0
