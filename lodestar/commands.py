@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -56,8 +57,22 @@ COMMANDS = {
 }
 
 
+READER_GONE = 141
+"""Exit code when what reads the output, as head, has closed the pipe: that of a program that SIGPIPE ends."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command; returns its exit code."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     while arguments and arguments[0].startswith(("--local_rank", "--local-rank")):
         arguments.pop(0)  # deepspeed's launcher passes it first

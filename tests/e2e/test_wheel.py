@@ -70,6 +70,12 @@ def test_mistakes_are_one_line(home: Path, wrong: list[str], capfd: pytest.Captu
     assert call(home, "lodestar", *wrong, code=2) == ""
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
+    piped = f"set -o pipefail; {home}/env/bin/lodestar schema finetune | head -1"
+    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{\n" and done.stderr == ""
+
+
 def test_both_launchers_train_and_the_result_answers(home: Path) -> None:
     pretrain = ["pretrain", *recipe(home, "pretrain", home / "bert"), "engine.kind=deepspeed"]
     call(
