@@ -25,6 +25,8 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class LossConfig(Section):
+    """The contrastive loss and its other terms."""
+
     temperature: Positive = 0.01
     """Divides the cosine of query and passage; smaller is sharper."""
     learn_temperature: bool = False
@@ -44,6 +46,8 @@ class LossConfig(Section):
 
 
 class WeightedDataset(Section):
+    """One of several data sets."""
+
     path: str
     """A file, glob, folder or hub name."""
     weight: Positive = 1.0
@@ -53,6 +57,8 @@ class WeightedDataset(Section):
 
 
 class DataConfig(TrainingDataConfig):
+    """Training files, instructions and lengths."""
+
     train: Annotated[list[str | WeightedDataset], Field(min_length=1)]
     """BGE JSONL, or (anchor, positive, negative_1, ...) columns; each entry is a data set, each batch is of one."""
     negatives_per_query: Natural = 1
@@ -78,6 +84,8 @@ class DataConfig(TrainingDataConfig):
 
 
 class FinetuneBatchConfig(BatchConfig):
+    """The global batch, and how devices cut it."""
+
     keep_graph: Annotated[float, Field(ge=0)] = 0.0
     """Micro-batches whose graphs GradCache keeps, so that it need not embed them twice. Below 1: as many as fit into
     this fraction of the device's memory; from 1 on: this many. Changes no result."""
@@ -90,6 +98,8 @@ class FinetuneBatchConfig(BatchConfig):
 
 
 class FinetuneEvaluateConfig(EvaluateConfig):
+    """Retrieval on a BEIR folder during training."""
+
     keep_best: str | None = None
     """A metric, as ndcg_at_10: model/ holds the model with its highest value, not the last model."""
 

@@ -14,6 +14,8 @@ HEAD_LOGITS = 2**27
 
 
 class MaskConfig(Section):
+    """How much of a text is masked."""
+
     encoder: Annotated[float, Field(gt=0, lt=1)] = 0.3
     """Fraction of the tokens that the encoder must predict."""
     decoder: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -23,11 +25,15 @@ class MaskConfig(Section):
 
 
 class DecoderConfig(Section):
+    """The decoder's queries."""
+
     query: Literal["positions", "embedding"] = "positions"
     """Query stream: position embedding + cls, or the embedding module applied to cls (with norm and dropout)."""
 
 
 class LossConfig(Section):
+    """Terms besides those of encoder and decoder."""
+
     bag_of_words: Annotated[float, Field(ge=0)] = 0.0
     """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1."""
 
@@ -38,6 +44,8 @@ class LossConfig(Section):
 
 
 class DataConfig(TrainingDataConfig):
+    """Training texts."""
+
     train: Annotated[list[str], Field(min_length=1)]
     """Files (JSONL, Parquet, text; gz too), globs, folders, folders saved by `datasets`, or hub names."""
     field: str = "text"

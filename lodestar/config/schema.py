@@ -26,6 +26,8 @@ Precision = Literal["bf16", "fp16", "fp32"]
 
 
 class RunConfig(Section):
+    """The name, folder and seed of a run."""
+
     name: str = "run"
     """Name of the run in trackers."""
     output_dir: str
@@ -35,6 +37,8 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
+    """The encoder and its tokenizer."""
+
     encoder: str
     """A folder or hub name in transformers' format."""
     tokenizer: str | None = None
@@ -52,6 +56,8 @@ class ModelConfig(Section):
 
 
 class BatchConfig(Section):
+    """The global batch, and how devices cut it."""
+
     global_size: Count
     """Examples of one optimizer step over all devices: any number of devices makes exactly this batch."""
     micro_size: Count | Literal["auto"] = 32
@@ -63,12 +69,16 @@ class BatchConfig(Section):
 
 
 class OptimConfig(Section):
+    """The optimizer."""
+
     name: Literal["adamw", "muon"] = "adamw"
     """muon: matrices of the hidden layers by Muon, everything else by AdamW."""
     lr: Positive
     """Peak learning rate of AdamW."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Of AdamW's moving averages."""
     eps: Positive = 1e-8
+    """AdamW's term for numerical stability."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled; biases and norms are left out."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
@@ -76,6 +86,7 @@ class OptimConfig(Section):
     muon_lr: Positive = 0.02
     """Peak learning rate of Muon, in units of spectral norm."""
     muon_momentum: Fraction = 0.95
+    """Of Muon's moving average."""
 
     @property
     def peak_lrs(self) -> dict[str, float]:
@@ -90,6 +101,8 @@ class OptimConfig(Section):
 
 
 class ScheduleConfig(Section):
+    """How long to train, and the learning rate over time."""
+
     epochs: Positive | None = None
     """Times that each example is seen; give either this or steps."""
     steps: Count | None = None
@@ -117,7 +130,10 @@ class ScheduleConfig(Section):
 
 
 class EngineConfig(Section):
+    """What runs the model on the devices."""
+
     kind: Literal["ddp", "deepspeed"] = "ddp"
+    """torch's DistributedDataParallel, or DeepSpeed's ZeRO."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What DeepSpeed shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
     zero3_persistence_threshold: Natural | None = None
@@ -129,6 +145,8 @@ class EngineConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When to save, and from what to resume."""
+
     every_steps: Natural = 1000
     """0: only at the end of the run, and when a signal stops it."""
     keep: Count = 2
@@ -140,6 +158,8 @@ class CheckpointConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """Retrieval on a BEIR folder."""
+
     data: str | None = None
     """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
     split: str = "test"
@@ -157,11 +177,14 @@ class EvaluateConfig(Section):
 
 
 class TrackConfig(Section):
+    """Metrics and trackers."""
+
     log_every: Count = 10
     """Steps between two lines of metrics.jsonl."""
     to: list[Literal["wandb", "tensorboard"]] = []
     """Trackers beside metrics.jsonl; wandb works offline where no key is set."""
     project: str = "lodestar"
+    """Name of the project in wandb."""
 
 
 class TrainingDataConfig(Section):

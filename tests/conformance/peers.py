@@ -194,8 +194,8 @@ def outcome(name: str, counts: Sequence[int]) -> Outcome | str:
     size, (_, summed, two_widths) = len(counts), LOSSES[name]
     try:
         results = run_world(local, size, name, list(counts))
-    except BrokenProcessPool:  # gloo ends the process where sizes differ
-        return "process ends"
+    except (BrokenProcessPool, AssertionError):  # gloo ends the process, or an error, where sizes differ
+        return "fails"
     if failures := [result for result in results if isinstance(result, str)]:
         return failures[0]
     share = 1.0 if summed else 1 / size
