@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel
@@ -61,7 +62,10 @@ def entry_point(
 
 
 def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
-    parser = Parser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    prog = "lodestar" if Path(sys.argv[0]).name == "__main__.py" else None
+    parser = Parser(
+        prog=prog, description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, as optim.lr=1e-5")
     parser.add_argument(

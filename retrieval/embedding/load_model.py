@@ -32,7 +32,9 @@ def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | 
         with _quiet_transformers():
             model = SentenceTransformer(str(path), device=str(device)).eval()
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path}: cannot be opened: {first_line(error)} (check the name)") from None
+        raise ModelError(
+            f"{path}: cannot be opened: {first_line(error)} (check the name; offline, name a folder)"
+        ) from None
     check_vocabulary(model.tokenizer, str(path))
     model.prompts |= prompts
     if missing := _missing_parameters(model, folder):

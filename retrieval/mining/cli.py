@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from lodestar.cli import entry_point
@@ -12,6 +13,7 @@ from lodestar.distributed.runtime import Placement
 from lodestar.errors import require
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.corpus import files_of
+from retrieval.embedding.model_folder import check_folder
 from retrieval.mining.config import MineRecipe
 
 
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     """What `--plan` prints."""
     corpus, missing = recipe.corpus_recipe, PlanWarnings([])
+    missing.or_default(None, partial(check_folder, recipe.model), "it cannot be opened")
 
     def count(files: Sequence[str], field: str) -> int | None:
         return missing.or_default(None, lambda: count_rows(find_sources(files, field)), "rows are not known")
