@@ -18,7 +18,7 @@ from contrastive.plan import plan
 from contrastive.stage import FinetuneStage
 from contrastive.tokenization import FEATURES, Tokenize, settings
 from lodestar.data.loader import step_batches
-from lodestar.data.readers import find_sources
+from lodestar.data.readers import Row, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, tokenized
 from lodestar.data.training_examples import ROW_FEATURES, check_row
@@ -28,7 +28,7 @@ from lodestar.errors import ConfigError
 from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
-from lodestar.training.task import Row, TaskSpec, TrainingTask
+from lodestar.training.task import TaskSpec, TrainingTask
 from retrieval.embedding.known_models import resolve_prompts
 from retrieval.evaluation.in_training import in_training_evaluation
 

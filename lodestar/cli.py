@@ -62,10 +62,7 @@ def entry_point(
 
 
 def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
-    prog = "lodestar" if Path(sys.argv[0]).name == "__main__.py" else None
-    parser = Parser(
-        prog=prog, description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(usage)
     parser.add_argument("--config", required=True, metavar="FILE", help="the recipe, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys, as optim.lr=1e-5")
     parser.add_argument(
@@ -106,6 +103,11 @@ def _world_size(text: str) -> int:
 
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError for wrong options, so that they are printed as one line like any other error."""
+
+    def __init__(self, usage: str) -> None:
+        prog = "lodestar" if Path(sys.argv[0]).name == "__main__.py" else None
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=usage, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message} (see --help)")

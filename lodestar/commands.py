@@ -1,15 +1,16 @@
-"""The `lodestar` command: names to entry points, each loaded when it is called. Loads nothing else."""
+"""The `lodestar` command: names to entry points, each loaded when it is called. Loads no library."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
+
+from lodestar.errors import ConfigError, LodestarError, did_you_mean
 
 
 class Command(NamedTuple):
@@ -67,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(argv)
         sys.stdout.flush()
         return code
+    except LodestarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return READER_GONE
@@ -84,10 +88,8 @@ def _run(argv: Sequence[str] | None) -> int:
     elif name in COMMANDS:
         return load(COMMANDS[name].main)(arguments[1:])  # type: ignore[operator]
     else:
-        close = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else "see lodestar --help"
-        print(f"error: command line: {name}: unknown command ({hint})", file=sys.stderr)
-        return 2
+        hint = did_you_mean(name, COMMANDS, "see lodestar --help")
+        raise ConfigError(f"command line: {name}: unknown command ({hint})")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 
@@ -45,6 +47,16 @@ class PeerLostError(LodestarError):
     """Other ranks are lost; printed once on each remaining host."""
 
     exit_code = 4
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """For the end of a message: the known name that resembles `name`, or what to do where none does."""
+    return otherwise if (close := closest(name, known)) is None else f"did you mean '{close}'?"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that resembles `name` most; none where none does."""
+    return next(iter(get_close_matches(name, list(known), n=1)), None)
 
 
 def first_line(error: BaseException) -> str:

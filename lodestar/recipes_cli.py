@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import BaseModel
 
 from lodestar.commands import COMMANDS, load, recipes_folder
+from lodestar.errors import ConfigError, did_you_mean
 
 SCHEMA_LINE = "# yaml-language-server: $schema="
 """A recipe's first line, by which YAML language servers complete and document its keys."""
@@ -30,7 +30,8 @@ def recipes_main(argv: Sequence[str] | None = None) -> int:
     elif len(arguments) == 1 and (name := arguments[0].removesuffix(".yaml")) in names:
         print(_with_schema_of(folder, names[name].read_text(encoding="utf-8")), end="")
     else:
-        return _print_error(f"recipes: {' '.join(arguments)}: no such recipe", arguments[-1], names)
+        hint = did_you_mean(arguments[-1], names, f"one of {', '.join(names)}")
+        raise ConfigError(f"command line: recipes: {' '.join(arguments)}: no such recipe ({hint})")
     return 0
 
 
@@ -58,19 +59,11 @@ def schema_main(argv: Sequence[str] | None = None) -> int:
     elif len(arguments) == 1 and arguments[0] in names:
         print(json.dumps(schema(arguments[0]), indent=2, ensure_ascii=False))
     else:
-        return _print_error(
-            f"schema: {' '.join(arguments) or 'no command'}: has no recipe", (arguments or [""])[-1], names
-        )
+        hint = did_you_mean((arguments or [""])[-1], names, f"one of {', '.join(names)}")
+        raise ConfigError(f"command line: schema: {' '.join(arguments) or 'no command'}: has no recipe ({hint})")
     return 0
 
 
 def schema(command: str) -> dict[str, Any]:
     """The JSON Schema of a command's recipe; docstrings are its descriptions."""
     return cast(type[BaseModel], load(COMMANDS[command].recipe)).model_json_schema()
-
-
-def _print_error(message: str, name: str, names: Sequence[str] | dict[str, Path]) -> int:
-    close = get_close_matches(name, names, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"one of {', '.join(names)}"
-    print(f"error: command line: {message} ({hint})", file=sys.stderr)
-    return 2

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import step_batches
-from lodestar.data.readers import Source, find_sources, stream_rows
+from lodestar.data.readers import Row, Source, find_sources, stream_rows
 from lodestar.data.sampler import MakeSampler, ShuffledSampler
 from lodestar.data.token_cache import tokenized
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
@@ -23,7 +23,7 @@ from lodestar.errors import ConfigError
 from lodestar.models.load import load_encoder, load_tokenizer
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
-from lodestar.training.task import Row, TaskSpec, TrainingTask
+from lodestar.training.task import TaskSpec, TrainingTask
 from retrieval.evaluation.in_training import in_training_evaluation
 from retromae.collate import CachedTexts, Collate, MicroBatch, StepBatch
 from retromae.config import PretrainRecipe

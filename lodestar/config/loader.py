@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from lodestar.commands import recipes_folder
-from lodestar.errors import ConfigError
+from lodestar.errors import ConfigError, closest, did_you_mean
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
 COMMAND_LINE = "command line"
@@ -83,11 +82,11 @@ def _check(schema: type[Recipe], tree: _Tree, file: str, overrides: Sequence[str
         return schema.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        misspelt = {_explain(schema, tree, file, detail).rpartition("did you mean '")[2] for detail in details}
-        lines = [
+        misspelt = [_meant(schema, detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"]
+        lines = [  # a misspelt key is one mistake, though the key that was meant is missing too
             _explain(schema, tree, file, detail)
             for detail in details
-            if detail["type"] != "missing" or f"{detail['loc'][-1]}'?)" not in misspelt  # one mistake, one line
+            if detail["type"] != "missing" or detail["loc"] not in misspelt
         ]
         raise ConfigError("\nerror: ".join(dict.fromkeys(lines))) from None
 
@@ -239,9 +238,7 @@ def _reason(schema: type[BaseModel], names: list[str], detail: ErrorDetails) -> 
     kind, message, got, context = detail["type"], detail["msg"], detail["input"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = _keys(schema, names[:-1])
-        close = difflib.get_close_matches(names[-1], known, n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key ({hint})"
+        return f"unknown key ({did_you_mean(names[-1], known, 'known here: ' + ', '.join(known))})"
     if kind == "missing":
         return "not set (it has no default)"
     if kind.startswith("union_tag"):
@@ -251,6 +248,12 @@ def _reason(schema: type[BaseModel], names: list[str], detail: ErrorDetails) -> 
         return str(context["error"])
     message = message.removeprefix("Input should be ").replace("valid ", "")
     return f"must be {message}, got {json.dumps(got, ensure_ascii=False)}"
+
+
+def _meant(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[int | str | None, ...]:
+    """Where the key would be that an unknown key resembles."""
+    names = [str(part) for part in loc]
+    return *loc[:-1], closest(names[-1], _keys(schema, names[:-1]))
 
 
 def _keys(schema: type[BaseModel], names: list[str]) -> list[str]:

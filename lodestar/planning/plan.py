@@ -15,7 +15,17 @@ from huggingface_hub.errors import HFValidationError
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
-from lodestar.planning.cost_model import BERT_BASE, DEVICES, RUNTIME_BYTES, EncoderShape, StepCost, memory, seconds
+from lodestar.planning.cost_model import (
+    BERT_BASE,
+    DEVICES,
+    RUNTIME_BYTES,
+    EncoderShape,
+    Memory,
+    Seconds,
+    StepCost,
+    memory,
+    seconds,
+)
 
 Value = TypeVar("Value")
 Plan = dict[str, Any]
@@ -97,6 +107,10 @@ def describe(
     rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)
     device_memory = memory(cost, recipe, world_size)
+    on_device: Plan = {}
+    if device:
+        step = seconds(cost, DEVICES[device], recipe.precision, world_size)
+        on_device = _on_device(device, device_memory, step, steps)
     return {
         "output_dir": recipe.run.output_dir,
         "state": state_of(recipe.run.output_dir),
@@ -114,18 +128,17 @@ def describe(
         "checkpoint_bytes": 12 * cost.shape.parameters,  # weights and two states of AdamW, in fp32
         "peak_memory_bytes": device_memory.total,
         "memory": asdict(device_memory),
-        **(_on_device(device, cost, recipe, world_size, steps) if device else {}),
+        **on_device,
         "missing": warnings.lines,
     }
 
 
-def _on_device(name: str, cost: StepCost, recipe: TrainingRecipe, world_size: int, steps: int | None) -> Plan:
-    device = DEVICES[name]
-    step = seconds(cost, device, recipe.precision, world_size)
+def _on_device(name: str, needed: Memory, step: Seconds, steps: int | None) -> Plan:
+    memory_bytes = DEVICES[name].memory_bytes
     return {
         "device": name,
-        "device_memory_bytes": device.memory_bytes,
-        "fits": memory(cost, recipe, world_size).total + RUNTIME_BYTES <= device.memory_bytes,
+        "device_memory_bytes": memory_bytes,
+        "fits": needed.total + RUNTIME_BYTES <= memory_bytes,
         "seconds_per_step": step.total,
         "seconds": asdict(step),
         "hours": None if steps is None else steps * step.total / 3600,

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from lodestar.config.schema import BatchPlan, TrainingRecipe
+from lodestar.data.readers import Row
 from lodestar.data.sampler import MakeSampler, ShuffledSampler
 from lodestar.distributed.runtime import Runtime
 from lodestar.planning.plan import Plan
@@ -17,8 +18,6 @@ from lodestar.training.loop import Batch, MicroBatch, Stage
 
 Recipe = TypeVar("Recipe", bound=TrainingRecipe)
 AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe, contravariant=True)
-Row = dict[str, Any]
-"""Of a training file."""
 Export = Callable[[Mapping[str, Tensor], Path, Mapping[str, Any]], None]
 """(weights by name, folder, results of the run) -> None; writes the model into the folder."""
 Evaluate = Callable[[], dict[str, Any]]

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic
@@ -20,7 +19,7 @@ from lodestar.config.schema import AUTO, NEUTRAL
 from lodestar.distributed.collectives import agreed, barrier, from_main, on_main
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
 from lodestar.distributed.session import distributed_session
-from lodestar.errors import CheckpointError, ConfigError, DataError
+from lodestar.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from lodestar.files import locked, make_folder, replacing, write_json, write_text
 from lodestar.planning.plan import batch_in_words, in_words
 from lodestar.reporting.throughput import Console, Throughput
@@ -191,8 +190,7 @@ class Trainer(Generic[Recipe]):
         sections = {key.rpartition(".")[0] for key in known}
         for name in self.recipe.checkpoint.allow_change:
             if name not in sections and not loader.covers(known, name):
-                close = get_close_matches(name, known, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else "name a key, as optim.lr"
+                hint = did_you_mean(name, known, "name a key, as optim.lr")
                 raise ConfigError(f"checkpoint.allow_change: {name}: no key of this recipe ({hint})")
 
     def _check_changes(self, folder: Path, values: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     """What `--plan` prints."""
-    missing = PlanWarnings([])
+    missing = PlanWarnings()
     rows = missing.or_default(None, lambda: count_rows(find_sources(files_of(recipe), "texts")), "rows are not known")
     width, config = recipe.output.width, Path(recipe.model) / "config.json"
     if width is None and config.is_file():

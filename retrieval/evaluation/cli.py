@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     """What `--plan` prints: sizes of the tasks. Opens no model."""
-    missing = PlanWarnings([])
+    missing = PlanWarnings()
     for path in recipe.labelled_models.values():
         missing.or_default(None, partial(check_folder, path), "it cannot be measured")
     facts: dict[str, object] = {"world_size": world_size, "models": ", ".join(recipe.labelled_models)}

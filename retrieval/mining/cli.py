@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     """What `--plan` prints."""
-    corpus, missing = recipe.corpus_recipe, PlanWarnings([])
+    corpus, missing = recipe.corpus_recipe, PlanWarnings()
     missing.or_default(None, partial(check_folder, recipe.model), "it cannot be opened")
 
     def count(files: Sequence[str], field: str) -> int | None:

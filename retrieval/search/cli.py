@@ -42,7 +42,7 @@ def index_main(argv: Sequence[str] | None = None) -> int:
 
 
 def index_plan(recipe: IndexRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
-    missing = PlanWarnings([])
+    missing = PlanWarnings()
     rows = missing.or_default(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
     record = missing.or_default(None, lambda: read_record(recipe.store), "a new table is assumed")
     if record is not None:
@@ -93,7 +93,7 @@ def search_main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_search(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Search a corpus with a trained model.", allow_abbrev=False)
+    parser = Parser("Search a corpus with a trained model.")
     parser.add_argument("query", nargs="*", help="the query, in quotes; none: read queries from the terminal")
     parser.add_argument("--model", metavar="FOLDER", help="as model/ of a run; with --store: where it is now, if moved")
     parser.add_argument(
