@@ -46,7 +46,7 @@ class StageCommand(Generic[Recipe]):
 
         return rehearse(recipe, placement, self._load(), steps)
 
-    def train(self, source: Recipe | Mapping[str, object] | str | Path, overrides: Sequence[str]) -> Path:
+    def train(self, source: Recipe | Mapping[str, object] | str | Path, *overrides: str) -> Path:
         """A run in this process; returns the folder of the exported model.
 
         source      a recipe, its values as a dict, or the path of its YAML file
