@@ -98,6 +98,7 @@ def test_prompts_stand_in_for_a_models_own_by_its_label(model_folder, beir_folde
         ({"models": []}, "evaluate.yaml:1: models: must"),
         ({"evaluate": {}}, "needs evaluate.data (name a BEIR folder)"),
         ({"models": ["./absent"]}, "./absent: no such folder (name a sentence-transformers folder"),
+        ({"bootstrap": {"baselines": ["old"]}}, "bootstrap.baselines: old: no row has that label (known: ./absent)"),
         ({"models": ["runs/absent/model"]}, "runs/absent/model: no such folder"),
         ({"evaluate": {"data": "absent"}}, "absent: no such folder (name one with corpus.jsonl"),
     ],
@@ -132,6 +133,16 @@ def test_the_command_puts_all_tasks_into_one_table_and_one_json(model_folder, da
         assert [(each["model"], each["to"]) for each in differences] == [(model, "one") for model in models]
         assert all(each["p"] == 1 for each in differences if each["model"] == "two")  # they are the same model
     assert 0 < written["differences"][0]["p"] < 0.05  # BM25 is not
+
+    recipe["bootstrap"] = {"baselines": ["BM25", "two"]}
+    path.write_text(json.dumps(recipe))
+    assert main(["--config", str(path)]) == 0
+    written = json.loads((tmp_path / "out/evaluation.json").read_text())
+    others = [("one", "BM25"), ("two", "BM25"), ("two + BM25", "BM25"), ("BM25", "two"), ("one", "two")]
+    assert [(each["model"], each["to"]) for each in written["differences"]] == [*others, ("two + BM25", "two")]
+    assert [each["to"] for each in written["tasks"]["my classification"]["differences"]] == ["two"]
+    path.write_text(json.dumps(recipe | {"bootstrap": {}}))
+    capsys.readouterr()
 
     assert main(["--config", str(path), "--plan", "4", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
