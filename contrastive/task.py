@@ -17,7 +17,7 @@ from contrastive.model import BiEncoder
 from contrastive.plan import plan
 from contrastive.stage import FinetuneStage
 from contrastive.tokenization import FEATURES, Tokenize, settings
-from lodestar.config.schema import AUTO, Pooling
+from lodestar.config.schema import Pooling
 from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
@@ -38,10 +38,9 @@ from retrieval.evaluation.in_training import in_training_evaluation
 def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
     with agreed():  # an error on one node must not leave the other nodes waiting
         recipe = _with_instructions(recipe, runtime)
-        pooling, warnings = resolve_pooling(recipe.model, find_folder(recipe.model.encoder))
+        pooling, reason, warnings = resolve_pooling(recipe.model, find_folder(recipe.model.encoder))
         if runtime.is_main:
-            own = f", as {recipe.model.encoder} embeds" if recipe.model.pooling == AUTO else ""
-            print("\n".join([f"model.pooling: {pooling}{own}", *warnings]), file=sys.stderr)
+            print(f"model.pooling: {pooling}, {reason}", *warnings, sep="\n", file=sys.stderr)
         tokenizer = load_tokenizer(recipe.model, pooling)
         if tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no padding token (add one)")

@@ -38,7 +38,7 @@ from retromae.tokenization import FEATURES, ROW_FEATURES, TextCheck, Tokenize, s
 def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
     model, seed = recipe.model, recipe.run.seed
     with agreed():  # an error on one node must not leave the other nodes waiting
-        pooling, warnings = resolve_pooling(model, find_folder(model.encoder))
+        pooling, _, warnings = resolve_pooling(model, find_folder(model.encoder))
         if runtime.is_main and warnings:
             print(*warnings, sep="\n", file=sys.stderr)
         tokenizer = load_tokenizer(model, pooling)

@@ -35,7 +35,8 @@ CAUSAL_DECODERS = frozenset({
 
 class PoolingChoice(NamedTuple):
     pooling: Pooling
-    warnings: tuple[str, ...]
+    reason: str
+    warnings: tuple[str, ...] = ()
     """One line each."""
 
 
@@ -53,8 +54,9 @@ def resolve_pooling(model: ModelConfig, folder: Path) -> PoolingChoice:
                 "mean or last_token)"
             )
         pooling = POOLINGS[own or "cls"]
+        reason = f"{folder} names none" if own is None else f"as {folder} embeds"
     else:
-        pooling = model.pooling
+        pooling, reason = model.pooling, "as the recipe says"
         if own is not None and POOLINGS.get(own) != pooling:
             warnings = (
                 f"warning: model.pooling: {folder} embeds by {POOLINGS.get(own, own)} pooling; this run trains and "
@@ -63,7 +65,7 @@ def resolve_pooling(model: ModelConfig, folder: Path) -> PoolingChoice:
     kind = _read_json(folder / "config.json")
     if pooling != "last_token" and _is_causal(kind):
         raise causal_decoder_error(folder, kind.get("model_type"))
-    return PoolingChoice(pooling, warnings)
+    return PoolingChoice(pooling, reason, warnings)
 
 
 def pooling_on_disk(model: ModelConfig) -> PoolingChoice | None:
