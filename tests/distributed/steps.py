@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive.config import FinetuneRecipe
+from contrastive.plan import plan as plan_finetune
 from contrastive.task import build_task as build_finetune_task
 from lodestar.config import loader
 from lodestar.config.schema import BatchPlan
@@ -18,6 +19,7 @@ from lodestar.training.build_engine import build
 from lodestar.training.task import TrainingTask
 from retromae.config import PretrainRecipe
 from retromae.masks import IGNORED, decoder_visibility
+from retromae.plan import plan as plan_pretrain
 from retromae.task import build_task as build_pretrain_task
 from tests import tiny
 
@@ -56,6 +58,12 @@ def built_task(run_recipe: Any, rank: int, size: int) -> tuple[TrainingTask, Run
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
     build_task = build_pretrain_task if isinstance(run_recipe, PretrainRecipe) else build_finetune_task
     return build_task(run_recipe, runtime), runtime
+
+
+def planned(run_recipe: Any) -> dict[str, Any]:
+    """The plan of a recipe on one rank."""
+    plan = plan_pretrain if isinstance(run_recipe, PretrainRecipe) else plan_finetune
+    return plan(run_recipe, 1, None)
 
 
 def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Outcome:
@@ -117,7 +125,7 @@ def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     task, _ = built_task(run_recipe, 0, 1)
     batch = next(task.batches(0))
     model: Any = task.module.double().eval()
-    texts = [ids for micro_batch in batch.micro_batches for ids in _embed(model, micro_batch)]
+    texts = [ids for m in batch.micro_batches for ids in _embed(model, m, mean=run_recipe.model.pooling == "mean")]
     vectors = torch.stack([texts[i] for i in batch.text_index_N.argsort()])
     q, d = vectors[:GLOBAL_SIZE], vectors[GLOBAL_SIZE:]
     t = run_recipe.loss.temperature if model.log_temperature is None else model.log_temperature.exp()
@@ -150,10 +158,13 @@ def _directions(q: Tensor, d: Tensor, positive: Tensor, t: Any, loss: Any) -> Te
     )
 
 
-def _embed(model: Any, micro_batch: Any) -> Tensor:
+def _embed(model: Any, micro_batch: Any, *, mean: bool) -> Tensor:
     attention = torch.arange(micro_batch.ids_BL.shape[1]) < micro_batch.lengths_B[:, None]
     hidden = model.encoder(input_ids=micro_batch.ids_BL, attention_mask=attention.long()).last_hidden_state
-    return F.normalize(hidden[:, 0], dim=1)
+    if not mean:
+        return F.normalize(hidden[:, 0], dim=1)
+    lengths = micro_batch.lengths_B.tolist()
+    return torch.stack([F.normalize(x[:n].mean(0), dim=0) for x, n in zip(hidden, lengths, strict=True)])
 
 
 def _backward(model: Any, loss: Tensor) -> Outcome:
