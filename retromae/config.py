@@ -52,7 +52,7 @@ class LossConfig(Section):
     """Terms besides those of encoder and decoder."""
 
     bag_of_words: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1."""
+    """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1, on a term that is smaller where tokens repeat."""
 
     @property
     def weights(self) -> dict[str, float]:

@@ -128,6 +128,7 @@ def _cached_data(
             row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
+            version=Tokenize.version,
             first_on_node=runtime.local_rank == 0,
         ),
         runtime.local_rank,

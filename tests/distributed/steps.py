@@ -129,15 +129,13 @@ def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     vectors = torch.stack([texts[i] for i in batch.text_index_N.argsort()])
     q, d = vectors[:GLOBAL_SIZE], vectors[GLOBAL_SIZE:]
     t = run_recipe.loss.temperature if model.log_temperature is None else model.log_temperature.exp()
-    widths = [q.shape[1], *run_recipe.loss.matryoshka]
-    pairs = [[F.normalize(x[:, :width], dim=1) for x in (q, d)] for width in widths]
-    loss = sum(_directions(q, d, batch.start_Q, t, run_recipe.loss) for q, d in pairs) / len(widths)
-    scores = q @ d.T / t
-    if run_recipe.loss.distillation:
-        groups = batch.teacher_QG.shape[1]
-        student = torch.stack([scores[i, batch.start_Q[i] : batch.start_Q[i] + groups] for i in range(GLOBAL_SIZE)])
-        teacher = batch.teacher_QG.double().softmax(1)
-        loss = loss + run_recipe.loss.distillation * F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
+    losses: list[Tensor] = []
+    for width in (q.shape[1], *run_recipe.loss.matryoshka):
+        short_q, short_d = (F.normalize(x[:, :width], dim=1) for x in (q, d))
+        losses.append(_directions(short_q, short_d, batch.start_Q, t, run_recipe.loss))
+        if run_recipe.loss.distillation:
+            losses[-1] += run_recipe.loss.distillation * _distillation(short_q, short_d, batch, t)
+    loss = torch.stack(losses).mean()
     return _backward(model, loss)
 
 
@@ -156,6 +154,13 @@ def _directions(q: Tensor, d: Tensor, positive: Tensor, t: Any, loss: Any) -> Te
         + loss.query_to_query * against(q, q, index)
         + loss.passage_to_passage * against(p, d, positive)
     )
+
+
+def _distillation(q: Tensor, d: Tensor, batch: Any, t: Any) -> Tensor:
+    """KL divergence of each row; the gradient is that of FlagEmbedding's cross-entropy with the teacher."""
+    groups, scores = batch.teacher_QG.shape[1], q @ d.T / t
+    student = torch.stack([scores[i, start : start + groups] for i, start in enumerate(batch.start_Q.tolist())])
+    return F.kl_div(student.log_softmax(1), batch.teacher_QG.double().softmax(1), reduction="batchmean")
 
 
 def _embed(model: Any, micro_batch: Any, *, mean: bool) -> Tensor:
