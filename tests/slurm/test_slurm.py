@@ -1,6 +1,6 @@
 """The shipped batch scripts on a real SLURM of two simulated nodes: signalled, saved, requeued, and exact.
 
-`make test-slurm` installs SLURM where it can (root and apt); without it these tests skip themselves.
+`make slurm` installs SLURM where it can (root and apt); without it these tests skip themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tests.processes import ROOT
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make test-slurm)"),
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make slurm)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons want root"),
 ]
 
@@ -195,7 +196,6 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     assert not (ROOT / "evaluated").exists()
 
 
-@pytest.mark.slow
 def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """SLURM itself sends it, up to a minute early: the shortest limits take two minutes."""
     job = submit(
