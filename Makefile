@@ -28,7 +28,7 @@ $(VENV)/complete: requirements.lock $(VENV)/demo
 	$(INSTALL) --requirement requirements.lock
 	@touch $@
 
-PYTEST := $(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -rs --durations 20 --durations-min 5
+PYTEST := $(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -rs --durations 20 $(PYTEST_OPTIONS)
 
 test: install-all ## run the fast tests: under five minutes on two cores
 	$(PYTEST)

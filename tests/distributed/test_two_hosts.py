@@ -77,6 +77,7 @@ def finish(launched: list[subprocess.Popen[str]]) -> list[str]:
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_cut_cable_ends_both_hosts_with_one_line_that_names_the_peer(stage: str, hosts: None, tmp_path: Path) -> None:
     steps.recipe(stage, tmp_path)

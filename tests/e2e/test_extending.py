@@ -121,6 +121,7 @@ def test_a_loss_term(tree: Path, data: Path) -> None:
     assert last_metrics(data / "runs/finetune")["uniformity_loss"] < 0
 
 
+@pytest.mark.slow
 def test_a_vector_store(tree: Path, data: Path) -> None:
     example = EXAMPLES["A vector store"]
     assert apply(tree, example) < 60
@@ -128,6 +129,7 @@ def test_a_vector_store(tree: Path, data: Path) -> None:
     assert (data / "store/documents.npz").is_file()
 
 
+@pytest.mark.slow
 def test_an_evaluator(tree: Path, data: Path) -> None:
     example = EXAMPLES["An evaluator"]
     assert apply(tree, example) < 60
@@ -136,6 +138,7 @@ def test_an_evaluator(tree: Path, data: Path) -> None:
     assert 0.25 < row["map"] < 1
 
 
+@pytest.mark.slow
 def test_a_backbone(tree: Path, data: Path) -> None:
     example = EXAMPLES["A backbone"]
     assert apply(tree, example) < 60
@@ -144,6 +147,7 @@ def test_a_backbone(tree: Path, data: Path) -> None:
     shutil.rmtree(data / "runs/pretrain")
 
 
+@pytest.mark.slow
 def test_a_pretraining_objective(tree: Path, data: Path) -> None:
     example = EXAMPLES["A pre-training objective"]
     assert apply(tree, example) < 60

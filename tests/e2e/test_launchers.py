@@ -158,6 +158,7 @@ def test_a_finished_run_says_so_and_does_nothing(folder: Path, finetuned: Path) 
     assert (finetuned / "model/model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: Path) -> None:
     before = sorted(folder.rglob("*"))
     overrides = ["batch.micro_size=auto", f"run.output_dir={folder}/rehearsed"]
@@ -189,6 +190,7 @@ def test_evaluation_is_the_same_by_two_ranks_as_by_one(folder: Path, finetuned: 
     assert read_beir(folder / "beir").name == "beir"
 
 
+@pytest.mark.slow
 def test_rounds_train_on_what_the_round_before_found(folder: Path, pretrained: Path) -> None:
     mining = folder / "mine.yaml"
     window = {"negatives": 2, "first_rank": 0, "last_rank": 9}

@@ -61,10 +61,10 @@ def to_inner_launcher(process: subprocess.Popen[str], number: signal.Signals) ->
     ("launcher", "number", "send"),
     [
         ("deepspeed", signal.SIGINT, to_group),  # Ctrl-C at a terminal
-        ("deepspeed", signal.SIGTERM, to_group),
-        ("deepspeed", signal.SIGTERM, to_inner_launcher),
+        pytest.param("deepspeed", signal.SIGTERM, to_group, marks=pytest.mark.slow),
+        pytest.param("deepspeed", signal.SIGTERM, to_inner_launcher, marks=pytest.mark.slow),
         ("torchrun", signal.SIGINT, to_group),
-        ("python", signal.SIGINT, to_group),
+        pytest.param("python", signal.SIGINT, to_group, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
@@ -123,6 +123,7 @@ def test_ranks_with_different_recipes_are_told_in_one_line(folder: Path) -> None
     assert line == f"error: recipe: not the same as on rank 0: rank 1 has {told} (start all ranks with the same)"
 
 
+@pytest.mark.slow
 def test_ranks_with_different_data_are_told_in_one_line(folder: Path) -> None:
     """The same path with another content, as on two nodes: one rank reads through another mount of it."""
     other = folder / "other"
@@ -145,6 +146,7 @@ def told_from(folder: Path, places: tuple[Path, Path], stage: str) -> list[str]:
     return errors(launched)
 
 
+@pytest.mark.slow
 def test_the_second_job_in_a_run_folder_is_refused(folder: Path) -> None:
     run_folder = folder / "runs/finetune"
     first = start([sys.executable], "finetune", folder, f"schedule.steps={10**6}")

@@ -75,6 +75,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
     assert done.stdout == "{\n" and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_both_launchers_train_and_the_result_answers(home: Path) -> None:
     pretrain = ["pretrain", *recipe(home, "pretrain", home / "bert"), "engine.kind=deepspeed"]
     call(

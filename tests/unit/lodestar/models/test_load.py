@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from lodestar.config.schema import ModelConfig
 from lodestar.errors import ModelError
 from lodestar.models.load import load_encoder, load_tokenizer
 from retromae.backbone import parts_of
-from tests import processes, tiny
+from tests import tiny
 
 
 @pytest.fixture
@@ -214,13 +213,11 @@ def test_another_pooling_gives_a_warning_of_one_line(folder: Path) -> None:
         assert "warning" not in load(folder, AutoModel)
 
 
-def test_the_models_of_other_families_are_not_imported(tmp_path: Path) -> None:
-    """There are hundreds, which each rank would import at its start."""
-    code = (
-        "import sys; from transformers import AutoModel; from lodestar.config.schema import ModelConfig\n"
-        "from lodestar.models.load import load_encoder\n"
-        "load_encoder(ModelConfig(encoder=sys.argv[1], max_length=32), AutoModel, seed=1)\n"
-        "print(*{name.split('.')[2] for name in sys.modules if name.startswith('transformers.models.')})"
-    )
-    done = processes.run([sys.executable, "-c", code, str(tiny.encoder(tmp_path / "bert"))], limit_s=60)
-    assert "bert" in done.stdout.split() and len(done.stdout.split()) < 30, done.stderr
+def test_the_models_of_other_families_are_not_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are hundreds, and transformers' mappings import all of them where their keys are listed."""
+
+    def keys(self: object) -> None:
+        raise AssertionError("imports all models")
+
+    monkeypatch.setattr(type(AutoModel._model_mapping), "keys", keys)
+    assert load(folder, AutoModel).startswith("37 of 37")
