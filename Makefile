@@ -33,7 +33,7 @@ PYTEST := $(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder 
 test: install-all ## run the fast tests: under five minutes on two cores
 	$(PYTEST)
 
-test-slow: install-all slurm browser ## run the other tests; CONTRIBUTING.md names them
+test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
 	$(PYTEST) -m slow
 
 test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
