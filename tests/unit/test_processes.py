@@ -15,10 +15,10 @@ HANGING = """
 import subprocess, sys, time
 def parent_waits(): child.wait()
 def child_waits(): time.sleep(600)
-if len(sys.argv) > 1:
-    print(*sys.argv, flush=True)
+if len(sys.argv) > 2:
+    open(sys.argv[1], "w").close()
     child_waits()
-child = subprocess.Popen([sys.executable, __file__, "child"], start_new_session=True)
+child = subprocess.Popen([sys.executable, __file__, sys.argv[1], "child"], start_new_session=True)
 print(child.pid, flush=True)
 parent_waits()
 """
@@ -34,14 +34,21 @@ def wait_on_rank_1() -> None:
 
 
 def test_a_process_that_hangs_is_ended_with_its_children_and_tells_their_stacks(tmp_path) -> None:
-    script = tmp_path / "hanging.py"
+    script, ready = tmp_path / "hanging.py", tmp_path / "ready"
     script.write_text(HANGING)
-    with pytest.raises(AssertionError, match=r"not done after 1\.5 s") as raised:
-        processes.run([sys.executable, str(script)], limit_s=1.5)
+    process = processes.start([sys.executable, str(script), str(ready)])
+    processes.wait_until(ready.exists, process)
+    with pytest.raises(AssertionError, match=r"not done after 0\.5 s") as raised:
+        processes.finish(process, limit_s=0.5)
     said = str(raised.value)
     assert "in parent_waits" in said and "in child_waits" in said
     (child,) = [int(line) for line in said.splitlines() if line.isdigit()]
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_command_that_hangs_is_ended() -> None:
+    with pytest.raises(AssertionError, match=r"'sleep', '600'.*not done after 0\.5 s"):
+        processes.run(["sleep", "600"], limit_s=0.5)
 
 
 def test_what_a_process_said_is_told_where_it_ends_before_it_is_ready() -> None:
@@ -52,6 +59,6 @@ def test_what_a_process_said_is_told_where_it_ends_before_it_is_ready() -> None:
 
 def test_a_rank_that_hangs_is_ended_and_tells_its_stack() -> None:
     started = time.monotonic()
-    with pytest.raises(AssertionError, match="wait on 2 ranks: not done after 3 s") as raised:
-        run_world(wait, 2, limit_s=3)
+    with pytest.raises(AssertionError, match="wait on 2 ranks: not done after 4 s") as raised:
+        run_world(wait, 2, limit_s=4)
     assert "in wait_on_rank_1" in str(raised.value) and time.monotonic() - started < 60
