@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 DOCS_VENV := .venv-docs
+# Without bytecode each process that a test starts would compile torch's source.
+export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install install-all test test-slurm slurm browser lint types check bench docs reference demo demo-ablation demo-pretrained clean
+.PHONY: help install install-all test test-slow test-all slurm browser lint types check bench docs reference \
+	demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -26,11 +29,16 @@ $(VENV)/complete: requirements.lock $(VENV)/demo
 	$(INSTALL) --requirement requirements.lock
 	@touch $@
 
-test: install-all ## run all tests
-	$(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -rs --durations 20 $(PYTEST_OPTIONS)
 
-test-slurm: install-all slurm ## run the batch scripts on a real SLURM of two simulated nodes
-	$(RUN)/pytest -rs -m 'slow or not slow' tests/slurm
+test: install-all ## run the fast tests: under five minutes on two cores
+	$(PYTEST)
+
+test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
+	$(PYTEST) -m slow
+
+test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
+	$(PYTEST) -m 'slow or not slow'
 
 slurm: ## install SLURM where that can be done: root and apt
 	@command -v slurmctld > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
@@ -47,7 +55,7 @@ lint: install-all ## check style
 types: install-all ## check types
 	$(VENV)/bin/pyright
 
-check: lint types test ## what CI runs
+check: lint types test ## what to run before a commit; CI adds test-slow
 
 demo: install ## train a search engine over the documentation of Python packages, from random weights
 	$(VENV)/bin/python examples/demo.py

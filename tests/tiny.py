@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import string
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from contrastive.negatives import NegativeMask
+from tests import processes
 
 WORDS = [
     "shuffle",
@@ -263,6 +263,6 @@ def distinct_texts(queries: int, passages: int, device: str = "cpu") -> Negative
 def build_wheel(folder: Path) -> Path:
     """The wheel of this tree, built in `folder` without a network."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=120)
+    processes.run(command, limit_s=120).check_returncode()
     (wheel,) = folder.glob("*.whl")
     return wheel

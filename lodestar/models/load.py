@@ -292,12 +292,12 @@ def _read_tensor(name: str, prefix: str, readers: Mapping[str, Callable[[], Tens
 
 def _without_pooler(auto_class: Any, config: PretrainedConfig) -> dict[str, Any]:
     """Options to build the model without a pooler, whose parameters would have no gradient: [CLS] is the embedding."""
-    if type(config) not in auto_class._model_mapping.keys():  # noqa: SIM118 (not a dict)
+    model_class = auto_class._model_mapping.get(type(config), None)  # the keys would import all models: two seconds
+    if model_class is None:
         raise ModelError(
             f"model.encoder: a {config.model_type} model cannot be opened by {auto_class.__name__} (name an encoder "
             "like BERT)"
         )
-    model_class = auto_class._model_mapping[type(config)]
     has_option = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_option else {}
 

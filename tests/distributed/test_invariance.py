@@ -68,7 +68,10 @@ def reference(folder: Path, exact: object) -> dict[tuple[str, str], steps.Outcom
     return dict(zip(names, outcomes, strict=True))
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size} ranks")
+PARAMS = [pytest.param(size, marks=pytest.mark.slow if size == 4 else ()) for size in SIZES]
+
+
+@pytest.fixture(scope="module", params=PARAMS, ids=lambda size: f"{size} ranks")
 def outcomes_of(
     request: pytest.FixtureRequest, folder: Path, exact: object
 ) -> dict[tuple[str, str, str], list[steps.Outcome]]:

@@ -244,3 +244,13 @@ def test_a_causal_decoder_opens_for_last_token_pooling_alone(tmp_path: Path) -> 
         assert str(load_encoder(model, AutoModel, seed=1, pooling=pooling)).startswith("26 of 26")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="is a causal decoder"):
         load(causal, AutoModel)
+
+
+def test_the_models_of_other_families_are_not_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are hundreds, and transformers' mappings import all of them where their keys are listed."""
+
+    def keys(self: object) -> None:
+        raise AssertionError("imports all models")
+
+    monkeypatch.setattr(type(AutoModel._model_mapping), "keys", keys)
+    assert load(folder, AutoModel).startswith("37 of 37")

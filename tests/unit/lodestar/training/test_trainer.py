@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lodestar.training import checkpoint
 from lodestar.training.hooks import StopHook
 from lodestar.training.task import TrainingTask
 from lodestar.training.trainer import Trainer
-from tests import tiny
+from tests import processes, tiny
 from tests.distributed import steps
 
 
@@ -198,16 +197,15 @@ def test_a_run_folder_is_locked_and_free_again_after_a_crash(tmp_path: Path) -> 
         "import sys, time; from pathlib import Path; from lodestar.files import locked\n"
         "with locked(Path(sys.argv[1]), 'run.output_dir'): print('held', flush=True); time.sleep(60)"
     )
-    root = Path(__file__).parents[4]
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=root, stdout=subprocess.PIPE)
+    process = processes.start([sys.executable, "-c", code, str(tmp_path)])
     try:
-        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
         message = rf"run\.output_dir: .*in use by process {process.pid} on {re.escape(socket.gethostname())} since "
         with pytest.raises(ConfigError, match=message), locked(tmp_path, "run.output_dir"):
             pass
     finally:
         process.kill()
-        process.wait()
+        processes.finish(process, limit_s=30)
     with locked(tmp_path, "run.output_dir"):
         pass
 

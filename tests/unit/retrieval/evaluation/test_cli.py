@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from lodestar.config.loader import load
 from retrieval.embedding import distributed_embed
 from retrieval.evaluation.cli import main
 from retrieval.evaluation.config import BootstrapConfig, EvaluateRecipe
-from tests import tiny
+from tests import processes, tiny
 from tests.unit.retrieval.evaluation.test_tasks import KINDS, sections
-
-ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +202,6 @@ def test_a_plan_and_mistakes_in_files_need_no_torch(tmp_path):
     config.write_text(json.dumps({"models": ["./absent"], "tasks": tasks}))
     for arguments, exit_code in ((["--plan"], 0), ([], 2)):
         command = [sys.executable, "-X", "importtime", "launch/evaluate.py", "--config", str(config), *arguments]
-        ended = subprocess.run(
-            command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-        )
+        ended = processes.run(command, {"PYTHONPATH": str(processes.ROOT)}, limit_s=60)
         assert ended.returncode == exit_code, ended.stderr
         assert not any(line.endswith((" torch", " sklearn")) for line in ended.stderr.splitlines())
