@@ -5,10 +5,12 @@ DOCS_VENV := .venv-docs
 PEERS_VENV := .venv-peers
 MINIMUM_VENV := .venv-minimum
 PYTHON_VENV := .venv-python
+# Without bytecode each process that a test starts would compile torch's source.
+export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install install-all test test-slurm test-minimum test-pythons slurm browser lint types check bench \
-	conformance docs reference demo demo-ablation clean
+.PHONY: help install install-all test test-slow test-all test-minimum test-pythons slurm browser lint types check bench \
+	conformance docs reference demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,11 +37,16 @@ $(VENV)/complete: requirements.lock $(VENV)/demo
 	$(INSTALL) --requirement requirements.lock
 	@touch $@
 
-test: install-all ## run all tests
-	$(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -rs --durations 20 $(PYTEST_OPTIONS)
 
-test-slurm: install-all slurm ## run the batch scripts on a real SLURM of two simulated nodes
-	$(RUN)/pytest -rs -m 'slow or not slow' tests/slurm
+test: install-all ## run the fast tests: under five minutes on two cores
+	$(PYTEST)
+
+test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
+	$(PYTEST) -m slow
+
+test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
+	$(PYTEST) -m 'slow or not slow'
 
 # torch 2.11, the lowest, may come as a CUDA build of gigabytes: MINIMUM_TORCH=2.11.0 tests it.
 MINIMUM_TORCH ?= 2.13.0
@@ -85,13 +92,16 @@ lint: install-all ## check style
 types: install-all ## check types
 	$(VENV)/bin/pyright
 
-check: lint types test ## what CI runs
+check: lint types test ## what to run before a commit; CI adds test-slow
 
-demo: install ## train a search engine over the installed Python libraries
+demo: install ## train a search engine over the documentation of Python packages, from random weights
 	$(VENV)/bin/python examples/demo.py
 
-demo-ablation: install ## the demo, and stage 2 without stage 1
+demo-ablation: install ## the demo, and stage 2 without stage 1 for comparison
 	$(VENV)/bin/python examples/demo.py --ablation
+
+demo-pretrained: install ## the same from a small pre-trained encoder, all-MiniLM-L6-v2
+	$(VENV)/bin/python examples/demo.py --pretrained
 
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py

@@ -1,6 +1,6 @@
-"""The demo's data: docstrings of the installed packages, a tokenizer of their words, and a small encoder of chance.
+"""The demo's data: docstrings of a fixed list of packages, a tokenizer of their words, and a small encoder of chance.
 
-    python examples/docstrings.py --output runs/demo/data
+    python -m examples.docstrings --output runs/demo/data
 
 Source files are read by `ast`; nothing is imported or executed. A docstring's summary is a query, the rest its passage.
 The packages of HELD_OUT are kept from all training, the tokenizer's too, and become a test collection.
@@ -12,12 +12,12 @@ import argparse
 import ast
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
 import re
 import shutil
-import sysconfig
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -30,6 +30,11 @@ from string import punctuation
 from typing import Any
 
 HELD_OUT = ("networkx", "sklearn", "sentence_transformers")
+TRAINED_ON = (
+    "torch", "transformers", "sympy", "scipy", "pandas", "matplotlib", "numpy", "narwhals", "deepspeed", "datasets",
+    "huggingface_hub", "accelerate", "pydantic", "pygments", "rich", "PIL", "fsspec", "jinja2", "click", "joblib",
+)  # fmt: skip
+"""Packages of requirements-demo.lock, so that the demo's data do not depend on what else is installed."""
 SHORTEST_TEXT = 120
 """Characters; shorter docstrings say little."""
 SHORTEST_PASSAGE = 40
@@ -39,7 +44,7 @@ LONGEST_NAME = 40
 ALPHABET = 100
 """Letters and signs that the tokenizer knows; others are [UNK]."""
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_SKIPPED = {"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages", "_vendor"}
+_SKIPPED = {"test", "tests", "_vendor"}
 _REGISTERED = {"add_docstr", "add_newdoc"}  # how torch, numpy and scipy document what is written in C
 
 
@@ -61,10 +66,15 @@ class Docstring:
 # --- collecting ------------------------------------------------------------------------------
 
 
-def library_roots() -> list[Path]:
-    """The standard library and the installed packages of this interpreter."""
-    paths = sysconfig.get_paths()
-    return [Path(path) for path in dict.fromkeys(paths[name] for name in ("stdlib", "purelib", "platlib"))]
+def package_files(packages: Sequence[str] = (*TRAINED_ON, *HELD_OUT)) -> list[tuple[str, Path]]:
+    """(module, file) of each source file of installed packages; SystemExit names one that is not installed."""
+    files = []
+    for package in packages:
+        spec = importlib.util.find_spec(package)  # of a package at the top, so nothing is imported
+        if spec is None or spec.origin is None:
+            raise SystemExit(f"error: the package {package} is not installed (run: make install)")
+        files += source_files(Path(spec.origin).parent.parent, package)
+    return sorted(files)
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,14 @@ class Collected:
     """Of those, the ones of training packages whose text is a held-out package's too."""
 
 
-def collect(roots: Sequence[Path] | None = None, *, processes: int = 0, show: Show = lambda it, total: it) -> Collected:
-    """All packages below `roots` (none: library_roots()).
+def collect(
+    files: Sequence[tuple[str, Path]], *, processes: int = 0, show: Show = lambda it, total: it
+) -> Collected:
+    """The docstrings of `files`, (module, file) each.
 
     The result is the same whatever `processes` (0: one for each core) and wherever the packages lie.
     show    wraps the batches of files, whose number it is told, in a progress bar
     """
-    files = sorted({found for root in roots or library_roots() for found in _source_files(root)})
     batches = [files[start : start + 50] for start in range(0, len(files), 50)]
     processes = processes or os.cpu_count() or 1
     found: list[Docstring] = []
@@ -104,15 +115,12 @@ def collect(roots: Sequence[Path] | None = None, *, processes: int = 0, show: Sh
     return Collected(docstrings, len(files), broken, len(found) - len(kept), shared)
 
 
-def _source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """(module, file) of each source file below `root`, tests left out."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _SKIPPED]
-        for name in names:
-            if name.endswith(".py"):
-                path = Path(folder, name)
-                module = ".".join(path.relative_to(root).with_suffix("").parts)
-                yield module.removesuffix(".__init__"), path
+def source_files(root: Path, package: str = ".") -> Iterator[tuple[str, Path]]:
+    """(module, file) of each source file of a package below `root`, tests left out; by default of all packages."""
+    for path in sorted((root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not _SKIPPED.intersection(parts):
+            yield ".".join(parts).removesuffix(".__init__"), path
 
 
 def _read_batch(files: Sequence[tuple[str, Path]]) -> tuple[list[Docstring], int]:
@@ -294,7 +302,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocabulary: int = 400
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    texts = [text[:1000] for text in texts]  # further than the demo's encoder reads
+    texts = [text[:500] for text in texts]  # further than the demo's encoder reads
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(learner.normalizer.normalize_str(text))
@@ -351,7 +359,7 @@ def make_encoder(folder: Path, *, seed: int = 42, max_length: int = 128) -> int:
 def build_data(output: Path, *, processes: int = 0, show: Show = lambda it, total: it) -> dict[str, Any]:
     """Collect and write everything below `output`, summary.json last; returns the summary."""
     start = time.perf_counter()
-    found = collect(processes=processes, show=show)
+    found = collect(package_files(), processes=processes, show=show)
     summary: dict[str, Any] = {
         "files": found.files,
         "broken_files": found.broken,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import string
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -18,10 +17,13 @@ from transformers import (
     BertConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
     XLMRobertaConfig,
 )
 
 from contrastive.negatives import NegativeMask
+from tests import processes
 
 WORDS = [
     "shuffle",
@@ -159,6 +161,39 @@ def encoder(
     return folder
 
 
+def decoder(folder: Path, **options: Any) -> Path:
+    """A causal decoder of random weights as a transformers folder; its tokenizer puts no special token at either end.
+
+    options   of its configuration, as is_causal=False
+    """
+    backend = Tokenizer.from_str(tokenizer("modernbert").backend_tokenizer.to_str())
+    backend.post_processor = processors.ByteLevel()  # type: ignore[assignment]
+    names = {"eos_token": "[SEP]", "bos_token": "[CLS]", "unk_token": "[UNK]"}
+    own_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=336,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **options,
+    )
+    Qwen2Model(config).save_pretrained(folder)
+    own_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_pooling(folder: Path, **values: Any) -> Path:
+    """The folder, which now states its pooling as sentence-transformers does."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text(json.dumps(values))
+    return folder
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -228,6 +263,6 @@ def distinct_texts(queries: int, passages: int, device: str = "cpu") -> Negative
 def build_wheel(folder: Path) -> Path:
     """The wheel of this tree, built in `folder` without a network."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, timeout=120)
+    processes.run(command, limit_s=120).check_returncode()
     (wheel,) = folder.glob("*.whl")
     return wheel

@@ -127,8 +127,7 @@ def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Place
         )
     if placement.rank != 0:
         return results
-    first = next(iter(recipe.labelled_models))
-    differences = {name: result.differences(first, recipe.bootstrap) for name, result in results.items()}
+    differences = {name: result.differences(recipe.baselines, recipe.bootstrap) for name, result in results.items()}
     show_all(results)
     show_differences(differences, recipe.bootstrap)
     if recipe.output_dir and cache_dir:

@@ -89,6 +89,8 @@ TaskConfig = Annotated[
 class BootstrapConfig(Section):
     resamples: Natural = 10_000
     """0: no comparison."""
+    baselines: list[str] = []
+    """Labels of rows that the others are compared with, `BM25` among them; none: the first model."""
     seed: Annotated[int, Field(ge=0)] = 42
 
 
@@ -108,7 +110,7 @@ class EvaluateRecipe(Section):
     fusion: Literal["scores", "rrf"] = "scores"
     """scores: standardised scores are added up; rrf: reciprocal ranks, as vector databases do."""
     bootstrap: BootstrapConfig = BootstrapConfig()
-    """Statistical significance of each row's difference to the first model."""
+    """Statistical significance of the differences between rows."""
     output_dir: str | None = None
     """Where evaluation.json and reports go. Embeddings stay there until the end, for an interrupted run."""
     precision: Precision = "fp32"
@@ -131,6 +133,9 @@ class EvaluateRecipe(Section):
             raise ValueError(
                 f"prompts.{unknown[0]}: no model has that label (known: {', '.join(self.labelled_models)})"
             )
+        known = ["BM25"] * self.bm25 + list(self.labelled_models)
+        if unknown := sorted(set(self.bootstrap.baselines) - set(known)):
+            raise ValueError(f"bootstrap.baselines: {unknown[0]}: no row has that label (known: {', '.join(known)})")
         return self
 
     @property
@@ -140,6 +145,10 @@ class EvaluateRecipe(Section):
             return self.tasks
         values = self.evaluate.model_dump(include={"data", "split", "max_queries", "max_documents"})
         return {Path(self.evaluate.data).resolve().name: RetrievalConfig(kind="retrieval", **values), **self.tasks}
+
+    @property
+    def baselines(self) -> list[str]:
+        return self.bootstrap.baselines or list(self.labelled_models)[:1]
 
     @property
     def labelled_models(self) -> dict[str, str]:

@@ -46,20 +46,22 @@ class Result:
         if result.item_I is not None:
             self.items[label] = result.item_I
 
-    def differences(self, first: str, config: BootstrapConfig) -> list[Difference]:
-        """Each other model's difference to `first` in the first metric."""
+    def differences(self, baselines: Sequence[str], config: BootstrapConfig) -> list[Difference]:
+        """Each other row's difference to each baseline in the first metric."""
         if not config.resamples:
             return []
         metric = next(iter(self.task.columns))
         return [
             {
                 "model": label,
-                "to": first,
+                "to": baseline,
                 "metric": metric,
-                **paired_bootstrap(self.items[first], item_I, resamples=config.resamples, seed=config.seed),
+                **paired_bootstrap(self.items[baseline], item_I, resamples=config.resamples, seed=config.seed),
             }
+            for baseline in baselines
+            if baseline in self.items  # BM25 has a row in retrieval alone
             for label, item_I in self.items.items()
-            if label != first
+            if label != baseline
         ]
 
 
@@ -103,15 +105,15 @@ def show_differences(differences: Mapping[str, Sequence[Difference]], config: Bo
     """Print a row for each task and model; nothing if there is nothing to compare."""
     if not any(differences.values()):
         return
-    first = next(difference["to"] for of_task in differences.values() for difference in of_task)
-    table = Table(title=f"difference to {first}, paired bootstrap with {config.resamples:,} resamples")
-    for heading in ("task", "model", "difference", "95 % interval", "p"):
+    table = Table(title=f"differences, paired bootstrap with {config.resamples:,} resamples")
+    for heading in ("task", "model", "compared with", "difference", "95 % interval", "p"):
         table.add_column(heading, overflow="fold", no_wrap="%" in heading)
     for name, of_task in differences.items():
         for difference in of_task:
             cells = (
                 f"{name}: {difference['metric']}",
                 difference["model"],
+                difference["to"],
                 f"{difference['difference']:+.4f}",
                 f"{difference['low']:+.4f} .. {difference['high']:+.4f}",
                 f"{difference['p']:.4f}",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.conformance import problem
-from tests.conformance.problem import Loss, Shard, difference, table_of
+from tests.conformance.problem import NARROW, WIDTH, Loss, Shard, difference, table_of
 
 
 class BaseModel(nn.Module):
@@ -31,27 +31,38 @@ class BaseModel(nn.Module):
         return SimpleNamespace(last_hidden_state=self.linear(x_BF)[:, None])
 
 
-def flag_embedding(gathered: bool, with_teacher: bool, linear: nn.Linear, shard: Shard) -> Tensor:
+def flag_embedding(
+    linear: nn.Linear, shard: Shard, *, gathered: bool = True, teacher: bool = False, widths: bool = False
+) -> Tensor:
     """A step under DDP, as its trainer takes it."""
     model = BiEncoderOnlyEmbedderModel(
-        BaseModel(linear), negatives_cross_device=gathered, temperature=shard.temperature, normalize_embeddings=True
+        BaseModel(linear),
+        negatives_cross_device=gathered,
+        temperature=shard.temperature,
+        normalize_embeddings=True,
+        use_mrl=widths,
+        mrl_dims=[WIDTH, NARROW] if widths else [],
     )
     queries, passages = (
         {"x_BF": x_NF, "attention_mask": torch.ones(len(x_NF), 1)} for x_NF in (shard.q_BF, shard.p_BGF.flatten(0, 1))
     )
-    teacher = shard.teacher_BG.flatten().tolist() if with_teacher else None
+    scores = shard.teacher_BG.flatten().tolist() if teacher else None
     wrapped = DistributedDataParallel(model)  # it reduces in the backward, so it must live until then
-    loss = wrapped(queries, passages, teacher_scores=teacher).loss
+    loss = wrapped(queries, passages, teacher_scores=scores).loss
     loss.backward()
     return loss
 
 
 LOSSES = {
-    "FlagEmbedding contrastive": Loss(partial(flag_embedding, False, False)),
-    "FlagEmbedding contrastive, gathered": Loss(partial(flag_embedding, True, False)),
+    "FlagEmbedding contrastive": Loss(partial(flag_embedding, gathered=False)),
+    "FlagEmbedding contrastive, gathered": Loss(flag_embedding),
+    "FlagEmbedding Matryoshka, gathered": Loss(partial(flag_embedding, widths=True), problem.matryoshka),
     "FlagEmbedding distillation, gathered": Loss(
-        partial(difference, partial(flag_embedding, True, True), partial(flag_embedding, True, False)),
-        problem.distillation,
+        partial(difference, partial(flag_embedding, teacher=True), flag_embedding), problem.distillation
+    ),
+    "FlagEmbedding distillation with Matryoshka, gathered": Loss(
+        partial(difference, partial(flag_embedding, teacher=True, widths=True), partial(flag_embedding, widths=True)),
+        problem.matryoshka_distillation,
     ),
 }
 

@@ -91,13 +91,21 @@ def _step_batch(shard: Shard, micro_size: int | None) -> StepBatch:
     )
 
 
+def of_lodestar(micro_size: int | None = None, **options: Any) -> Step:
+    return partial(lodestar, options, micro_size)
+
+
+WIDTHS = {"matryoshka": [NARROW]}
 LODESTAR = {
-    "Lodestar": Loss(partial(lodestar, {}, None)),
-    "Lodestar, GradCache": Loss(partial(lodestar, {}, 5)),
-    "Lodestar, Matryoshka": Loss(partial(lodestar, {"matryoshka": [NARROW]}, None), problem.matryoshka),
+    "Lodestar": Loss(of_lodestar()),
+    "Lodestar, GradCache": Loss(of_lodestar(micro_size=5)),
+    "Lodestar, Matryoshka": Loss(of_lodestar(**WIDTHS), problem.matryoshka),
     "Lodestar, distillation": Loss(
-        partial(difference, partial(lodestar, {"distillation": 1.0}, None), partial(lodestar, {}, None)),
-        problem.distillation,
+        partial(difference, of_lodestar(distillation=1.0), of_lodestar()), problem.distillation
+    ),
+    "Lodestar, distillation with Matryoshka": Loss(
+        partial(difference, of_lodestar(distillation=1.0, **WIDTHS), of_lodestar(**WIDTHS)),
+        problem.matryoshka_distillation,
     ),
 }
 

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,16 +54,19 @@ def info_nce(q_ND: Tensor, p_NGD: Tensor, teacher_NG: Tensor, temperature: float
     return F.cross_entropy(scores_NM, torch.arange(len(q_ND)) * p_NGD.shape[1])
 
 
-def matryoshka(q_ND: Tensor, p_NGD: Tensor, teacher_NG: Tensor, temperature: float) -> Tensor:
-    """Mean of InfoNCE over two widths: Kusupati et al. 2022, equation 1, with equal weights."""
-    widths = [(q_ND[:, :width], p_NGD[..., :width]) for width in (WIDTH, NARROW)]
-    return torch.stack([info_nce(q, p, teacher_NG, temperature) for q, p in widths]).mean()
-
-
 def distillation(q_ND: Tensor, p_NGD: Tensor, teacher_NG: Tensor, temperature: float) -> Tensor:
     """Mean KL divergence of the student's softmax from the teacher's over a query's own passages."""
     student_NG = (F.normalize(q_ND, dim=1)[:, None] * F.normalize(p_NGD, dim=2)).sum(2) / temperature
     return F.kl_div(student_NG.log_softmax(1), teacher_NG.log_softmax(1), reduction="batchmean", log_target=True)
+
+
+def over_widths(formula: Formula, q_ND: Tensor, p_NGD: Tensor, teacher_NG: Tensor, temperature: float) -> Tensor:
+    """The mean over two widths: Kusupati et al. 2022, equation 1, with equal weights."""
+    widths = [(q_ND[:, :width], p_NGD[..., :width]) for width in (WIDTH, NARROW)]
+    return torch.stack([formula(q, p, teacher_NG, temperature) for q, p in widths]).mean()
+
+
+matryoshka, matryoshka_distillation = (partial(over_widths, formula) for formula in (info_nce, distillation))
 
 
 class Loss(NamedTuple):

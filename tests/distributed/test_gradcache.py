@@ -64,6 +64,7 @@ def test_any_number_of_micro_batches_gives_the_direct_step(num_micro_batches: in
             )
 
 
+@pytest.mark.slow
 def test_every_engine_gives_the_direct_step_of_ddp(folder: Path):
     options = ("plain", "own negatives", "all at once")
     names = [(name, engine, keep) for name in options for engine in ENGINES for keep in (DIRECT, *KEEP_GRAPH[:2])]

@@ -42,6 +42,7 @@ OPTIONS = {
     "muon": ("optim.name=muon",),  # the recipe does not clip
     "two sets": ("data.train=[{folder}/finetune.jsonl, {folder}/second.jsonl]", "batch.keep_graph=2e-5"),
 }
+FAST = [("pretrain", "zero1", "adamw"), ("finetune", "ddp", "adamw"), ("finetune", "ddp", "two sets")]
 CASES = [
     (stage, engine, "adamw") for stage in ("pretrain", "finetune") for engine in ("ddp", "zero1", "zero2", "zero3")
 ]
@@ -49,7 +50,11 @@ CASES += [("pretrain", engine, "muon") for engine in ("ddp", "zero1", "zero2")]
 CASES += [("finetune", "ddp", "muon"), ("finetune", "zero0", "two sets"), ("finetune", "ddp", "two sets")]
 
 
-@pytest.mark.parametrize(("stage", "engine", "option"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("stage", "engine", "option"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES],
+    ids=str,
+)
 def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, option: str, tmp_path: Path) -> None:
     kind = ("engine.kind=ddp",) if engine == "ddp" else ("engine.kind=deepspeed", f"engine.zero_stage={engine[-1]}")
     kind += tuple(override.format(folder=tmp_path) for override in OPTIONS[option])

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.distributed import steps
 
-ROOT = Path(__file__).parents[2]
 TORCHRUN = Path(sys.executable).parent / "torchrun"
 NUMBER = os.getpid() % 200 + 20
 HOSTS = [
@@ -22,8 +21,8 @@ HOSTS = [
 ]
 
 
-def ip(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(["ip", *arguments], check=True, capture_output=True)
+def ip(*arguments: str) -> None:
+    processes.run(["ip", *arguments], limit_s=30).check_returncode()
 
 
 @pytest.fixture(scope="module")
@@ -65,23 +64,20 @@ def start(stage: str, recipe: Path, *overrides: str) -> list[subprocess.Popen[st
             "--master-addr", HOSTS[0][2], "--master-port", "29777", "--nproc-per-node", "1",
             f"launch/{stage}.py", "--config", str(recipe), *overrides,
         ]  # fmt: skip
-        inherited = {
-            k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
-        }
-        environment = {**inherited, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        launched.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+        launched.append(processes.start(command, {**processes.environment(), "GLOO_SOCKET_IFNAME": cable}))
     return launched
 
 
 def finish(launched: list[subprocess.Popen[str]]) -> list[str]:
     """The stderr of each; all have ended."""
     try:
-        return [process.communicate(timeout=180)[1] for process in launched]
+        return [processes.finish(process, limit_s=180)[1] for process in launched]
     finally:
         for process in launched:
             process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_cut_cable_ends_both_hosts_with_one_line_that_names_the_peer(stage: str, hosts: None, tmp_path: Path) -> None:
     steps.recipe(stage, tmp_path)
@@ -92,10 +88,8 @@ def test_a_cut_cable_ends_both_hosts_with_one_line_that_names_the_peer(stage: st
         "engine.kind=deepspeed", "engine.timeout_minutes=0.1",
     ]  # fmt: skip
     launched = start(stage, recipe, *options, f"schedule.steps={10**6}")
-    metrics, deadline = tmp_path / "cut/metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert time.monotonic() < deadline and all(process.poll() is None for process in launched), finish(launched)
-        time.sleep(0.1)
+    metrics = tmp_path / "cut/metrics.jsonl"
+    processes.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, *launched)
     ip("-n", HOSTS[0][0], "link", "set", HOSTS[0][1], "down")
     try:
         outputs = finish(launched)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForMaskedLM, DistilBertConfig
 
-from tests import tiny
+from tests import processes, tiny
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
@@ -94,15 +92,14 @@ def tree(tmp_path: Path) -> Path:
 def run(tree: Path, folder: Path, example: str) -> str:
     """What the example's commands print."""
     style = [sys.executable, "-m", "ruff", "check", "--quiet", "--config", str(ROOT / "pyproject.toml"), "."]
-    checked = subprocess.run(style, cwd=tree, capture_output=True, text=True, timeout=60)
+    checked = processes.run(style, cwd=tree, limit_s=60)
     assert checked.returncode == 0, checked.stdout
     (block,) = re.findall(r"```bash\n(.*?)```", example, re.DOTALL)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    env = {**processes.environment(), "PYTHONPATH": str(tree)}
     printed = ""
     for command in block.splitlines():
         argv = [sys.executable, "-m", *shlex.split(command)]
-        done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=180)
+        done = processes.run(argv, env, cwd=folder, limit_s=180)
         assert done.returncode == 0, done.stdout + done.stderr
         printed += done.stdout
     return printed
@@ -124,6 +121,7 @@ def test_a_loss_term(tree: Path, data: Path) -> None:
     assert last_metrics(data / "runs/finetune")["uniformity_loss"] < 0
 
 
+@pytest.mark.slow
 def test_a_vector_store(tree: Path, data: Path) -> None:
     example = EXAMPLES["A vector store"]
     assert apply(tree, example) < 60
@@ -131,6 +129,7 @@ def test_a_vector_store(tree: Path, data: Path) -> None:
     assert (data / "store/documents.npz").is_file()
 
 
+@pytest.mark.slow
 def test_an_evaluator(tree: Path, data: Path) -> None:
     example = EXAMPLES["An evaluator"]
     assert apply(tree, example) < 60
@@ -139,6 +138,7 @@ def test_an_evaluator(tree: Path, data: Path) -> None:
     assert 0.25 < row["map"] < 1
 
 
+@pytest.mark.slow
 def test_a_backbone(tree: Path, data: Path) -> None:
     example = EXAMPLES["A backbone"]
     assert apply(tree, example) < 60
@@ -147,6 +147,7 @@ def test_a_backbone(tree: Path, data: Path) -> None:
     shutil.rmtree(data / "runs/pretrain")
 
 
+@pytest.mark.slow
 def test_a_pretraining_objective(tree: Path, data: Path) -> None:
     example = EXAMPLES["A pre-training objective"]
     assert apply(tree, example) < 60

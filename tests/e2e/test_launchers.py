@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +19,15 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from contrastive.model import BiEncoder
 from retrieval.evaluation.beir import read_beir
-from tests import tiny
+from tests import processes, tiny
 
-ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STEPS = 12
 INSTRUCTION = "search: "
 
 
-def run(command: list[str], **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, **more)
-
-
-def environment() -> dict[str, str]:
-    """Offline, on the CPU, without what an earlier test in this process may have set for a launcher."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return {**kept, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return processes.run(command, limit_s=240)
 
 
 def recipe(folder: Path, stage: str) -> Path:
@@ -76,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(folder: Path) -> Path:
     """Stage 1 under the deepspeed launcher, two ranks, ZeRO-1."""
-    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()]
+    launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", processes.free_port()]
     found = run([*launcher, "launch/pretrain.py", "--config", str(recipe(folder, "pretrain"))])
     assert found.returncode == 0, found.stdout + found.stderr
     return folder / "runs/pretrain"
@@ -173,6 +158,7 @@ def test_a_finished_run_says_so_and_does_nothing(folder: Path, finetuned: Path) 
     assert (finetuned / "model/model.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: Path) -> None:
     before = sorted(folder.rglob("*"))
     overrides = ["batch.micro_size=auto", f"run.output_dir={folder}/rehearsed"]
@@ -204,6 +190,7 @@ def test_evaluation_is_the_same_by_two_ranks_as_by_one(folder: Path, finetuned: 
     assert read_beir(folder / "beir").name == "beir"
 
 
+@pytest.mark.slow
 def test_rounds_train_on_what_the_round_before_found(folder: Path, pretrained: Path) -> None:
     mining = folder / "mine.yaml"
     window = {"negatives": 2, "first_rank": 0, "last_rank": 9}
@@ -228,15 +215,10 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(folder
     more = ["track.to=[]", "evaluate.data=null", "engine.kind=ddp", "schedule.steps=60", "checkpoint.every_steps=0"]
     whole, parts = folder / "runs/whole", folder / "runs/parts"
     assert run([*command, *more, f"run.output_dir={whole}"]).returncode == 0
-    process = subprocess.Popen(
-        [*command, *more, f"run.output_dir={parts}"],
-        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (parts / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = processes.start([*command, *more, f"run.output_dir={parts}"])
+    processes.wait_until((parts / "metrics.jsonl").is_file, process)
     os.killpg(process.pid, signal.SIGTERM)  # as launchers do
-    errors = process.communicate(timeout=120)[1]
+    _, errors = processes.finish(process, limit_s=120)
     assert process.returncode == 3 and "stopped by SIGTERM" in errors
     (saved,) = (parts / "checkpoints").iterdir()
     assert 0 < int(saved.name[-8:]) < 60
@@ -251,18 +233,12 @@ def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
     run_folder = folder / "runs/killed"
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "launch/pretrain.py", "--config"]
     more = ["track.to=[]", "evaluate.data=null", f"schedule.steps={10**6}", "checkpoint.every_steps=3"]
-    launcher = subprocess.Popen(
-        [*command, str(recipe(folder, "pretrain")), *more, f"run.output_dir={run_folder}"],
-        cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(run_folder.glob("checkpoints/step-*")):
-        assert time.monotonic() < deadline and launcher.poll() is None
-        time.sleep(0.05)
+    launcher = processes.start([*command, str(recipe(folder, "pretrain")), *more, f"run.output_dir={run_folder}"])
+    processes.wait_until(lambda: list(run_folder.glob("checkpoints/step-*")), launcher)
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     (second,) = (pid for pid in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes())
     os.kill(int(second), signal.SIGKILL)
-    said = launcher.communicate(timeout=120)[1]
+    _, said = processes.finish(launcher, limit_s=120)
     assert launcher.returncode != 0, said
     print(said[-6000:])
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]

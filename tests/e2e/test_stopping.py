@@ -8,16 +8,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 from tests.distributed import steps
-from tests.e2e.test_launchers import BIN, ROOT, environment, free_port
+from tests.e2e.test_launchers import BIN
+from tests.processes import ROOT, environment, free_port
 
 LAUNCHERS: dict[str, Callable[[], list[str]]] = {
     "python": lambda: [sys.executable],
@@ -38,17 +38,13 @@ def start(
     command: list[str], stage: str, folder: Path, *overrides: str, env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
     common = ("data.workers=1", "checkpoint.every_steps=0", "track.log_every=1")
-    return subprocess.Popen(
-        [*command, f"launch/{stage}.py", "--config", str(folder / f"{stage}.yaml"), *common, *overrides],
-        cwd=ROOT, env={**environment(), **(env or {})}, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    command = [*command, f"launch/{stage}.py", "--config", str(folder / f"{stage}.yaml"), *common, *overrides]
+    return processes.start(command, {**environment(), **(env or {})})
 
 
 def wait_for_steps(process: subprocess.Popen[str], run_folder: Path) -> None:
-    metrics, give_up = run_folder / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
-        assert time.monotonic() < give_up and process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    metrics = run_folder / "metrics.jsonl"
+    processes.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3, process)
 
 
 def to_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
@@ -65,10 +61,10 @@ def to_inner_launcher(process: subprocess.Popen[str], number: signal.Signals) ->
     ("launcher", "number", "send"),
     [
         ("deepspeed", signal.SIGINT, to_group),  # Ctrl-C at a terminal
-        ("deepspeed", signal.SIGTERM, to_group),
-        ("deepspeed", signal.SIGTERM, to_inner_launcher),
+        pytest.param("deepspeed", signal.SIGTERM, to_group, marks=pytest.mark.slow),
+        pytest.param("deepspeed", signal.SIGTERM, to_inner_launcher, marks=pytest.mark.slow),
         ("torchrun", signal.SIGINT, to_group),
-        ("python", signal.SIGINT, to_group),
+        pytest.param("python", signal.SIGINT, to_group, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
@@ -81,7 +77,7 @@ def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
     ranks = 1 if launcher == "python" else 2
     assert len([child for child in family if os.getsid(child.pid) == child.pid]) >= ranks  # the workers
     send(process, number)
-    said = process.communicate(timeout=90)[1]
+    _, said = processes.finish(process, limit_s=90)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     if launcher == "python":
@@ -93,7 +89,7 @@ def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
 
     more = (f"schedule.steps={summary['steps'] + 1}", "checkpoint.allow_change=[schedule.steps]")
     again = start(LAUNCHERS[launcher](), "pretrain", folder, *more)
-    said = again.communicate(timeout=90)[1]
+    _, said = processes.finish(again, limit_s=120)
     assert again.returncode == 0 and f"resumes from step {summary['steps']}" in said
 
 
@@ -107,9 +103,9 @@ def pair(folder: Path, *overrides: tuple[str, ...], stage: str = "finetune") -> 
 
 
 def errors(launched: list[subprocess.Popen[str]]) -> list[str]:
-    """What they told, all within half a minute and before a model was loaded."""
+    """What they told, all within a minute and before a model was loaded."""
     try:
-        said = [process.communicate(timeout=30)[1] for process in launched]
+        said = [processes.finish(process, limit_s=60)[1] for process in launched]
     finally:
         for process in launched:
             process.kill()
@@ -127,6 +123,7 @@ def test_ranks_with_different_recipes_are_told_in_one_line(folder: Path) -> None
     assert line == f"error: recipe: not the same as on rank 0: rank 1 has {told} (start all ranks with the same)"
 
 
+@pytest.mark.slow
 def test_ranks_with_different_data_are_told_in_one_line(folder: Path) -> None:
     """The same path with another content, as on two nodes: one rank reads through another mount of it."""
     other = folder / "other"
@@ -144,24 +141,21 @@ def told_from(folder: Path, places: tuple[Path, Path], stage: str) -> list[str]:
     port, launched = free_port(), []
     for i, place in enumerate(places):
         ours = {"RANK": str(i), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        launched.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / f"launch/{stage}.py"), "--config", str(folder / f"{stage}.yaml")],
-                cwd=place, env={**environment(), **ours, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
+        command = [sys.executable, str(ROOT / f"launch/{stage}.py"), "--config", str(folder / f"{stage}.yaml")]
+        launched.append(processes.start(command, {**environment(), **ours, "PYTHONPATH": str(ROOT)}, cwd=place))
     return errors(launched)
 
 
+@pytest.mark.slow
 def test_the_second_job_in_a_run_folder_is_refused(folder: Path) -> None:
     run_folder = folder / "runs/finetune"
     first = start([sys.executable], "finetune", folder, f"schedule.steps={10**6}")
     try:
         wait_for_steps(first, run_folder)
         second = start(LAUNCHERS["torchrun"](), "finetune", folder, f"schedule.steps={10**6}")
-        said = second.communicate(timeout=60)[1]
+        _, said = processes.finish(second, limit_s=120)
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert f"in use by process {first.pid} on {os.uname().nodename} since" in line and second.returncode != 0
     finally:
         first.kill()  # a crash
-        first.communicate()
+        processes.finish(first, limit_s=30)

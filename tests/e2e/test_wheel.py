@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sysconfig
 import venv
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import processes, tiny
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +22,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     install = [str(home / "env/bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     install += ["--no-deps", "--no-index", "--ignore-installed", str(tiny.build_wheel(home))]
-    subprocess.run(install, check=True, timeout=120)
+    processes.run(install, limit_s=120).check_returncode()
     tiny.encoder(home / "bert", "bert")
     tiny.pretrain_file(home / "pretrain.jsonl")
     tiny.finetune_file(home / "finetune.jsonl")
@@ -36,7 +35,7 @@ def call(home: Path, *command: str, code: int = 0) -> str:
     env = {name: os.environ[name] for name in kept if name in os.environ}
     env |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     program = [str(home / "env/bin" / command[0]), *command[1:]]
-    done = subprocess.run(program, cwd=home, env=env, capture_output=True, text=True, timeout=240)
+    done = processes.run(program, env, cwd=home, limit_s=240)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
@@ -72,10 +71,11 @@ def test_mistakes_are_one_line(home: Path, wrong: list[str], capfd: pytest.Captu
 
 def test_a_reader_that_has_seen_enough_is_no_error(home: Path) -> None:
     piped = f"set -o pipefail; {home}/env/bin/lodestar schema finetune | head -1"
-    done = subprocess.run(["bash", "-c", piped], capture_output=True, text=True, timeout=60)
+    done = processes.run(["bash", "-c", piped], limit_s=60)
     assert done.stdout == "{\n" and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_both_launchers_train_and_the_result_answers(home: Path) -> None:
     pretrain = ["pretrain", *recipe(home, "pretrain", home / "bert"), "engine.kind=deepspeed"]
     call(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from retrieval.export import cli as export
 from retrieval.mining import cli as mine
 from retrieval.search import cli as search
 from retromae import cli as pretrain
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = {"pretrain": pretrain.main, "finetune": finetune.main}
@@ -95,7 +95,7 @@ def test_a_plan_for_a_device_says_whether_it_fits_and_what_a_step_takes(capsys: 
 
 def test_a_plan_takes_under_three_seconds_and_no_torch() -> None:
     command = [sys.executable, "-X", "importtime", "launch/finetune.py", "--config", "configs/finetune/48gpu.yaml"]
-    found = subprocess.run([*command, "--plan", "48"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    found = processes.run([*command, "--plan", "48"], limit_s=30)
     assert found.returncode == 0 and "65,535" in found.stdout
     assert not any(line.endswith(" torch") for line in found.stderr.splitlines())
 

@@ -1,6 +1,6 @@
 """The shipped batch scripts on a real SLURM of two simulated nodes: signalled, saved, requeued, and exact.
 
-`make test-slurm` installs SLURM where it can (root and apt); without it these tests skip themselves.
+`make slurm` installs SLURM where it can (root and apt); without it these tests skip themselves.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests import tiny
+from tests import processes, tiny
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
 pytestmark = [
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make test-slurm)"),
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (make slurm)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="SLURM's daemons want root"),
 ]
 
@@ -68,7 +69,7 @@ class Cluster:
             + "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
         )
         self.env = {**os.environ, "SLURM_CONF": str(self.conf)}
-        self.daemons: list[subprocess.Popen[bytes]] = []
+        self.daemons: list[subprocess.Popen[str]] = []
 
     def start(self) -> None:
         folder = self.folder
@@ -91,14 +92,12 @@ class Cluster:
                 daemon.kill()
 
     def run(self, *command: str, **env: str) -> str:
-        found = subprocess.run(
-            command, env={**self.env, **env}, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-        )
+        found = processes.run(command, {**self.env, **env}, limit_s=60)
         return found.stdout if found.returncode == 0 else f"{found.stdout}{found.stderr}"
 
     def _daemon(self, *command: str) -> None:
         log = open(self.folder / f"{command[0]}.out", "ab")  # noqa: SIM115 (the daemon's)
-        self.daemons.append(subprocess.Popen(command, env=self.env, stdout=log, stderr=log))
+        self.daemons.append(processes.start(command, self.env, stdout=log, stderr=log))
 
     def _wait(self, ready: object, what: str, seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
@@ -197,7 +196,6 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     assert not (ROOT / "evaluated").exists()
 
 
-@pytest.mark.slow
 def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """SLURM itself sends it, up to a minute early: the shortest limits take two minutes."""
     job = submit(

@@ -151,3 +151,10 @@ def test_imports_stand_at_the_top_unless_they_keep_torch_out(loads_torch: set[st
                 continue
             wrong = {name for name in names if not is_of(name, allowed)}
             assert not wrong, f"{here}.py:{node.lineno} imports {sorted(wrong)} inside a function"
+
+
+def test_tests_start_processes_in_one_place() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        wrong = {name for name in map(ast.unparse, calls) if name.startswith(("subprocess.", "os.system", "os.exec"))}
+        assert not wrong or path == ROOT / "tests/processes.py", f"{path}: {wrong} (tests.processes has a limit)"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.docstrings import Docstring, collect, make_encoder, split, train_tokenizer, write_corpus
+from examples.docstrings import Docstring, collect, make_encoder, source_files, split, train_tokenizer, write_corpus
 
 REST = "The rows are read one after the other, and those without a key are left out of the result of this function."
 SHARED = f"Merge two tables on their keys.\n\n{REST} Both packages describe it in the very same words."
@@ -47,7 +47,7 @@ def packages(tmp_path: Path) -> Path:
 def test_every_docstring_is_found_once_and_nothing_is_imported(
     packages: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    found = collect([packages], processes=1)
+    found = collect(sorted(source_files(packages)), processes=1)
     assert [d.name for d in found.docstrings] == [
         "alpha",
         "alpha.io.Reader.read",
@@ -61,16 +61,16 @@ def test_every_docstring_is_found_once_and_nothing_is_imported(
 
 
 def test_the_order_depends_neither_on_processes_nor_on_the_place(packages: Path, tmp_path: Path) -> None:
-    alone = collect([packages], processes=1)
+    alone = collect(sorted(source_files(packages)), processes=1)
     elsewhere = tmp_path / "another" / "place"
     shutil.copytree(packages, elsewhere)
-    assert collect([packages], processes=2) == alone
-    assert collect([elsewhere], processes=1) == alone
-    assert collect([packages / "alpha"], processes=1) != alone
+    assert collect(sorted(source_files(packages)), processes=2) == alone
+    assert collect(sorted(source_files(elsewhere)), processes=1) == alone
+    assert collect(sorted(source_files(packages / "alpha")), processes=1) != alone
 
 
 def test_no_held_out_text_is_trained_on(packages: Path, tmp_path: Path) -> None:
-    counts = write_corpus(collect([packages], processes=1).docstrings, tmp_path / "data")
+    counts = write_corpus(collect(sorted(source_files(packages)), processes=1).docstrings, tmp_path / "data")
     trained = (tmp_path / "data" / "pretrain.jsonl").read_text() + (tmp_path / "data" / "finetune.jsonl").read_text()
     assert "Read a table from a file" in trained
     assert "merge" not in trained.lower()

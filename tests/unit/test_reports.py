@@ -7,7 +7,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +24,7 @@ from retrieval.evaluation.cli import main
 from retrieval.evaluation.metrics import evaluate_run
 from retrieval.evaluation.report import Row, View, make_view
 from retrieval.evaluation.tasks import RetrievalOutput
-from tests import tiny
+from tests import processes, tiny
 
 HOSTILE = '<script>console.error("a text was run")</script><img src="http://example.org/x.png">'
 
@@ -257,10 +256,8 @@ def browse(path: Path, profile: Path) -> tuple[str, list[str]]:
         *still,
         "--enable-logging=stderr",
     ]
-    found = subprocess.run(
-        [*command, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    found = processes.run([*command, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()], limit_s=120)
+    found.check_returncode()
     return found.stdout, [line for line in found.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from lodestar.files import damage, replacing_file, write_json, write_manifest, write_text
-
-ROOT = Path(__file__).parents[3]
+from tests import processes
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -32,7 +30,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(tmp_path: Path) -> None:
         "import os, signal, sys; from pathlib import Path; from lodestar.files import replacing_file\n"
         "with replacing_file(Path(sys.argv[1])) as tmp: tmp.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    process = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, timeout=60)
+    process = processes.run([sys.executable, "-c", code, str(path)], limit_s=60)
     assert process.returncode == -signal.SIGKILL and path.read_text() == "old"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import pytest
 
 import retrieval
 from lodestar.errors import ConfigError
-from tests import tiny
-
-ROOT = Path(__file__).parents[3]
+from tests import processes, tiny
 
 
 def test_the_package_loads_nothing_until_a_name_is_used() -> None:
@@ -21,9 +18,8 @@ def test_the_package_loads_nothing_until_a_name_is_used() -> None:
         "import sys, retrieval; before = set(sys.modules); retrieval.Embedder; print('torch' in before, dir(retrieval))"
     )
     command = [sys.executable, "-c", code]
-    result = subprocess.run(
-        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-    )
+    result = processes.run(command, {"PYTHONPATH": str(processes.ROOT)}, limit_s=60)
+    result.check_returncode()
     assert result.stdout.startswith("False ") and all(f"'{name}'" in result.stdout for name in retrieval.__all__)
     assert all(callable(getattr(retrieval, name)) for name in retrieval.__all__)
     with pytest.raises(AttributeError, match="module 'retrieval' has no attribute 'embeder'"):

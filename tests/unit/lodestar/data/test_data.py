@@ -24,12 +24,11 @@ from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, tokenized
 from lodestar.errors import DataError
 from lodestar.files import replacing
-from tests import tiny
+from tests import processes, tiny
 
 FEATURES = datasets.Features(
     {"length": datasets.Value("int32"), "tokens": datasets.Value("int32"), "truncated": datasets.Value("bool")}
 )
-ROOT = Path(__file__).parents[4]
 ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
 calls = 0
 
@@ -47,11 +46,11 @@ def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {"text": row["text"]} if row["text"] else None
 
 
-def build(tmp_path: Path, *names: str, **settings: Any) -> TokenizedDataset:
+def build(tmp_path: Path, *names: str, version: int = 1, **settings: Any) -> TokenizedDataset:
     return tokenized(
         find_sources([str(tmp_path / name) for name in names]),
         cache_dir=tmp_path / "cache", settings=settings, tokenize=tokenize, check=check,
-        row_features=ROW_FEATURES, features=FEATURES, processes=1,
+        row_features=ROW_FEATURES, features=FEATURES, processes=1, version=version,
     )  # fmt: skip
 
 
@@ -63,6 +62,14 @@ def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_
     tiny.pretrain_file(tmp_path / "a.jsonl", 11)
     assert build(tmp_path, "a.jsonl").stats.rows == 11
     assert not list((tmp_path / "cache").glob(".*"))  # nothing unfinished is left
+
+
+def test_another_version_tokenises_again_and_has_the_same_fingerprint(tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
+    assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
@@ -228,9 +235,7 @@ batches.close()
 @pytest.fixture
 def loading() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A process with two loader workers, and their ids."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOADING], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = processes.start([sys.executable, "-c", LOADING], stdin=subprocess.PIPE)
     assert process.stdout is not None
     *lines, own_session = (process.stdout.readline().strip() for _ in range(3))
     workers = [eval(line) for line in lines]
@@ -239,7 +244,7 @@ def loading() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
         yield process, [worker for worker, _ in workers]
     finally:
         process.kill()
-        process.wait()
+        processes.finish(process, limit_s=30)
 
 
 def is_running(process_id: int) -> bool:
@@ -251,7 +256,7 @@ def test_workers_outlive_the_signals_of_launchers(loading: tuple[subprocess.Pope
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         for worker in workers:
             os.kill(worker, number)
-    out, _ = process.communicate("more\n", timeout=60)
+    out, _ = processes.finish(process, stdin="more\n", limit_s=60)
     assert out.split() == ["2"] and process.returncode == 0
     assert not any(is_running(worker) for worker in workers)
 
@@ -261,7 +266,7 @@ def test_workers_end_with_their_rank_also_when_it_is_killed(
 ) -> None:
     process, workers = loading
     process.kill()
-    process.wait()
+    process.wait(30)
     deadline = time.monotonic() + (2 if sys.platform == "linux" else 20)
     while any(is_running(worker) for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives its rank"
@@ -270,5 +275,5 @@ def test_workers_end_with_their_rank_also_when_it_is_killed(
 
 def test_a_rank_that_fails_does_not_wait_for_its_workers() -> None:
     failing = LOADING.partition("for line")[0] + "raise ZeroDivisionError"
-    process = subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    process = processes.run([sys.executable, "-c", failing], limit_s=60)
     assert process.returncode == 1 and "ZeroDivisionError" in process.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +17,30 @@ from tests import tiny
 TEXTS = [*tiny.texts(40, seed=5), "", "mask " * 100]
 
 
-@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
+@pytest.fixture(scope="module")
+def one_device(model_folder: Path) -> Embedder:
+    return Embedder(model_folder, batch_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def two_devices(model_folder: Path) -> Iterator[Embedder]:
+    with Embedder(model_folder, ["cpu", "cpu"], batch_tokens=200) as embedder:
+        yield embedder
+
+
+@pytest.mark.parametrize("name", ["one_device", "two_devices"])
 def test_embeddings_are_sentence_transformers_own_with_the_prompt_of_each_role(
-    devices: list[str] | None, model_folder: Path
+    name: str, model_folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    theirs = SentenceTransformer(str(model_folder), device="cpu")
-    with Embedder(model_folder, devices, batch_tokens=200) as embedder:
-        for ours, expected in (
-            (embedder.encode_queries(TEXTS), theirs.encode_query(TEXTS)),
-            (embedder.encode_documents(TEXTS), theirs.encode_document(TEXTS)),
-        ):
-            assert ours.dtype == np.float32 and ours.shape == expected.shape
-            np.testing.assert_allclose(ours, expected, atol=1e-6)
-        assert not np.allclose(embedder.encode_queries(TEXTS), embedder.encode_documents(TEXTS))
-        assert embedder.encode_queries([]).shape == (0, 32)
+    theirs, embedder = SentenceTransformer(str(model_folder), device="cpu"), request.getfixturevalue(name)
+    for ours, expected in (
+        (embedder.encode_queries(TEXTS), theirs.encode_query(TEXTS)),
+        (embedder.encode_documents(TEXTS), theirs.encode_document(TEXTS)),
+    ):
+        assert ours.dtype == np.float32 and ours.shape == expected.shape
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert not np.allclose(embedder.encode_queries(TEXTS), embedder.encode_documents(TEXTS))
+    assert embedder.encode_queries([]).shape == (0, 32)
 
 
 def test_a_single_text_and_an_array_of_texts_serve(model_folder: Path) -> None:
@@ -43,10 +54,9 @@ def test_fewer_dimensions_are_normalised_again(model_folder: Path) -> None:
     np.testing.assert_allclose(narrow, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), rtol=1e-5)
 
 
-def test_a_stream_keeps_the_order_of_its_jobs(model_folder: Path) -> None:
+def test_a_stream_keeps_the_order_of_its_jobs(two_devices: Embedder, model_folder: Path) -> None:
     jobs = [TEXTS[i : i + 5] for i in range(0, 40, 5)]
-    with Embedder(model_folder, ["cpu", "cpu"]) as embedder:
-        vectors = [embeddings.vectors_ND.numpy() for embeddings in embedder.stream((job, "document") for job in jobs)]
+    vectors = [embeddings.vectors_ND.numpy() for embeddings in two_devices.stream((job, "document") for job in jobs)]
     np.testing.assert_allclose(np.concatenate(vectors), Embedder(model_folder).encode_documents(TEXTS[:40]), atol=1e-6)
 
 

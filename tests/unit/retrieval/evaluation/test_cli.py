@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from lodestar.config.loader import load
 from retrieval.embedding import distributed_embed
 from retrieval.evaluation.cli import main
 from retrieval.evaluation.config import BootstrapConfig, EvaluateRecipe
-from tests import tiny
+from tests import processes, tiny
 from tests.unit.retrieval.evaluation.test_tasks import KINDS, sections
-
-ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +95,7 @@ def test_prompts_stand_in_for_a_models_own_by_its_label(model_folder, beir_folde
         ({"models": []}, "evaluate.yaml:1: models: must"),
         ({"evaluate": {}}, "needs evaluate.data (name a BEIR folder)"),
         ({"models": ["./absent"]}, "./absent: no such folder (name a sentence-transformers folder"),
+        ({"bootstrap": {"baselines": ["old"]}}, "bootstrap.baselines: old: no row has that label (known: ./absent)"),
         ({"models": ["runs/absent/model"]}, "runs/absent/model: no such folder"),
         ({"evaluate": {"data": "absent"}}, "absent: no such folder (name one with corpus.jsonl"),
     ],
@@ -132,6 +130,16 @@ def test_the_command_puts_all_tasks_into_one_table_and_one_json(model_folder, da
         assert [(each["model"], each["to"]) for each in differences] == [(model, "one") for model in models]
         assert all(each["p"] == 1 for each in differences if each["model"] == "two")  # they are the same model
     assert 0 < written["differences"][0]["p"] < 0.05  # BM25 is not
+
+    recipe["bootstrap"] = {"baselines": ["BM25", "two"]}
+    path.write_text(json.dumps(recipe))
+    assert main(["--config", str(path)]) == 0
+    written = json.loads((tmp_path / "out/evaluation.json").read_text())
+    others = [("one", "BM25"), ("two", "BM25"), ("two + BM25", "BM25"), ("BM25", "two"), ("one", "two")]
+    assert [(each["model"], each["to"]) for each in written["differences"]] == [*others, ("two + BM25", "two")]
+    assert [each["to"] for each in written["tasks"]["my classification"]["differences"]] == ["two"]
+    path.write_text(json.dumps(recipe | {"bootstrap": {}}))
+    capsys.readouterr()
 
     assert main(["--config", str(path), "--plan", "4", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -194,8 +202,6 @@ def test_a_plan_and_mistakes_in_files_need_no_torch(tmp_path):
     config.write_text(json.dumps({"models": ["./absent"], "tasks": tasks}))
     for arguments, exit_code in ((["--plan"], 0), ([], 2)):
         command = [sys.executable, "-X", "importtime", "launch/evaluate.py", "--config", str(config), *arguments]
-        ended = subprocess.run(
-            command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-        )
+        ended = processes.run(command, {"PYTHONPATH": str(processes.ROOT)}, limit_s=60)
         assert ended.returncode == exit_code, ended.stderr
         assert not any(line.endswith((" torch", " sklearn")) for line in ended.stderr.splitlines())

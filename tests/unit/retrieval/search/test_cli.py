@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,9 +16,7 @@ from retrieval.evaluation.beir import read_corpus
 from retrieval.search.cli import index_main, search_main
 from retrieval.search.config import StoreConfig
 from retrieval.search.search import open_searcher
-from tests import tiny
-
-ROOT = Path(__file__).parents[4]
+from tests import processes, tiny
 
 
 def test_indexing_twice_stores_the_corpus_once(recipe: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +104,7 @@ def test_a_mistake_is_told_before_torch_is_loaded(tmp_path: Path) -> None:
     recipe = tmp_path / "index.yaml"
     recipe.write_text("model: m\ncorpus: c.jsonl\nstore: {kind: faiss, path: db, tabel: t}\n")
     command = [sys.executable, "-X", "importtime", "launch/index.py", "--config", str(recipe)]
-    result = subprocess.run(
-        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60
-    )
+    result = processes.run(command, {"PYTHONPATH": str(processes.ROOT)}, limit_s=60)
     assert result.returncode == 2 and "store.tabel: unknown key (did you mean 'table'?)" in result.stderr
     assert not any(line.endswith((" torch", " lancedb", " faiss")) for line in result.stderr.splitlines())
 
