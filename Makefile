@@ -2,24 +2,32 @@
 PYTHON ?= python3
 VENV := .venv
 DOCS_VENV := .venv-docs
+PEERS_VENV := .venv-peers
+MINIMUM_VENV := .venv-minimum
+PYTHON_VENV := .venv-python
 # Without bytecode each process that a test starts would compile torch's source.
 export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install install-all test test-slow test-all slurm browser lint types check bench docs reference \
-	demo demo-ablation demo-pretrained clean
+.PHONY: help install install-all test test-slow test-all test-minimum test-pythons slurm browser lint types check bench \
+	conformance docs reference demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 # Locks are complete, so nothing is resolved; deepspeed alone comes as source. Bytecode is written at the first import.
-INSTALL := $(VENV)/bin/pip install --quiet --no-deps --no-compile --only-binary :all: --no-binary deepspeed
+# uv does not read pip's configuration and could choose another build of torch, so pip installs torch.
+PIP := $(VENV)/bin/pip install --quiet --no-compile
+UV := $(shell command -v uv)
+INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(VENV)/bin/python,$(PIP)) \
+	--no-deps --only-binary :all: --no-binary deepspeed
 
 install: $(VENV)/demo ## make .venv with what training and the demo need
 
 $(VENV)/demo: requirements-demo.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --requirement requirements-demo.lock
+	grep '^torch==' requirements-demo.lock | $(PIP) --no-deps --requirement /dev/stdin
+	grep -v '^torch==' requirements-demo.lock | $(INSTALL) --requirement /dev/stdin
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -39,6 +47,35 @@ test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
 
 test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
 	$(PYTEST) -m 'slow or not slow'
+
+# torch 2.11, the lowest, may come as a CUDA build of gigabytes: MINIMUM_TORCH=2.11.0 tests it.
+MINIMUM_TORCH ?= 2.13.0
+MINIMUM_TESTS ?= tests/unit tests/databases tests/recipes tests/conformance tests/e2e/test_families.py
+
+test-minimum: $(MINIMUM_VENV)/installed ## run most tests with the lowest versions that pyproject.toml allows
+	$(subst $(VENV),$(MINIMUM_VENV),$(RUN))/python -m pytest $(MINIMUM_TESTS)
+
+$(MINIMUM_VENV)/installed: pyproject.toml tests/lowest_versions.py
+	$(PYTHON) -m venv --clear $(MINIMUM_VENV)
+	$(PYTHON) tests/lowest_versions.py | sed 's/^torch==.*/torch==$(MINIMUM_TORCH)/' \
+		| $(MINIMUM_VENV)/bin/pip install --quiet --only-binary :all: --no-binary deepspeed --requirement /dev/stdin
+	@touch $@
+
+# What needs no torch: the sources compile, recipes load or are refused, plans are computed.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+TORCH_FREE := $(addprefix tests/unit/,test_architecture.py lodestar/config lodestar/planning/test_plan.py \
+	lodestar/test_errors.py lodestar/test_files.py)
+
+test-pythons: ## run what needs no torch on several Pythons, PYTHONS="python3.10 python3.13"
+	set -e; new=$(PYTHON_VENV)/bin/python; for python in $(PYTHONS); do \
+		$$python -m venv --clear $(PYTHON_VENV); \
+		$$new -m pip install --quiet huggingface_hub pyarrow pydantic pytest pyyaml rich safetensors; \
+		$$new -m compileall -qf contrastive examples launch lodestar retrieval retromae tests; \
+		$$new -m pytest $(TORCH_FREE); \
+		$$new -m lodestar pretrain --config configs/pretrain/24gpu.yaml --plan 24 > /dev/null; \
+		$$new -m lodestar finetune --config configs/finetune/48gpu.yaml --plan 48 > /dev/null; \
+		for command in encode evaluate export index merge mine search; do \
+			$$new -m lodestar $$command --help > /dev/null; done; done
 
 slurm: ## install SLURM where that can be done: root and apt
 	@command -v slurmctld > /dev/null || ! command -v apt-get > /dev/null || [ "$$(id -u)" != 0 ] || \
@@ -69,6 +106,16 @@ demo-pretrained: install ## the same from a small pre-trained encoder, all-MiniL
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
 
+conformance: install-all $(if $(PEERS),$(PEERS_VENV)/installed) ## losses beside other packages'; PEERS=1 adds FlagEmbedding
+	PYTHONPATH=. $(RUN)/python -m tests.conformance.table $(if $(PEERS),$(PEERS_VENV)/bin/python)
+
+# FlagEmbedding needs transformers below 5, and imports datasets and peft.
+$(PEERS_VENV)/installed: Makefile
+	$(PYTHON) -m venv --clear $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install --quiet torch==2.13.0 'transformers<5' datasets peft
+	$(PEERS_VENV)/bin/pip install --quiet --no-deps FlagEmbedding==1.4.2
+	@touch $@
+
 reference: install ## write what the documentation takes from the code
 	PYTHONPATH=. $(VENV)/bin/python docs/generate_reference.py
 
@@ -81,4 +128,4 @@ $(DOCS_VENV)/installed: pyproject.toml # the extra `docs` alone: the site needs 
 	@touch $@
 
 clean: ## delete the environments, the demo's runs and what was built
-	rm -rf $(VENV) $(DOCS_VENV) runs build
+	rm -rf $(VENV) $(DOCS_VENV) $(PEERS_VENV) $(MINIMUM_VENV) $(PYTHON_VENV) runs build
