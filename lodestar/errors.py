@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
@@ -57,6 +58,15 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that resembles `name` most; none where none does."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def shown(value: object) -> str:
+    """A value in one short line, for a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def first_line(error: BaseException) -> str:
