@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import islice
 from types import ModuleType
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""What would break a line or steer a terminal."""
 
 
 class LodestarError(Exception):
@@ -15,7 +20,7 @@ class LodestarError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, print_on_this_rank: bool | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_CONTROL.sub(" ", message))
         self.print_on_this_rank = print_on_this_rank
         """Whether this process prints it; none: only rank 0 does."""
 
@@ -67,6 +72,12 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def names(values: Iterable[str]) -> str:
+    """Names from a file in one short line, for a message."""
+    first = [value if value.isprintable() and len(value) <= 40 else shown(value) for value in islice(values, 13)]
+    return ", ".join([*first[:12], *(["..."] if first[12:] else [])]) or "none"
 
 
 def first_line(error: BaseException) -> str:

@@ -34,7 +34,10 @@ from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
 from lodestar.training.task import BuildTask, Recipe, TaskSpec, TrainingTask
 
-_KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train", "pooling": "model.pooling"}
+_KEY_OF = {
+    "seed": "run.seed", "global_size": "batch.global_size", "data": "data.train", "samples": "data.train",
+    "pooling": "model.pooling",
+}  # fmt: skip
 """The recipe's keys for values of TrainingTask.identity."""
 STOPPED = 3
 """Exit code of a run that a signal stopped; the same command resumes it."""

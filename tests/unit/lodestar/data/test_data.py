@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 
+from lodestar.data.findings import Findings
 from lodestar.data.loader import cut, padded, step_batches
 from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
@@ -41,7 +42,7 @@ def tokenize(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {"length": lengths, "tokens": lengths, "truncated": [length > 60 for length in lengths]}
 
 
-def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def check(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str, Any] | None:
     if "text" not in row:
         raise DataError(f"{where}: text: missing")
     return {"text": row["text"]} if row["text"] else None
@@ -166,11 +167,11 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_cache(tmp_path: Path) -> None:
     path = tiny.pretrain_file(tmp_path / "a.jsonl", 40)
 
-    def growing(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def growing(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str, Any] | None:
         if where.endswith(":40"):
             with path.open("a") as file:
                 file.write('{"text": "one more"}\n')
-        return check(where, row)
+        return check(where, row, findings)
 
     sources = find_sources([str(path)])
     options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenize": tokenize, "features": FEATURES}
