@@ -65,7 +65,10 @@ class Source:
     @property
     def size_bytes(self) -> int | None:
         """Of a file; none otherwise."""
-        return None if self.kind in ("saved", "hub") else Path(self.path).stat().st_size
+        if self.kind in ("saved", "hub"):
+            return None
+        with open_regular(self.path) as file:
+            return os.fstat(file.fileno()).st_size
 
 
 def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Source]:
@@ -208,9 +211,10 @@ def count_rows(sources: Sequence[Source]) -> int | None:
     """Rows of the sources, by counting lines; none where that would take long."""
     total, budget_bytes = 0, 1 << 27
     for source in sources:
-        if source.kind not in ("jsonl", "json", "txt"):
+        size_bytes = source.size_bytes
+        if size_bytes is None or source.kind == "parquet":
             return None
-        budget_bytes -= Path(source.path).stat().st_size * (4 if source.path.endswith(".gz") else 1)
+        budget_bytes -= size_bytes * (4 if source.path.endswith(".gz") else 1)
         if budget_bytes < 0:
             return None
         total += sum(1 for _ in read_lines(source.path))

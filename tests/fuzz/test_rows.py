@@ -1,4 +1,4 @@
-"""Mutated rows through every reader of rows: no exception but ours, no hang, no message without its place and remedy."""
+"""Mutated rows through every reader: no exception but ours, no hang, no message without its place and remedy."""
 
 from __future__ import annotations
 
