@@ -10,8 +10,8 @@ from importlib import import_module
 from itertools import islice
 from types import ModuleType
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""What would break a line or steer a terminal."""
+_CONTROL = re.compile("\n(?!error: )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+"""What would break a line or steer a terminal; a message may hold several lines, each with its `error: `."""
 
 
 class LodestarError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -22,7 +22,16 @@ _GZIP, _BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
 _FOREIGN_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+OnError = Callable[[DataError], None]
+"""Gets the error of a line or row, which is then left out."""
+
+
+def fail(error: DataError) -> None:
+    """The usual OnError: nothing is read after an error."""
+    raise error from None
+
+
+def read_lines(path: str | Path, on_error: OnError = fail) -> Iterator[tuple[int, str]]:
     """(number from 1, line) for each line that is not blank, gz or not; DataError where the file cannot be read."""
     number = 0
     try:
@@ -34,8 +43,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             with io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape") as file:
                 while line := file.readline(MAX_LINE_CHARACTERS):
                     number += 1
-                    _check_line(path, number, line)
-                    if not line.isspace():
+                    if problem := _problem(line):
+                        on_error(DataError(f"{path}:{number}: row: {problem}"))
+                        while len(line) == MAX_LINE_CHARACTERS and not line.endswith("\n"):
+                            line = file.readline(MAX_LINE_CHARACTERS)
+                    elif not line.isspace():
                         yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise DataError(f"{path}:{number + 1}: row: the gz file is cut or damaged (fetch it again)") from None
@@ -63,14 +75,15 @@ def _skip_bom(path: str | Path, file: BinaryIO) -> None:
             raise DataError(f"{path}:1: row: is {encoding} (convert the file to UTF-8)")
 
 
-def _check_line(path: str | Path, number: int, line: str) -> None:
+def _problem(line: str) -> str | None:
+    """What is wrong with a line, with the remedy."""
     if len(line) == MAX_LINE_CHARACTERS and not line.endswith("\n"):
-        limit = f"{MAX_LINE_CHARACTERS:,} characters"
-        raise DataError(f"{path}:{number}: row: longer than {limit} (one row on each line; split long texts)")
+        return f"longer than {MAX_LINE_CHARACTERS:,} characters (one row on each line; split long texts)"
     if "\0" in line:
-        raise DataError(f"{path}:{number}: row: holds a NUL byte (convert the file to UTF-8, or drop the row)")
+        return "holds a NUL byte (convert the file to UTF-8, or drop the row)"
     if not line.isascii() and not is_encodable(line):
-        raise DataError(f"{path}:{number}: row: not valid UTF-8 (convert the file to UTF-8)")
+        return "not valid UTF-8 (convert the file to UTF-8)"
+    return None
 
 
 def is_encodable(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow import parquet
 
-from lodestar.data.lines import is_encodable, read_lines
+from lodestar.data.lines import OnError, fail, is_encodable, read_lines
 from lodestar.errors import DataError, first_line, shown
 from lodestar.files import file_problem, open_regular
 
@@ -116,12 +116,12 @@ def repeated(sources: Sequence[Source]) -> list[str]:
     return [path for path, count in counts.items() if count > 1]
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def read_rows(source: Source, on_error: OnError = fail) -> Iterator[tuple[str, Row]]:
     """(where, row) for each row of a source; `where` is FILE:LINE, for error messages. Raises DataError."""
     if source.kind in ("jsonl", "json"):
-        yield from read_json(source.path)
+        yield from read_json(source.path, on_error)
     elif source.kind == "txt":
-        for number, line in read_lines(source.path):
+        for number, line in read_lines(source.path, on_error):
             yield f"{source.path}:{number}", {"text": line.strip()}
     elif source.kind == "parquet":
         yield from _numbered(source, _parquet_rows(source.path))
@@ -153,23 +153,33 @@ def _parquet_rows(path: str) -> Iterator[Row]:
             yield from batch.to_pylist()
 
 
-def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
+def read_json(path: str | Path, on_error: OnError = fail) -> Iterator[tuple[str, Row]]:
     """(FILE:LINE, object) for each line of a JSONL file, gz or not; DataError for a line that is none."""
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, on_error):
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: row: not valid JSON: {error.msg} (one object on each line)") from None
-        except RecursionError:
-            raise DataError(f"{where}: row: nested too deeply (flatten or drop the row)") from None
-        except ValueError:  # Python's limit
-            raise DataError(f"{where}: row: holds a number of thousands of digits (drop the row)") from None
-        if ("\\ud" in line or "\\uD" in line) and not _has_whole_characters(row):
-            raise DataError(f"{where}: row: holds half a character (a lone surrogate; fix or drop the row)")
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: row: must be an object, got {type(row).__name__} (one object on each line)")
-        yield where, row
+            row = _parse(line)
+        except ValueError as error:
+            on_error(DataError(f"{where}: row: {error}"))
+        else:
+            yield where, row
+
+
+def _parse(line: str) -> Row:
+    """The object on a line; ValueError says what is wrong, and the remedy."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (one object on each line)") from None
+    except RecursionError:
+        raise ValueError("nested too deeply (flatten or drop the row)") from None
+    except ValueError:  # Python's limit
+        raise ValueError("holds a number of thousands of digits (drop the row)") from None
+    if ("\\ud" in line or "\\uD" in line) and not _has_whole_characters(row):
+        raise ValueError("holds half a character (a lone surrogate; fix or drop the row)")
+    if not isinstance(row, dict):
+        raise ValueError(f"must be an object, got {type(row).__name__} (one object on each line)")
+    return row
 
 
 def _has_whole_characters(row: object) -> bool:
