@@ -33,7 +33,8 @@ from retromae.model import RetroMAE
 from retromae.plan import plan
 from retromae.stage import PretrainStage
 from retromae.stream import SequentialSampler, StreamWindow
-from retromae.tokenization import FEATURES, ROW_FEATURES, TextCheck, Tokenize, settings
+from retromae.text_check import TextCheck
+from retromae.tokenization import FEATURES, ROW_FEATURES, Tokenize, settings
 
 
 def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lodestar.data.findings import Findings
-from lodestar.data.readers import Row
-from lodestar.errors import DataError, names
 from lodestar.models.load import tokenizer_identity
 from retromae.config import DataConfig
 
@@ -66,21 +62,6 @@ class Tokenize:
         rows["input_ids"].append([*self.prefix_ids, *ids, *self.suffix_ids])
         rows["words"].append([-1] * len(self.prefix_ids) + from_zero + [-1] * len(self.suffix_ids))
         rows["tokens"].append(len(rows["input_ids"][-1]))
-
-
-@dataclass(frozen=True)
-class TextCheck:
-    """Row -> its text; none to drop a row whose text is empty. Raises DataError where `field` is no text."""
-
-    field: str
-
-    def __call__(self, where: str, row: Row, findings: Findings | None = None) -> Row | None:
-        text = row.get(self.field)
-        if not isinstance(text, str):
-            raise DataError(
-                f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {names(row)})"
-            )
-        return {"text": text} if text.strip() else None
 
 
 def settings(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:

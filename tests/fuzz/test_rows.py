@@ -21,7 +21,7 @@ from retrieval.evaluation.beir import read_beir
 from retrieval.evaluation.config import ClassificationConfig, PairClassificationConfig, StsConfig
 from retrieval.evaluation.tasks import read_task
 from retrieval.search.corpus import find_corpus, read_chunks
-from retromae.tokenization import TextCheck
+from retromae.text_check import TextCheck
 from tests.fuzz.mutate import as_line, mutate_bytes, mutate_value
 
 ROWS: list[dict[str, Any]] = [

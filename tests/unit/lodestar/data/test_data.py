@@ -26,8 +26,8 @@ from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
 from lodestar.errors import DataError
 from lodestar.files import replacing
+from retromae.text_check import TextCheck
 from retromae.tokenization import FEATURES as PRETRAIN_FEATURES
-from retromae.tokenization import TextCheck
 from retromae.tokenization import Tokenize as PretrainTokenize
 from tests import tiny
 
