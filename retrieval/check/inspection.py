@@ -22,6 +22,8 @@ from lodestar.errors import DataError
 
 MAX_ERRORS = 20
 """Of one file that are listed; the others are counted."""
+SMALL_BYTES = 16 << 20
+"""Fewer bytes are read before other processes have started."""
 _BATCH = 1000  # rows
 
 Texts = Callable[[str, Row, Findings], Mapping[str, Sequence[tuple[str, str]]] | None]
@@ -66,7 +68,7 @@ def inspect(sources: Sequence[Source], texts: Texts, tokenizer: Path | None, pro
     inspect_one = partial(_inspect_file, texts=texts, tokenizer=tokenizer)
     total = Inspection()
     processes = min(processes, len(sources))
-    if processes > 1:
+    if processes > 1 and sum(source.size_bytes or SMALL_BYTES for source in sources) >= SMALL_BYTES:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             for one in pool.map(inspect_one, sources):
                 total.add(one)

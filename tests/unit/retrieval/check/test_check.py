@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from retrieval.check import inspection
 from retrieval.check.cli import main
 from tests import processes, tiny
 
@@ -83,8 +84,9 @@ def test_every_mistake_is_listed_with_its_line(
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(inspection, "SMALL_BYTES", 0)
     files = [tiny.finetune_file(tmp_path / f"{i}.jsonl", 10 + i) for i in range(3)]
     files[1].write_text(files[1].read_text() + "{bad\n")
     config = recipe(folder, tmp_path, *files)
