@@ -69,9 +69,9 @@ class DataConfig(TrainingDataConfig):
     or, for a known hub name, its model card; "" for no instruction."""
     passage_instruction: str | None = None
     """The same for passages; the prompt named document."""
-    query_max_length: Count | None = None
+    query_max_length: Annotated[int, Field(ge=3)] | None = None
     """Tokens; none: model.max_length."""
-    passage_max_length: Count | None = None
+    passage_max_length: Annotated[int, Field(ge=3)] | None = None
     """Tokens; none: model.max_length."""
 
     @property

@@ -21,7 +21,7 @@ from lodestar.config.schema import Pooling
 from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
-from lodestar.data.token_cache import TokenizedDataset, tokenized
+from lodestar.data.token_cache import TokenizedDataset, check_repeated, print_findings, tokenized
 from lodestar.data.training_examples import ROW_FEATURES, check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
@@ -47,6 +47,8 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
     data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
     max_lengths = {role: data.length(role, recipe.model.max_length) for role in ("query", "passage")}
     tokenized_datasets = _tokenized_datasets(recipe, runtime, tokenizer, max_lengths)
+    if runtime.is_main:
+        print_findings([dataset.stats for dataset in tokenized_datasets])
     fingerprints = [dataset.stats.fingerprint for dataset in tokenized_datasets]
     require_same({"data.train": fingerprints}, "data")
     counts = Counter[str]()
@@ -108,6 +110,10 @@ def _tokenized_datasets(
     data = recipe.data
     instructions = data.query_instruction or "", data.passage_instruction or ""
     tokenize = Tokenize(tokenizer, *instructions, max_lengths["query"], max_lengths["passage"])
+    with agreed():
+        tokenize.check_lengths()
+        sources = find_sources([dataset.path for dataset in data.sets])
+        check_repeated(sources, strict=data.strict, tell=runtime.is_main)
 
     def tokenized_dataset(path: str) -> TokenizedDataset:
         return tokenized(
@@ -119,6 +125,7 @@ def _tokenized_datasets(
             row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
+            strict=data.strict,
             first_on_node=runtime.local_rank == 0,
         )
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lodestar.data.training_examples import SCORES, content_hash
+from lodestar.errors import ConfigError
 from lodestar.models.load import tokenizer_identity
 
 _TEXT = datasets.List(datasets.Value("int32"))
@@ -28,6 +30,7 @@ FEATURES = datasets.Features(
         "most_negatives": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
+        "without_tokens": datasets.Value("bool"),
     }
 )
 
@@ -74,11 +77,31 @@ class Tokenize:
                 "most_negatives": {"only_1neg": 1, "symmetric_class": len(neg)}.get(kind, _UNLIMITED),
                 "tokens": len(query_ids[i]) + sum(map(len, passage_ids[start:end])),
                 "truncated": query_truncated[i] or any(passage_truncated[start:end]),
+                "without_tokens": not all(map(self._has_token, (query_ids[i], *passage_ids[start:end]))),
             }
             for name, value in values.items():
                 rows[name].append(value)
             start = end
         return rows
+
+    def check_lengths(self) -> None:
+        """ConfigError where an instruction leaves no token for the text after it."""
+        roles = {
+            "query": (self.query_instruction, self.query_max_length),
+            "passage": (self.passage_instruction, self.passage_max_length),
+        }
+        for role, (instruction, max_length) in roles.items():
+            needed = len(self.tokenizer(instruction)["input_ids"])
+            if max_length <= needed:
+                problem = f"{max_length} tokens, of which instruction and special tokens take {needed}"
+                raise ConfigError(f"data.{role}_max_length: {problem} (raise it, or model.max_length)")
+
+    def _has_token(self, ids: list[int]) -> bool:
+        return not self._special_ids.issuperset(ids)
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids)
 
     def _encode(self, texts: list[str], max_length: int) -> tuple[list[list[int]], list[bool]]:
         """Token ids of each text, and whether it was truncated."""

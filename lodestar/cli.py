@@ -52,6 +52,8 @@ def entry_point(
         values = plan(recipe, options.plan or placement.world_size, options.device)
         if rank == 0:
             print(json.dumps(values) if options.json else in_words(values))
+            if not options.json:
+                print(f"{'to check all files':<22} lodestar check --config {options.config}")
         return 0
     except LodestarError as error:
         if rank == 0 if error.print_on_this_rank is None else error.print_on_this_rank:

@@ -53,6 +53,7 @@ COMMANDS = {
     "merge": Command(
         "average the weights of models", "retrieval.export.cli:merge_main", "retrieval.export.config:MergeRecipe"
     ),
+    "check": Command("read everything that a recipe names, and list all mistakes", "retrieval.check.cli:main"),
     "recipes": Command("list the recipes that come with lodestar, or print one", "lodestar.recipes_cli:recipes_main"),
     "schema": Command("print the JSON Schema of a command's recipe", "lodestar.recipes_cli:schema_main"),
 }

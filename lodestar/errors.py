@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import islice
 from types import ModuleType
+
+_CONTROL = re.compile("\n(?!error: )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+"""What would break a line or steer a terminal; a message may hold several lines, each with its `error: `."""
 
 
 class LodestarError(Exception):
@@ -14,7 +20,7 @@ class LodestarError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, print_on_this_rank: bool | None = None) -> None:
-        super().__init__(message)
+        super().__init__(_CONTROL.sub(" ", message))
         self.print_on_this_rank = print_on_this_rank
         """Whether this process prints it; none: only rank 0 does."""
 
@@ -57,6 +63,21 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that resembles `name` most; none where none does."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def shown(value: object) -> str:
+    """A value in one short line, for a message."""
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=str)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def names(values: Iterable[str]) -> str:
+    """Names from a file in one short line, for a message."""
+    first = [value if value.isprintable() and len(value) <= 40 else shown(value) for value in islice(values, 13)]
+    return ", ".join([*first[:12], *(["..."] if first[12:] else [])]) or "none"
 
 
 def first_line(error: BaseException) -> str:

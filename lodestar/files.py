@@ -12,14 +12,15 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, BinaryIO
 
-from lodestar.errors import ConfigError
+from lodestar.errors import ConfigError, DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -61,6 +62,27 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_problem(path: str | Path) -> str | None:
+    """Why a path cannot be read as a file, in a few words; none for a regular file. Never waits, as for a FIFO."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if os.path.islink(path):
+            return "is a link to nothing"
+        return "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", str(error))
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+    return f"is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file"
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file to read its bytes; DataError for anything else, and OSError where it cannot be opened."""
+    if problem := file_problem(path):
+        raise DataError(f"{path}:1: file: {problem} (name a file of rows)")
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def sync(path: Path) -> None:

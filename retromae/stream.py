@@ -5,6 +5,7 @@ A batch is a function of (seed, step) and of the source: a run that resumes at s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 
@@ -31,8 +32,11 @@ class StreamWindow:
         tokenize: Tokenize,
         global_size: int,
         seed: int,
+        counts: Counter[str] | None = None,
     ) -> None:
+        """counts   gets what was read so far, until the source ends for the first time"""
         self._read, self._check, self._tokenize = read, check, tokenize
+        self.counts = Counter[str]() if counts is None else counts
         self._size, self._seed = WINDOW * global_size, seed
         self._texts: list[EncodedText] = []
 
@@ -51,16 +55,23 @@ class StreamWindow:
 
     def _endless_texts(self) -> Iterator[EncodedText]:
         """The source's texts, again and again; raises DataError where it has none."""
+        counts = self.counts
         while True:
             empty, source = True, self._read()
             while block := list(islice(source, 1000)):
-                rows = [self._check(where, row) for where, row in block]
-                columns = self._tokenize({"text": [row["text"] for row in rows if row is not None]})
+                texts = [row["text"] for row in (self._check(where, row) for where, row in block) if row is not None]
+                columns = self._tokenize({"text": texts})
+                counts["rows"] += len(columns["tokens"])
+                counts["dropped"] += len(block) - columns["part"].count(0)
+                counts["without_tokens"] += sum(columns["without_tokens"]) + len(texts) - columns["part"].count(0)
+                counts["tokens"] += sum(columns["tokens"])
+                counts["truncated"] += sum(columns["truncated"])
                 for ids, words in zip(columns["input_ids"], columns["words"], strict=True):
                     empty = False
                     yield EncodedText(ids, words)
             if empty:
                 raise DataError("data.train: the stream holds no text (name files with texts)")
+            counts = Counter[str]()  # each row counts once
 
 
 class SequentialSampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, Source, find_sources, stream_rows
 from lodestar.data.sampler import MakeSampler, ShuffledSampler
-from lodestar.data.token_cache import tokenized
-from lodestar.distributed.collectives import agreed, once_per_node, require_same
+from lodestar.data.token_cache import check_repeated, print_findings, tokenized
+from lodestar.distributed.collectives import agreed, on_main, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.load import find_folder, load_encoder, load_tokenizer
@@ -32,7 +33,8 @@ from retromae.model import RetroMAE
 from retromae.plan import plan
 from retromae.stage import PretrainStage
 from retromae.stream import SequentialSampler, StreamWindow
-from retromae.tokenization import FEATURES, ROW_FEATURES, TextCheck, Tokenize, settings
+from retromae.text_check import TextCheck
+from retromae.tokenization import FEATURES, ROW_FEATURES, Tokenize, settings
 
 
 def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
@@ -45,6 +47,7 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
         sources = find_sources(recipe.data.train)
+        check_repeated(sources, strict=recipe.data.strict, tell=runtime.is_main)
         if recipe.data.streaming and recipe.schedule.steps is None:
             raise ConfigError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
     if recipe.data.streaming:
@@ -74,7 +77,13 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
         rows=data.rows,
         batches=data.batches,
         micro_batches=data.micro_batches,
-        identity={"stage": "pretrain", "seed": seed, "global_size": recipe.batch.global_size, "data": data.identity},
+        identity={
+            "stage": "pretrain",
+            "seed": seed,
+            "global_size": recipe.batch.global_size,
+            "data": data.identity,
+            **({"samples": list(data.samples)} if data.samples else {}),
+        },
         export=encoder_export(module.encoder, tokenizer, recipe, title=title, prompts={}, pooling=pooling),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts={}),
         data_counts=data.counts,
@@ -92,22 +101,27 @@ class _TrainingData(NamedTuple):
     micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
     rows: int | None = None
     counts: Mapping[str, int] = {}
+    samples: Sequence[str | None] = ()
+    """Of a stream: hashes of parts of each file."""
 
 
 def _streamed_data(
     recipe: PretrainRecipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
 ) -> _TrainingData:
     seed, size, total_steps = recipe.run.seed, recipe.batch.global_size, recipe.schedule.steps or 0
-    plan = recipe.batch.plan(runtime.world_size)
+    plan, counts = recipe.batch.plan(runtime.world_size), Counter[str]()
 
     def batches(start: int) -> Generator[StepBatch]:
         check, tokenize = TextCheck(recipe.data.field), _tokenize(recipe, tokenizer)
-        window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed)
+        counts.clear()
+        window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed, counts)
         collate = Collate(window, SequentialSampler(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
         return window.batches(collate, start, total_steps)
 
-    # Sizes only: hashing the texts would take as long as reading them.
-    return _TrainingData([source.size_bytes for source in sources], total_steps, batches)
+    # Hashing all texts would take as long as reading them.
+    samples = on_main(lambda: [source.sample_fingerprint for source in sources])
+    sizes = [source.size_bytes for source in sources]
+    return _TrainingData(sizes, total_steps, batches, counts=counts, samples=samples)
 
 
 def _cached_data(
@@ -129,10 +143,13 @@ def _cached_data(
             features=FEATURES,
             processes=data.processes,
             version=Tokenize.version,
+            strict=data.strict,
             first_on_node=runtime.local_rank == 0,
         ),
         runtime.local_rank,
     )
+    if runtime.is_main:
+        print_findings([dataset.stats])
     rows = len(dataset.rows)
     total_steps = recipe.schedule.total_steps(rows, size)
     plan = recipe.batch.plan(runtime.world_size)

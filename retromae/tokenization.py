@@ -10,14 +10,11 @@ hide them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lodestar.data.readers import Row
-from lodestar.errors import DataError
 from lodestar.models.load import tokenizer_identity
 from retromae.config import DataConfig
 
@@ -30,6 +27,8 @@ FEATURES = datasets.Features(
         "words": datasets.List(datasets.Value("int16")),
         "tokens": datasets.Value("int32"),
         "truncated": datasets.Value("bool"),
+        "without_tokens": datasets.Value("bool"),
+        "part": datasets.Value("int32"),
     }
 )
 
@@ -59,35 +58,20 @@ class Tokenize:
                 for token_id, word in zip(ids, encoded.word_ids(i), strict=True)
             ]
             starts = range(0, len(ids), self.max_text_tokens) if self.split else range(min(1, len(ids)))
-            truncated = len(ids) > self.max_text_tokens and not self.split
+            rows["truncated"] += [len(ids) > self.max_text_tokens and not self.split] * len(starts)
+            rows["without_tokens"] += [start == 0 and max(words) < 0 for start in starts]
+            rows["part"] += range(len(starts))
             for start in starts:
                 part = slice(start, start + self.max_text_tokens)
-                self._add_row(rows, ids[part], words[part], truncated=truncated)
+                self._add_row(rows, ids[part], words[part])
         return rows
 
-    def _add_row(self, rows: dict[str, list[Any]], ids: list[int], words: list[int], *, truncated: bool) -> None:
+    def _add_row(self, rows: dict[str, list[Any]], ids: list[int], words: list[int]) -> None:
         first = next((word for word in words if word >= 0), 0)
         from_zero = [word - first if word >= 0 else -1 for word in words]
         rows["input_ids"].append([*self.prefix_ids, *ids, *self.suffix_ids])
         rows["words"].append([-1] * len(self.prefix_ids) + from_zero + [-1] * len(self.suffix_ids))
         rows["tokens"].append(len(rows["input_ids"][-1]))
-        rows["truncated"].append(truncated)
-
-
-@dataclass(frozen=True)
-class TextCheck:
-    """Row -> its text; none to drop a row whose text is empty. Raises DataError where `field` is no text."""
-
-    field: str
-
-    def __call__(self, where: str, row: Row) -> Row | None:
-        text = row.get(self.field)
-        if not isinstance(text, str):
-            fields = ", ".join(row) or "none"
-            raise DataError(
-                f"{where}: {self.field}: must be a text, got {type(text).__name__} (set data.field; here: {fields})"
-            )
-        return {"text": text} if text.strip() else None
 
 
 def settings(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lodestar.config.loader import Section
 
 AUTO = "auto"
 NEUTRAL = (
-    "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers",
+    "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers", "data.strict",
     "data.query_instruction", "data.passage_instruction",
     "model.activation_checkpointing", "batch.micro_size", "batch.keep_graph", "engine", "checkpoint", "evaluate",
     "track",
@@ -201,6 +201,8 @@ class TrainingDataConfig(Section):
     """Processes that tokenize."""
     workers: Natural = 2
     """Processes on each rank that prepare batches ahead; 0: none."""
+    strict: bool = False
+    """true: what is only warned of is an error: a misspelt field, an empty file, a query equal to its positive, ..."""
 
 
 class TrainingRecipe(Section):

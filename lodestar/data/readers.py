@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import hashlib
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyarrow import ArrowException, parquet
+from pyarrow import parquet
 
-from lodestar.errors import DataError, first_line
+from lodestar.data.lines import OnError, fail, is_encodable, read_lines
+from lodestar.errors import DataError, first_line, shown
+from lodestar.files import file_problem, open_regular
 
 Row = Mapping[str, Any]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt", ".txt.gz")
+
+_SAMPLES, _SAMPLE_BYTES = 256, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,109 +40,157 @@ class Source:
         if self.kind in ("saved", "hub"):
             return str(_open(self)._fingerprint)
         digest = hashlib.blake2b(digest_size=16)
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
         return digest.hexdigest()
 
     @property
+    def sample_fingerprint(self) -> str | None:
+        """Of a file: changes with its size and with the content of 256 places over the whole, all of one of 256 MiB.
+
+        For streams, of which all would take too long to hash. None for others than files.
+        """
+        if (size := self.size_bytes) is None:
+            return None
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+        with open_regular(self.path) as file:
+            for i in range(_SAMPLES):
+                file.seek(max(i * size // _SAMPLES, 0))
+                digest.update(file.read(min(_SAMPLE_BYTES, -(-size // _SAMPLES))))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read())
+        return digest.hexdigest()
+
+    @property
     def size_bytes(self) -> int | None:
         """Of a file; none otherwise."""
-        return None if self.kind in ("saved", "hub") else Path(self.path).stat().st_size
+        if self.kind in ("saved", "hub"):
+            return None
+        with open_regular(self.path) as file:
+            return os.fstat(file.fileno()).st_size
 
 
 def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Source]:
     """Files, globs, folders and hub names as sources, in a stable order; DataError where one does not exist."""
     sources: list[Source] = []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir() and (path / "state.json").exists():
+        problem = file_problem(pattern)
+        if problem is None:
+            sources.append(_file(pattern, field))
+        elif os.path.isfile(os.path.join(pattern, "state.json")):
             sources.append(Source("saved", pattern, field))
-        elif path.is_dir():
-            files = sorted(str(p) for p in path.rglob("*") if p.name.endswith(SUFFIXES))
+        elif os.path.isdir(pattern):
+            files = sorted(str(p) for p in Path(pattern).rglob("*") if p.name.endswith(SUFFIXES) and not p.is_dir())
             if not files:
                 raise DataError(f"{field}: {pattern}: holds no file of texts (known: {', '.join(SUFFIXES)})")
             sources += [_file(name, field) for name in files]
-        elif path.is_file():
-            sources.append(_file(pattern, field))
-        elif files := sorted(glob.glob(pattern, recursive=True)):
+        elif problem == _NO_SUCH_FILE and (files := sorted(glob.glob(pattern, recursive=True))):
             sources += [_file(name, field) for name in files]
-        elif pattern.count("/") <= 1 and not pattern.startswith((".", "/", "~")) and not pattern.endswith(SUFFIXES):
+        elif problem == _NO_SUCH_FILE and _may_be_hub_name(pattern):
             sources.append(Source("hub", pattern, field))
         else:
-            raise DataError(f"{field}: {pattern}: no such file or folder (check the path; globs and folders work too)")
+            problem = "no such file or folder" if problem == _NO_SUCH_FILE else problem
+            raise DataError(f"{field}: {pattern}: {problem} (check the path; globs and folders work too)")
     return sources
 
 
+_NO_SUCH_FILE = "no such file"
+
+
+def _may_be_hub_name(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(SUFFIXES)
+
+
 def _file(name: str, field: str) -> Source:
+    if problem := file_problem(name):
+        raise DataError(f"{field}: {name}: {problem} (name files of rows)")
     if not name.endswith(SUFFIXES):
         raise DataError(f"{field}: {name}: unknown kind of file (known: {', '.join(SUFFIXES)})")
     return Source(name.removesuffix(".gz").rpartition(".")[2], name, field)
 
 
-def read_rows(source: Source) -> Iterator[tuple[str, Row]]:
+def repeated(sources: Sequence[Source]) -> list[str]:
+    """Paths of files that are named more than once, also by a link."""
+    counts = Counter(os.path.realpath(source.path) for source in sources if source.kind != "hub")
+    return [path for path, count in counts.items() if count > 1]
+
+
+def read_rows(source: Source, on_error: OnError = fail) -> Iterator[tuple[str, Row]]:
     """(where, row) for each row of a source; `where` is FILE:LINE, for error messages. Raises DataError."""
     if source.kind in ("jsonl", "json"):
-        yield from read_json(source.path)
+        yield from read_json(source.path, on_error)
     elif source.kind == "txt":
-        for number, line in read_lines(source.path):
+        for number, line in read_lines(source.path, on_error):
             yield f"{source.path}:{number}", {"text": line.strip()}
     elif source.kind == "parquet":
-        yield from _read_parquet(source)
+        yield from _numbered(source, _parquet_rows(source.path))
     else:
-        for number, row in enumerate(_open(source)):
-            yield f"{source.path}:{number}", row  # type: ignore[misc]
+        yield from _numbered(source, iter(_open(source)))
 
 
-def _read_parquet(source: Source) -> Iterator[tuple[str, Row]]:
+def _numbered(source: Source, rows: Iterator[Any]) -> Iterator[tuple[str, Row]]:
+    """Rows of a table, from 0; DataError names the row that cannot be read."""
     number = 0
-    try:
-        with parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(1000):
-                for row in batch.to_pylist():
-                    yield f"{source.path}:{number}", row
-                    number += 1
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{source.path}:{number}: row: cannot be read: {first_line(error)} (fetch it again)") from None
-
-
-def read_json(path: str | Path) -> Iterator[tuple[str, Row]]:
-    """(FILE:LINE, object) for each line of a JSONL file, gz or not; DataError for a line that is none."""
-    for number, line in read_lines(path):
+    while True:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: row: not valid JSON: {error.msg} (one object on each line)") from None
-        if "\\ud" in line and not _encodable(row):
-            raise DataError(f"{path}:{number}: row: holds half a character (a lone surrogate; fix or drop the row)")
-        if not isinstance(row, dict):
+            row = next(rows)
+        except StopIteration:
+            return
+        except (DataError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # Arrow, its decoders, and `datasets` have no common class
             raise DataError(
-                f"{path}:{number}: row: must be an object, got {type(row).__name__} (one object on each line)"
-            )
-        yield f"{path}:{number}", row
+                f"{source.path}:{number}: row: cannot be read: {first_line(error)} (fetch it again)"
+            ) from None
+        yield f"{source.path}:{number}", row
+        number += 1
 
 
-def _encodable(row: Any) -> bool:
+def _parquet_rows(path: str) -> Iterator[Row]:
+    with open_regular(path), parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(1000):
+            yield from batch.to_pylist()
+
+
+def read_json(path: str | Path, on_error: OnError = fail) -> Iterator[tuple[str, Row]]:
+    """(FILE:LINE, object) for each line of a JSONL file, gz or not; DataError for a line that is none."""
+    for number, line in read_lines(path, on_error):
+        where = f"{path}:{number}"
+        try:
+            row = _parse(line)
+        except ValueError as error:
+            on_error(DataError(f"{where}: row: {error}"))
+        else:
+            yield where, row
+
+
+def _parse(line: str) -> Row:
+    """The object on a line; ValueError says what is wrong, and the remedy."""
     try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} (one object on each line)") from None
+    except RecursionError:
+        raise ValueError("nested too deeply (flatten or drop the row)") from None
+    except ValueError:  # Python's limit
+        raise ValueError("holds a number of thousands of digits (drop the row)") from None
+    if ("\\ud" in line or "\\uD" in line) and not _has_whole_characters(row):
+        raise ValueError("holds half a character (a lone surrogate; fix or drop the row)")
+    if not isinstance(row, dict):
+        raise ValueError(f"must be an object, got {type(row).__name__} (one object on each line)")
+    return row
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) for each line that is not blank, gz or not; DataError where the file cannot be read."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except UnicodeDecodeError:
-        raise DataError(f"{path}:{number + 1}: row: not valid UTF-8 (convert the file)") from None
-    except (OSError, EOFError) as error:
-        raise DataError(f"{path}:{number + 1}: row: cannot be read: {error} (fetch the file again)") from None
+def _has_whole_characters(row: object) -> bool:
+    return is_encodable(json.dumps(row, ensure_ascii=False))
+
+
+def row_id(where: str, field: str, value: object) -> str:
+    """The id of a row as text; DataError for one that is neither text nor a whole number."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise DataError(f"{where}: {field}: must be text or a whole number, got {shown(value)} (give each row an id)")
+    return str(value)
 
 
 def _open(source: Source, *, streaming: bool = False) -> Any:
@@ -159,8 +212,7 @@ def stream_rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:
     """As `read_rows`, of one source after the other; data sets of the hub are never stored on the disk."""
     for source in sources:
         if source.kind == "hub":
-            for number, row in enumerate(_open(source, streaming=True)):
-                yield f"{source.path}:{number}", row
+            yield from _numbered(source, iter(_open(source, streaming=True)))
         else:
             yield from read_rows(source)
 
@@ -169,12 +221,11 @@ def count_rows(sources: Sequence[Source]) -> int | None:
     """Rows of the sources, by counting lines; none where that would take long."""
     total, budget_bytes = 0, 1 << 27
     for source in sources:
-        if source.kind not in ("jsonl", "json", "txt"):
+        size_bytes = source.size_bytes
+        if size_bytes is None or source.kind == "parquet":
             return None
-        budget_bytes -= Path(source.path).stat().st_size * (4 if source.path.endswith(".gz") else 1)
+        budget_bytes -= size_bytes * (4 if source.path.endswith(".gz") else 1)
         if budget_bytes < 0:
             return None
-        opener = gzip.open if source.path.endswith(".gz") else open
-        with opener(source.path, "rb") as file:
-            total += sum(1 for line in file if not line.isspace())
+        total += sum(1 for _ in read_lines(source.path))
     return total

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from typing import Any, cast
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from lodestar.data.readers import Row, Source, read_rows
+from lodestar.data.findings import Finding, Findings
+from lodestar.data.readers import Row, Source, read_rows, repeated
 from lodestar.errors import DataError
 from lodestar.files import damage, sync, write_manifest
 
@@ -26,7 +28,7 @@ ABANDONED_SECONDS = 7 * 24 * 3600
 
 Columns = Mapping[str, list[Any]]
 Tokenize = Callable[[Columns], Columns]
-Check = Callable[[str, Row], Row | None]
+Check = Callable[[str, Row, Findings], Row | None]
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,15 @@ class DatasetStats:
     tokens: int
     truncated: int
     dropped: int
+    """Rows that are not trained on: their text or query is blank, or holds no token."""
+    without_tokens: int
+    """Rows with a text of special tokens alone, dropped ones included."""
+    findings: dict[str, Finding]
+    """By what is wrong."""
 
     def counts(self) -> dict[str, int]:
         """By name."""
-        return {name: value for name, value in vars(self).items() if name != "fingerprint"}
+        return {name: value for name, value in vars(self).items() if isinstance(value, int)}
 
 
 @dataclass(frozen=True)
@@ -63,16 +70,19 @@ def tokenized(
     features: datasets.Features,
     processes: int,
     version: int = 1,
+    strict: bool = False,
     first_on_node: bool = True,
 ) -> TokenizedDataset:
     """The sources' rows, checked and tokenized; from the cache if it has the same content with the same settings.
 
     settings       everything besides the content that determines the result
-    check          (where, row) -> the columns to keep, none to drop the row; raises DataError
+    check          (where, row, findings) -> the columns to keep, none to drop the row; raises DataError
     row_features   types of those columns, so that they do not depend on the first rows of a file
-    tokenize       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    tokenize       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row,
+                   `part`, if there, numbers the rows of one text from 0, and `without_tokens`, if there, is a bool
     version        of `tokenize`: a cache that another version built is not read. It is no part of the fingerprint, so
                    that a run resumes from a checkpoint that an earlier version wrote
+    strict         raise DataError for the first finding
     first_on_node  this process checks every byte of the cache, and rebuilds a damaged one
     """
     fingerprints = [source.fingerprint for source in sources]
@@ -82,10 +92,37 @@ def tokenized(
     if first_on_node and folder.exists() and (problem := damage(folder, ("facts.json", "rows/state.json"))):
         print(f"warning: data.cache_dir: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
-    if not folder.exists():
-        _build(folder, sources, fingerprints, tokenize, check, row_features, features, processes)
-    stats = DatasetStats(**json.loads((folder / "facts.json").read_text()))
+    if not folder.exists() or (stats := _read_stats(folder)) is None:
+        if first_on_node:
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier version
+        _build(folder, sources, fingerprints, tokenize, check, row_features, features, processes, Findings(strict))
+        stats = cast(DatasetStats, _read_stats(folder))
+    Findings(strict).merge(stats.findings)
     return TokenizedDataset(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), stats)
+
+
+def check_repeated(sources: Sequence[Source], *, strict: bool, tell: bool) -> None:
+    """Warn of files that are named more than once; DataError where strict."""
+    findings = Findings(strict)
+    for path in repeated(sources):
+        findings.add(sources[0].field, path, "a file is named more than once", "name it once")
+    if tell and findings.warnings:
+        print(*findings.warnings, sep="\n", file=sys.stderr, flush=True)
+
+
+def print_findings(stats: Sequence[DatasetStats]) -> None:
+    """One line for each kind of finding in all data sets."""
+    findings = Findings()
+    for one in stats:
+        findings.merge(one.findings)
+    if findings.warnings:
+        print(*findings.warnings, sep="\n", file=sys.stderr, flush=True)
+
+
+def _read_stats(folder: Path) -> DatasetStats | None:
+    """None for those of an earlier version, which counted less."""
+    values = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return DatasetStats(**values) if "findings" in values else None
 
 
 def _build(
@@ -97,6 +134,7 @@ def _build(
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
+    findings: Findings,
 ) -> None:
     """Write the cache beside `folder`, then rename it; nothing is left after an error."""
     tmp, num_read = _new_tmp(folder), 0
@@ -104,10 +142,13 @@ def _build(
     def checked_rows() -> Iterator[Row]:
         nonlocal num_read
         for source, fingerprint in zip(sources, fingerprints, strict=True):
+            before = num_read
             for where, row in read_rows(source):
                 num_read += 1
-                if (checked_row := check(where, row)) is not None:
+                if (checked_row := check(where, row, findings)) is not None:
                     yield checked_row
+            if num_read == before:
+                findings.add(f"{source.path}:1", "row", "a file is empty", "fill it, or take it out of the recipe")
             if source.fingerprint != fingerprint:
                 raise DataError(
                     f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"
@@ -116,7 +157,7 @@ def _build(
     try:
         shards = list(_write_shards(checked_rows(), row_features, tmp / "raw"))
         if not shards:
-            raise DataError(f"data.train: {', '.join(s.path for s in sources)}: no row is left to train on")
+            raise _no_row_left(sources)
         raw = datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in shards])
         table = raw.map(
             tokenize,
@@ -127,15 +168,26 @@ def _build(
             cache_file_name=str(tmp / "mapped.arrow"),
             desc="tokenizing",
         )
-        counts: Any = table.select_columns(["tokens", "truncated"]).with_format("numpy")
-        tokens, truncated = (
-            sum(int(batch[name].sum()) for batch in counts.iter(100_000)) for name in ("tokens", "truncated")
-        )
+        if not len(table):
+            raise _no_row_left(sources)
+        totals = _totals(table)
+        without_tokens = totals["without_tokens"] + len(raw) - totals["texts"]
+        if without_tokens:
+            problem, remedy = "a text holds no token but special ones", "drop such rows, or check the tokenizer"
+            findings.add(sources[0].path, "row", problem, remedy, without_tokens)
         table.save_to_disk(str(tmp / "rows"))
         for path in (tmp / "raw", *tmp.glob("mapped*.arrow")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         fingerprint = folder.name.partition("-")[0]  # without the version
-        stats = DatasetStats(fingerprint, len(table), tokens, truncated, num_read - len(raw))
+        stats = DatasetStats(
+            fingerprint=fingerprint,
+            rows=len(table),
+            tokens=totals["tokens"],
+            truncated=totals["truncated"],
+            dropped=num_read - totals["texts"],
+            without_tokens=without_tokens,
+            findings=findings.by_problem,
+        )
         (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
         write_manifest(tmp)
     except BaseException:
@@ -146,6 +198,23 @@ def _build(
     except OSError:  # another run on this cache was faster
         shutil.rmtree(tmp)
     sync(folder.parent)
+
+
+def _no_row_left(sources: Sequence[Source]) -> DataError:
+    paths = ", ".join(source.path for source in sources)
+    return DataError(f"{sources[0].field}: {paths}: no row is left to train on (name files with texts)")
+
+
+def _totals(table: datasets.Dataset) -> dict[str, int]:
+    """Sums of the columns that count, and the number of texts."""
+    names = [name for name in ("tokens", "truncated", "without_tokens", "part") if name in table.column_names]
+    totals = Counter[str](texts=0 if "part" in names else len(table))
+    columns: Any = table.select_columns(names).with_format("numpy")
+    for batch in columns.iter(100_000):
+        if "part" in names:
+            totals["texts"] += int((batch.pop("part") == 0).sum())
+        totals.update({name: int(values.sum()) for name, values in batch.items()})
+    return totals
 
 
 def _new_tmp(folder: Path) -> Path:

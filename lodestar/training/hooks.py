@@ -130,12 +130,18 @@ class CheckpointHook(_NoOpHook):
         if self._saved == progress.step:
             return
         tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
-        values = {"skipped": int(progress.skipped), "engine": self._engine.values(), **self._identity}
+        counts = {"skipped": int(progress.skipped), "masked": total_masked(progress)}
+        values = {**counts, "engine": self._engine.values(), **self._identity}
         if self._rank == 0:
             checkpoint.write(self._directory, progress.step, tensors=tensors, values=values)
             checkpoint.prune(self._directory, self._section.keep)
         barrier()
         self._saved = progress.step
+
+
+def total_masked(progress: Progress) -> int:
+    """False negatives that were masked on all ranks; every rank must call it."""
+    return int(sum_over_ranks(torch.as_tensor(progress.masked, dtype=torch.float64)))
 
 
 class EvaluateHook(_NoOpHook):

@@ -62,6 +62,8 @@ class Progress:
     """Completed steps."""
     skipped: Tensor | int = 0
     """Steps whose gradient was not finite; on the device, so that nothing waits for it."""
+    masked: Tensor | int = 0
+    """False negatives that were masked on this rank, and on rank 0 those before the run resumed; on the device."""
     stop: str | None = None
     """The signal that stops the run early; equal on all ranks."""
     final: dict[str, Any] = field(default_factory=dict)
@@ -112,6 +114,8 @@ def fit(
         done = StepDone(batch, scalars, engine.step(lr_factor), lr_factor)
         progress.step += 1
         progress.skipped = progress.skipped + done.report.skipped
+        if (masked := scalars.get("masked_false_negatives")) is not None:
+            progress.masked = progress.masked + masked.detach().double()
         for hook in hooks:
             hook.after_step(progress, done)
     for hook in hooks:

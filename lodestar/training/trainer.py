@@ -29,12 +29,15 @@ from lodestar.training import checkpoint
 from lodestar.training.auto_batch_size import with_largest_micro_size
 from lodestar.training.build_engine import build
 from lodestar.training.engine import Engine, ResumeState
-from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook
+from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook, total_masked
 from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
 from lodestar.training.task import BuildTask, Recipe, TaskSpec, TrainingTask
 
-_KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train", "pooling": "model.pooling"}
+_KEY_OF = {
+    "seed": "run.seed", "global_size": "batch.global_size", "data": "data.train", "samples": "data.train",
+    "pooling": "model.pooling",
+}  # fmt: skip
 """The recipe's keys for values of TrainingTask.identity."""
 STOPPED = 3
 """Exit code of a run that a signal stopped; the same command resumes it."""
@@ -140,8 +143,9 @@ class Trainer(Generic[Recipe]):
         finally:
             batches.close()
             tracker.close()
+        masked = total_masked(progress)
         if main:
-            self._summarise(task, progress)
+            self._summarise(task, progress, masked)
         barrier()
 
     # --- before training ---
@@ -170,6 +174,7 @@ class Trainer(Generic[Recipe]):
         tensors, values = checkpoint.read(folder)
         self._check_changes(folder, values, task.identity)
         progress.step, progress.skipped = values["step"], values["skipped"]
+        progress.masked = values.get("masked", 0) if self.runtime.is_main else 0
         if progress.step > progress.total_steps:
             raise CheckpointError(
                 f"schedule: {progress.total_steps} steps, but {folder} has taken {progress.step} (raise them, or "
@@ -289,8 +294,9 @@ class Trainer(Generic[Recipe]):
                 task.export(weights, tmp, {**task.data_counts, **results})
         barrier()
 
-    def _summarise(self, task: TrainingTask, progress: Progress) -> None:
+    def _summarise(self, task: TrainingTask, progress: Progress, masked: int) -> None:
         earlier = self._earlier_summary()
+        counts = {"skipped": int(progress.skipped), "masked": masked, **task.data_counts}
         has_advanced = earlier.get("steps", 0) < progress.step
         write_json(
             self.folder / "summary.json",
@@ -299,13 +305,14 @@ class Trainer(Generic[Recipe]):
                 "stopped_by": progress.stop,
                 "steps": progress.step,
                 "total_steps": progress.total_steps,
-                "skipped": int(progress.skipped),
-                **task.data_counts,
+                **counts,
                 "seconds": (earlier.get("seconds", 0.0) if has_advanced else 0.0) + self.clock.seconds(),
                 "final": progress.final,
             },
         )
         write_report(self.folder, plan=self.plan)
+        words = {"skipped": "skipped steps", "masked": "masked false negatives", "without_tokens": "without a token"}
+        self._print("counts: " + ", ".join(f"{count:,} {words.get(name, name)}" for name, count in counts.items()))
 
     def _print(self, line: str) -> None:
         if self.runtime.is_main:

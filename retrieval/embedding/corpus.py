@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from lodestar.data.readers import find_sources, read_rows
-from lodestar.errors import DataError
+from lodestar.data.readers import Row, find_sources, read_rows, row_id
+from lodestar.errors import DataError, names, shown
 from retrieval.embedding.config import EncodeRecipe
 
 
@@ -35,16 +35,24 @@ def read_texts(recipe: EncodeRecipe) -> Iterator[tuple[str, str]]:
         for where, row in read_rows(source):
             text = row.get(recipe.field)
             if not isinstance(text, str):
-                raise DataError(
-                    f"{where}: {recipe.field}: must be a text, got {type(text).__name__} (name it in field)"
-                )
-            id_fields = ("_id", "id") if recipe.id_field is None else (recipe.id_field,)
-            row_id = next((row[name] for name in id_fields if row.get(name) is not None), None)
-            if row_id is None and recipe.id_field is not None:
-                raise DataError(f"{where}: {recipe.id_field}: not set (every row needs it, or leave id_field out)")
+                problem = f"must be a text, got {type(text).__name__}"
+                raise DataError(f"{where}: {recipe.field}: {problem} (name it in field; here: {names(row)})")
             title = row.get("title") if recipe.field == "text" else None
-            yield str(number if row_id is None else row_id), f"{title} {text}" if title else text
+            if not isinstance(title, str | None):
+                raise DataError(f"{where}: title: must be a text, got {shown(title)} (put it in quotes)")
+            own_id = _id_of(where, row, recipe.id_field)
+            yield str(number) if own_id is None else own_id, f"{title} {text}" if title else text
             number += 1
+
+
+def _id_of(where: str, row: Row, id_field: str | None) -> str | None:
+    """None for a row without an id."""
+    for name in ("_id", "id") if id_field is None else (id_field,):
+        if row.get(name) is not None:
+            return row_id(where, name, row[name])
+    if id_field is not None:
+        raise DataError(f"{where}: {id_field}: not set (every row needs it, or leave id_field out)")
+    return None
 
 
 def no_rows(recipe: EncodeRecipe) -> DataError:

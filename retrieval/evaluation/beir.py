@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lodestar.data.readers import Row, read_json, read_lines
-from lodestar.errors import DataError
+from lodestar.errors import DataError, shown
 
 Relevant = Mapping[str, Mapping[str, int]]
 """For each query the grades of its judged documents; 0 and below: judged as not relevant."""
@@ -111,9 +111,9 @@ def read_corpus(path: str | Path) -> Iterator[Document]:
         if document_id in document_ids:
             raise DataError(f"{where}: _id: document {document_id!r} occurs twice (keep one)")
         document_ids.add(document_id)
-        title = row.get("title") or ""
+        title = "" if row.get("title") is None else row["title"]
         if not isinstance(title, str):
-            raise DataError(f"{where}: title: must be text, got {type(title).__name__}")
+            raise DataError(f"{where}: title: must be text, got {type(title).__name__} (put it in quotes)")
         yield Document(document_id, title, _text(where, row, "text"))
 
 
@@ -154,7 +154,7 @@ def _read_qrels(path: Path) -> _Qrels:
         try:
             first_grade = qrels.grades.setdefault(query_id, {}).setdefault(document_id, int(grade))
         except ValueError:
-            raise DataError(f"{path}:{number}: score: must be a whole number, got {grade!r}") from None
+            raise DataError(f"{path}:{number}: score: {shown(grade)} is no whole number (correct it)") from None
         if first_grade != int(grade):
             pair = f"{query_id!r} with {document_id!r}"
             raise DataError(f"{path}:{number}: score: {pair} has the score {first_grade} above (keep one)")

@@ -9,7 +9,7 @@ Shape suffixes: N texts, D embedding width, I items of a test set, E experiments
 
 from __future__ import annotations
 
-import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from lodestar.data.readers import Row, find_sources, read_rows
-from lodestar.errors import DataError
+from lodestar.errors import DataError, names, shown
 from retrieval.embedding.protocols import EmbedTexts
 from retrieval.evaluation.beir import Beir, read_beir
 from retrieval.evaluation.config import (
@@ -218,8 +218,9 @@ def read_sts(config: StsConfig, label: str) -> Task:
 def read_pair_classification(config: PairClassificationConfig, label: str) -> Task:
     where = f"tasks.{label}.data"
     for place, row in read_task_rows(config.data, where):
-        if row.get(config.label) not in (0, 1):
-            raise DataError(f"{place}: {config.label}: must be 0 or 1, got {row.get(config.label)!r} (correct the row)")
+        if value_of(place, row, config.label, (int, float)) not in (0, 1):
+            problem = f"must be 0 or 1, got {shown(row.get(config.label))}"
+            raise DataError(f"{place}: {config.label}: {problem} (correct the row)")
     pairs = _read_pairs(config, config.label, where)
 
     def measure(embed: EmbedTexts, _: torch.device) -> TaskResult:
@@ -262,8 +263,10 @@ def read_task_rows(path: str, where: str) -> Iterator[tuple[str, Row]]:
 
 def value_of(where: str, row: Row, field: str, kinds: type[Value] | tuple[type[Value], ...]) -> Value:
     """The value of a field; DataError, with the place `where`, if it is missing or of another type."""
-    if not isinstance(value := row.get(field), kinds):
-        expected = {str: "text", (str, int): "text or a whole number"}.get(kinds, "a number")
-        hint = "correct the row" if field in row else f"its fields: {', '.join(row)}"
-        raise DataError(f"{where}: {field}: must be {expected}, got {json.dumps(value, default=str)[:40]} ({hint})")
+    value: Any = row.get(field)
+    is_finite = not isinstance(value, int | float) or abs(value) <= sys.float_info.max
+    if not isinstance(value, kinds) or isinstance(value, bool) or not is_finite:
+        expected = {str: "text", (str, int): "text or a whole number"}.get(kinds, "a finite number")
+        hint = "correct the row" if field in row else f"its fields: {names(row)}"
+        raise DataError(f"{where}: {field}: must be {expected}, got {shown(value)} ({hint})")
     return value

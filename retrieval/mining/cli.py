@@ -15,6 +15,7 @@ from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.corpus import files_of
 from retrieval.embedding.model_folder import check_folder
 from retrieval.mining.config import MineRecipe
+from retrieval.mining.texts import check_files
 
 
 def mine(recipe: MineRecipe | Mapping[str, object] | str | Path, *overrides: str) -> Path:
@@ -58,6 +59,8 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
 
 def run(recipe: MineRecipe, placement: Placement) -> int:
     require("faiss", field="mine", extra="mine")
+    check_folder(recipe.model)
+    check_files(recipe)
     from lodestar.distributed.session import distributed_session
     from retrieval.embedding.encode import TIMEOUT_MINUTES
     from retrieval.mining.hard_negatives import mine

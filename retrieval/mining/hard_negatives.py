@@ -95,14 +95,11 @@ def _join(recipe: MineRecipe, parts: Sequence[Path]) -> None:
     if absent := [part for part in parts if not part.is_file()]:
         raise DataError(f"{absent[0]}: does not exist (name an output in a folder that all nodes see)")
     counts: list[int] = []  # negatives of each example
-    with replacing_file(output) as tmp:
-        with tmp.open("w", encoding="utf-8") as file:
-            for part in parts:
-                for line in part.open(encoding="utf-8"):
-                    counts.append(len(json.loads(line)["neg"]))
-                    file.write(line)
-        if not counts:
-            raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
+    with replacing_file(output) as tmp, tmp.open("w", encoding="utf-8") as file:
+        for part in parts:
+            for line in part.open(encoding="utf-8"):
+                counts.append(len(json.loads(line)["neg"]))
+                file.write(line)
     average, short = sum(counts) / len(counts), sum(count < recipe.mine.negatives for count in counts)
     hint = " (for more: raise mine.last_rank, or loosen mine.margin and mine.relative_margin)" if short else ""
     print(f"{output}: {len(counts):,} examples with {average:.1f} negatives each, {short:,} with fewer{hint}")

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from lodestar.data.findings import Findings
 from lodestar.data.readers import find_sources, read_json, read_rows
 from lodestar.data.training_examples import check_row, content_hash
+from lodestar.errors import DataError
 from lodestar.files import make_folder, write_json
 from retrieval.embedding.corpus import files_of, read_texts
 from retrieval.embedding.model_folder import fingerprint
@@ -32,11 +36,23 @@ class MiningTexts(NamedTuple):
     queries: int
 
 
-def read_examples(recipe: MineRecipe) -> Iterator[Mapping[str, Any]]:
+def check_files(recipe: MineRecipe) -> None:
+    """DataError where a file is missing, or is at once an input and the output, or training data and corpus."""
+    corpus = recipe.corpus_recipe
+    data = {os.path.realpath(source.path) for source in find_sources(recipe.data, "data")}
+    texts = {os.path.realpath(source.path) for source in find_sources(files_of(corpus) if corpus else [], "corpus")}
+    if os.path.realpath(recipe.output) in data | texts:
+        raise DataError(f"output: {recipe.output}: is also an input (name another file)")
+    if data & texts:
+        remedy = "name files with one text in each row, or leave corpus out to mine from all passages of data"
+        raise DataError(f"corpus: {min(data & texts)}: is also training data ({remedy})")
+
+
+def read_examples(recipe: MineRecipe, findings: Findings | None = None) -> Iterator[Mapping[str, Any]]:
     """The checked examples of `data`, in order, without those whose query is empty."""
     for source in find_sources(recipe.data, "data"):
         for location, row in read_rows(source):
-            example = check_row(location, row)
+            example = check_row(location, row, findings)
             if example is not None:
                 yield example
 
@@ -47,8 +63,12 @@ def write_texts(recipe: MineRecipe) -> MiningTexts:
     counts_file = folder / "texts.json"
     if not counts_file.is_file():
         make_folder(folder, "output")
-        candidates = _write_corpus(recipe, folder)
         queries = _write_queries(recipe, folder)
+        if not queries:
+            raise DataError(f"data: {', '.join(recipe.data)}: no row (name files with query and pos)")
+        candidates = _write_corpus(recipe, folder)
+        if not candidates:
+            raise DataError(f"corpus: {', '.join(recipe.corpus or [])}: holds no text (name files with texts)")
         write_json(counts_file, {"candidates": candidates, "queries": queries})
     counts = json.loads(counts_file.read_text(encoding="utf-8"))
     return MiningTexts(folder, counts["candidates"], counts["queries"])
@@ -91,11 +111,13 @@ def _write_new(texts: Iterable[str], hashes: dict[int, None], file: TextIO) -> N
 
 
 def _write_queries(recipe: MineRecipe, folder: Path) -> int:
-    count = 0
+    count, findings = 0, Findings()
     with (folder / f"{QUERIES}.jsonl").open("w", encoding="utf-8") as file:
-        for example in read_examples(recipe):
+        for example in read_examples(recipe, findings):
             file.write(json.dumps({"text": example["query"]}) + "\n")
             count += 1
+    if findings.warnings:
+        print(*findings.warnings, sep="\n", file=sys.stderr, flush=True)
     return count
 
 

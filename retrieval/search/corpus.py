@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from lodestar.data.readers import Source, find_sources, read_rows
-from lodestar.errors import ConfigError, DataError
+from lodestar.data.readers import Source, find_sources, read_rows, row_id
+from lodestar.errors import ConfigError, DataError, shown
 from retrieval.embedding.cache import cache_path
 from retrieval.embedding.model_folder import fingerprint
 from retrieval.evaluation.beir import Document
@@ -42,15 +42,15 @@ def as_row(location: str, row: Mapping[str, object]) -> Row:
         del fields["metadata"]
         fields = metadata | fields
     name = "_id" if "_id" in fields else "id"
-    if not isinstance(document_id := fields.pop(name, None), str | int):
-        raise DataError(f"{location}: {name}: must be text or a whole number (give each row an id)")
+    document_id = row_id(location, name, fields.pop(name, None))
     if not isinstance(fields.get("text"), str):
         raise DataError(f"{location}: text: must be text (give each row one)")
     for field in fields:
         if not _FIELD.fullmatch(field) or field in ("id", "vector"):
-            raise DataError(f"{location}: {field}: not a name for metadata (letters, digits and _, not id or vector)")
+            name = shown(field)
+            raise DataError(f"{location}: {name}: not a name for metadata (letters, digits and _, not id or vector)")
     texts = {field: _as_text(value) for field, value in fields.items() if value is not None}
-    return {"title": "", **texts, "id": str(document_id)}
+    return {"title": "", **texts, "id": document_id}
 
 
 def check_where(where: Mapping[str, object], place: str = "where") -> dict[str, str]:

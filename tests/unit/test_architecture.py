@@ -21,7 +21,7 @@ FLOORS = {  # each imports only those before it
         "errors", "commands", "recipes_cli", "__main__", "rng", "files", "config", "data", "distributed", "models",
         "planning", "cli", "reporting", "training",
     ),
-    "retrieval": ("embedding", "evaluation", "mining", "search", "export"),
+    "retrieval": ("embedding", "evaluation", "mining", "search", "export", "check"),
 }  # fmt: skip
 
 

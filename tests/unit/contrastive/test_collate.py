@@ -12,11 +12,12 @@ import torch
 from contrastive.collate import Collate, StepBatch, TrainingDataset
 from contrastive.tokenization import FEATURES, Tokenize
 from lodestar.config.schema import BatchPlan
+from lodestar.data.findings import Findings
 from lodestar.data.readers import find_sources
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import tokenized
 from lodestar.data.training_examples import ROW_FEATURES, check_row, content_hash
-from lodestar.errors import DataError
+from lodestar.errors import ConfigError, DataError
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer("bert")
@@ -63,7 +64,16 @@ def test_both_layouts_give_the_same_row() -> None:
         ({"query": "q", "pos": "p"}, "f:3: pos: must be a list of texts, got str"),
         ({"query": "q", "pos": []}, "f:3: pos: must hold at least one text"),
         ({"query": "q", "pos": [" "]}, "f:3: pos: must hold at least one text"),
-        ({"query": "q", "pos": ["p"], "neg": [1]}, "f:3: neg: must be a list of texts"),
+        ({"query": "q", "pos": ["p"], "neg": [1]}, "f:3: neg: must be a list of texts, but number 1 is 1"),
+        ({"query": "q", "pos": ["p"], "pos_scores": [float("nan")]}, "f:3: pos_scores: must be finite, got NaN"),
+        ({"query": "q", "pos": ["p"], "pos_scores": [-1e39]}, "f:3: pos_scores: must be finite, got -1e+39"),
+        ({"query": "q", "pos": ["p"], "pos_scores": [10**400]}, "f:3: pos_scores: must be finite, got 1000"),
+        ({"query": "q", "pos": ["p"], "neg_scores": 0}, "f:3: neg_scores: must be a list of numbers, got 0"),
+        ({"q": "q", "pos": ["p"]}, 'f:3: query: not set, but "q" is (call it query)'),
+        ({"query": "q", "posi": ["p"]}, 'f:3: pos: not set, but "posi" is (call it pos)'),
+        ({"query": "q", "positive": 4}, 'f:3: pos: not set, but "positive" is (call it pos)'),
+        ({"anchor": "q", "positive": 4}, "f:3: positive: must be a text, got int"),
+        ({"anchor": "q", "positive": "p", "negative_2": 4}, "f:3: negative_2: must be a text, got int"),
         ({"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, "f:3: pos_scores: 2 scores for 1 texts"),
         ({"query": "q", "pos": ["p"], "pos_scores": ["1"]}, "f:3: pos_scores: must be numbers"),
         ({"query": "q", "pos": ["p"], "type": "odd"}, "f:3: type: 'odd' is not known"),
@@ -73,7 +83,48 @@ def test_both_layouts_give_the_same_row() -> None:
 def test_a_bad_row_is_named(row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError) as caught:
         check_row("f:3", row)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and str(caught.value).endswith(")")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "q", "pos": ["p"], "negs": ["n"]}, "f:3: negs: unknown field, ignored; 'neg' is not set"),
+        ({"anchor": "q", "positive": "p", "negatve": "n"}, "f:3: negatve: unknown field, ignored; 'negative' is not"),
+        ({"query": "p ", "pos": [" p"]}, "f:3: pos: a query equals its own positive"),
+        ({"query": "q", "pos": ["p"], "neg": ["n", "p "]}, "f:3: neg: a positive is among its row's negatives"),
+    ],
+)
+def test_what_may_be_meant_is_counted_once_and_an_error_where_strict(row: dict[str, Any], message: str) -> None:
+    findings = Findings()
+    for line in (3, 4, 5):
+        check_row(f"f:{line}", row, findings)
+    (line,) = findings.warnings
+    assert line.startswith(f"warning: {message}") and "; 3 so (" in line and line.endswith(")")
+    with pytest.raises(DataError) as caught:
+        check_row("f:3", row, Findings(strict=True))
+    assert str(caught.value).startswith(message)
+
+
+def test_fields_of_other_tools_are_no_mistake() -> None:
+    row = {
+        "query": "q",
+        "pos": ["p"],
+        "_id": 1,
+        "pos_id": [1],
+        "neg_id": [2],
+        "title": "t",
+        "source": "s",
+        "negs": None,
+    }
+    findings = Findings(strict=True)
+    assert check_row("f:1", row, findings) and check_row("f:2", {"anchor": "q", "positive": "p", "id": 7}, findings)
+
+
+def test_an_instruction_leaves_room_for_the_text() -> None:
+    Tokenize(TOKENIZER, "search: ", "", 32, 32).check_lengths()
+    with pytest.raises(ConfigError, match=r"data\.query_max_length: 4 tokens, of which instruction and special tokens"):
+        Tokenize(TOKENIZER, "search rows ", "", 4, 32).check_lengths()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from lodestar.errors import DataError
 from retromae.collate import Collate, EncodedText, StepBatch, ordinary_ids
 from retromae.masks import IGNORED, decoder_visibility
 from retromae.stream import StreamWindow
-from retromae.tokenization import TextCheck, Tokenize
+from retromae.text_check import TextCheck
+from retromae.tokenization import Tokenize
 from tests import tiny
 
 TEXTS = tiny.texts(60, seed=9)

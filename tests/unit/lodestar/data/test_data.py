@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,16 @@ import psutil
 import pytest
 import torch
 
+from lodestar.data.findings import Findings
 from lodestar.data.loader import cut, padded, step_batches
 from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
-from lodestar.data.token_cache import TokenizedDataset, tokenized
+from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
 from lodestar.errors import DataError
 from lodestar.files import replacing
+from retromae.text_check import TextCheck
+from retromae.tokenization import FEATURES as PRETRAIN_FEATURES
+from retromae.tokenization import Tokenize as PretrainTokenize
 from tests import processes, tiny
 
 FEATURES = datasets.Features(
@@ -40,17 +45,17 @@ def tokenize(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {"length": lengths, "tokens": lengths, "truncated": [length > 60 for length in lengths]}
 
 
-def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def check(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str, Any] | None:
     if "text" not in row:
         raise DataError(f"{where}: text: missing")
     return {"text": row["text"]} if row["text"] else None
 
 
-def build(tmp_path: Path, *names: str, version: int = 1, **settings: Any) -> TokenizedDataset:
+def build(tmp_path: Path, *names: str, version: int = 1, strict: bool = False, **settings: Any) -> TokenizedDataset:
     return tokenized(
         find_sources([str(tmp_path / name) for name in names]),
         cache_dir=tmp_path / "cache", settings=settings, tokenize=tokenize, check=check,
-        row_features=ROW_FEATURES, features=FEATURES, processes=1, version=version,
+        row_features=ROW_FEATURES, features=FEATURES, processes=1, version=version, strict=strict,
     )  # fmt: skip
 
 
@@ -76,6 +81,36 @@ def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 70}, {"text": ""}, {"text": "y"}])
     stats = build(tmp_path, "a.jsonl").stats
     assert (stats.rows, stats.tokens, stats.truncated, stats.dropped) == (2, 71, 1, 1)
+
+
+def test_what_is_found_is_kept_with_the_cache_and_told_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 3)
+    (tmp_path / "empty.jsonl").touch()
+    for _ in range(2):
+        print_findings([build(tmp_path, "a.jsonl", "empty.jsonl").stats])
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert line.startswith(f"warning: {tmp_path}/empty.jsonl:1: row: a file is empty; 1 so (") and line[-1] == ")"
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"empty\.jsonl:1: row: a file is empty"):
+            build(tmp_path, "a.jsonl", "empty.jsonl", strict=True)
+        shutil.rmtree(tmp_path / "cache")
+
+
+def test_texts_without_a_token_are_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": text} for text in ("rows " * 40, "\u200b\x01", "[CLS] [SEP]", " ", "graph")]
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    for split, num_rows in ((False, 3), (True, 5)):
+        stats = tokenized(
+            find_sources([str(tmp_path / "a.jsonl")]),
+            cache_dir=tmp_path / "cache", settings={"split": split}, check=TextCheck("text"), processes=1,
+            tokenize=PretrainTokenize(tiny.tokenizer("bert"), max_length=16, split=split),
+            row_features=ROW_FEATURES, features=PRETRAIN_FEATURES,
+        ).stats  # fmt: skip
+        assert (stats.rows, stats.truncated, stats.dropped, stats.without_tokens) == (num_rows, not split, 2, 2)
+    (finding,) = stats.findings.values()
+    assert finding["count"] == 2
 
 
 def test_a_bad_row_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
@@ -173,11 +208,11 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_cache(tmp_path: Path) -> None:
     path = tiny.pretrain_file(tmp_path / "a.jsonl", 40)
 
-    def growing(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def growing(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str, Any] | None:
         if where.endswith(":40"):
             with path.open("a") as file:
                 file.write('{"text": "one more"}\n')
-        return check(where, row)
+        return check(where, row, findings)
 
     sources = find_sources([str(path)])
     options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenize": tokenize, "features": FEATURES}

@@ -228,3 +228,34 @@ def test_the_rate_of_muon_is_logged_beside_adamws(tmp_path: Path) -> None:
     folder = train(tmp_path, "optim.name=muon", "optim.muon_lr=0.02", "schedule.shape=constant", "track.log_every=1")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["lr"], line["muon_lr"]) for line in lines] == [(0.001, 0.02)] * 2
+
+
+def test_counts_stand_in_the_summary_and_the_last_line_also_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": text, "pos": ["the same"], "neg": []} for text in tiny.texts(40)]  # each masks all others
+    same = tiny.write_jsonl(tmp_path / "same.jsonl", rows)
+    options = (f"data.train=[{same}]", "loss.distillation=0", "checkpoint.allow_change=[schedule.steps]")
+    folder = train(tmp_path, *options, "schedule.steps=2", "schedule.shape=constant")
+    first = json.loads((folder / "summary.json").read_text())["masked"]
+    train(tmp_path, *options, "schedule.steps=4", "schedule.shape=constant")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["masked"] == 2 * first > 0
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"counts: 0 skipped steps, {2 * first:,} masked false negatives, 40 rows, {summary['tokens']:,} tokens, "
+        f"{summary['truncated']} truncated, 0 dropped, 0 without a token"
+    )
+
+
+def test_a_stream_whose_file_changed_is_refused(tmp_path: Path) -> None:
+    texts = tiny.pretrain_file(tmp_path / "stream.jsonl")
+    options = (f"data.train=[{texts}]", "data.streaming=true", "schedule.steps=2")
+    folder = train(tmp_path, *options, stage="pretrain")
+    counts = json.loads((folder / "summary.json").read_text())
+    assert counts["rows"] >= 40 and counts["dropped"] == 0 == counts["without_tokens"]
+    content = bytearray(texts.read_bytes())
+    content[content.index(b"s")] = ord("z")  # of the same size
+    texts.write_bytes(content)
+    more = "checkpoint.allow_change=[schedule.steps]", "schedule.steps=4"
+    with pytest.raises(CheckpointError, match=r"data\.train: the checkpoint has"):
+        train(tmp_path, *options[:2], *more, stage="pretrain")

@@ -147,7 +147,8 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     recipe(folder, tmp_path / "out")
     config_file = str(tmp_path / "encode.yaml")
     assert main(["--config", config_file, "field=body"]) == 2
-    assert capsys.readouterr().err.endswith("texts.jsonl:1: body: must be a text, got NoneType (name it in field)\n")
+    problem = "body: must be a text, got NoneType (name it in field; here: text)"
+    assert capsys.readouterr().err.endswith(f"texts.jsonl:1: {problem}\n")
     assert main(["--config", config_file, "encode.devices=[cuda:9]"]) == 2
     assert "error: devices: cuda:9" in capsys.readouterr().err
     (tmp_path / "half.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')

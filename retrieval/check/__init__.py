@@ -1,0 +1,1 @@
+"""A whole recipe checked before a run: `lodestar check`."""
