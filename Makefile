@@ -6,7 +6,8 @@ DOCS_VENV := .venv-docs
 export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
-.PHONY: help install install-all test test-slow test-all slurm browser lint types check bench docs reference demo demo-ablation clean
+.PHONY: help install install-all test test-slow test-all slurm browser lint types check bench docs reference \
+	demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -56,11 +57,14 @@ types: install-all ## check types
 
 check: lint types test ## what to run before a commit; CI adds test-slow
 
-demo: install ## train a search engine over the installed Python libraries
+demo: install ## train a search engine over the documentation of Python packages, from random weights
 	$(VENV)/bin/python examples/demo.py
 
-demo-ablation: install ## the demo, and stage 2 without stage 1
+demo-ablation: install ## the demo, and stage 2 without stage 1 for comparison
 	$(VENV)/bin/python examples/demo.py --ablation
+
+demo-pretrained: install ## the same from a small pre-trained encoder, all-MiniLM-L6-v2
+	$(VENV)/bin/python examples/demo.py --pretrained
 
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py

@@ -40,9 +40,10 @@ class LossConfig(Section):
     passage_to_passage: Weight = 0.0
     """Weight of the loss that scores each passage's query against the other passages."""
     distillation: Weight = 0.0
-    """Weight of the KL divergence from the teacher's scores (pos_scores, neg_scores) over a query's own passages."""
+    """Weight of the KL divergence from the teacher's scores (pos_scores, neg_scores) over a query's own passages.
+    The number of devices for FlagEmbedding's mixture with negatives across devices."""
     matryoshka: list[Count] = []
-    """Widths at which the loss is computed besides the full width; all have the same weight."""
+    """Widths at which all terms are computed besides the full width; all have the same weight."""
 
 
 class WeightedDataset(Section):

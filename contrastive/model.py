@@ -1,4 +1,4 @@
-"""The bi-encoder: an encoder whose normalised [CLS] vector is the embedding of a text."""
+"""The bi-encoder: an encoder whose normalised, pooled hidden states are the embedding of a text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lodestar.models.pooling import cls_of
+from lodestar.config.schema import Pooling
+from lodestar.models.pooling import pool
 
 
 class BiEncoder(nn.Module):
     """One encoder for queries and passages. A learned temperature is a parameter: engines and checkpoints have it."""
 
-    def __init__(self, encoder: PreTrainedModel, temperature: float, *, learned: bool = False) -> None:
+    def __init__(
+        self, encoder: PreTrainedModel, temperature: float, *, learned: bool = False, pooling: Pooling = "cls"
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.temperature = temperature
+        self.pooling: Pooling = pooling
         # Its logarithm is learned, as in CLIP (Radford et al. 2021, section 2.5): the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learned else None
 
@@ -27,4 +31,5 @@ class BiEncoder(nn.Module):
         attention_mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
         hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=attention_mask_BL.long()).last_hidden_state
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()[0]
-        return F.normalize(cls_of(hidden_BLD).float(), dim=1), temperature
+        embedding_BD = pool(hidden_BLD, attention_mask_BL, self.pooling)
+        return F.normalize(embedding_BD.float(), dim=1), temperature

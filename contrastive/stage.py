@@ -157,7 +157,7 @@ class FinetuneStage:
         self, anchor_QD: Tensor, candidate_MD: Tensor, answer_QD: Tensor, mask: NegativeMask, temperature: Temperature
     ) -> list[LocalLoss]:
         """Local losses at the full width and at each Matryoshka width."""
-        widths = [anchor_QD.shape[1], *self._loss.matryoshka]
+        widths = self._widths(anchor_QD)
         weight = 1.0 / (self._global_size * len(widths))
         losses: list[LocalLoss] = []
         for width in widths:
@@ -166,20 +166,32 @@ class FinetuneStage:
         return losses
 
     def _distillation(self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor, temperature: Temperature) -> Tensor:
+        """Local loss: the mean over the full width and each Matryoshka width, as FlagEmbedding's."""
         teacher_QG = batch.teacher_QG.to(self._device)
         position_G = torch.arange(teacher_QG.shape[1], device=self._device)
         passage_index_QG = batch.start_Q.to(self._device)[:, None] + position_G
         valid_QG = position_G < batch.count_Q.to(self._device)[:, None]
-        group_QGD = (
-            p_PD[passage_index_QG.clamp(max=max(0, len(p_PD) - 1))]
-            if len(p_PD)
-            else p_PD.new_zeros(0, len(position_G), p_PD.shape[1])
-        )
-        return distillation_local_loss(
-            q_QD,
-            group_QGD,
-            teacher_QG,
-            temperature=temperature,
-            weight=1.0 / self._global_size,
-            valid_BG=valid_QG,
-        )
+        widths = self._widths(q_QD)
+        losses: list[Tensor] = []
+        for width in widths:
+            short_QD, short_PD = (matryoshka(x, width) for x in (q_QD, p_PD))
+            group_QGD = (
+                short_PD[passage_index_QG.clamp(max=max(0, len(p_PD) - 1))]
+                if len(p_PD)
+                else short_PD.new_zeros(0, len(position_G), width)
+            )
+            losses.append(
+                distillation_local_loss(
+                    short_QD,
+                    group_QGD,
+                    teacher_QG,
+                    temperature=temperature,
+                    weight=1.0 / (self._global_size * len(widths)),
+                    valid_BG=valid_QG,
+                )
+            )
+        return torch.stack(losses).sum()
+
+    def _widths(self, x_ND: Tensor) -> list[int]:
+        """At which each loss term is computed: the full width, then the Matryoshka widths."""
+        return [x_ND.shape[1], *self._loss.matryoshka]

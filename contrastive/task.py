@@ -17,6 +17,7 @@ from contrastive.model import BiEncoder
 from contrastive.plan import plan
 from contrastive.stage import FinetuneStage
 from contrastive.tokenization import FEATURES, Tokenize, settings
+from lodestar.config.schema import Pooling
 from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
@@ -25,7 +26,8 @@ from lodestar.data.training_examples import ROW_FEATURES, check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
+from lodestar.models.load import find_folder, folder_prompts, load_encoder, load_tokenizer
+from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
@@ -36,7 +38,10 @@ from retrieval.evaluation.in_training import in_training_evaluation
 def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
     with agreed():  # an error on one node must not leave the other nodes waiting
         recipe = _with_instructions(recipe, runtime)
-        tokenizer = load_tokenizer(recipe.model)
+        pooling, reason, warnings = resolve_pooling(recipe.model, find_folder(recipe.model.encoder))
+        if runtime.is_main:
+            print(f"model.pooling: {pooling}, {reason}", *warnings, sep="\n", file=sys.stderr)
+        tokenizer = load_tokenizer(recipe.model, pooling)
         if tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no padding token (add one)")
     data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
@@ -49,7 +54,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
         counts.update(dataset.stats.counts())
     total_steps = recipe.schedule.total_steps(counts["rows"], size)
     collate = _collate(recipe, runtime, tokenizer, tokenized_datasets, make_sampler, total_steps)
-    module = _model(recipe, runtime)
+    module = _model(recipe, runtime, pooling)
     prompts = {"query": data.query_instruction or "", "document": data.passage_instruction or ""}
 
     def embed(ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
@@ -78,11 +83,17 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
             "seed": seed,
             "global_size": size,
             "data": fingerprints,
+            "pooling": pooling,
             "data.train.weight": [dataset.weight for dataset in data.sets],
             "data.train.in_batch_negatives": [dataset.in_batch_negatives for dataset in data.sets],
         },
         export=encoder_export(
-            module.encoder, tokenizer, recipe, title="A text-embedding model for retrieval", prompts=prompts
+            module.encoder,
+            tokenizer,
+            recipe,
+            title="A text-embedding model for retrieval",
+            prompts=prompts,
+            pooling=pooling,
         ),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts=prompts),
         data_counts=dict(counts),
@@ -152,15 +163,16 @@ def _with_instructions(recipe: FinetuneRecipe, runtime: Runtime) -> FinetuneReci
     return recipe.model_copy(update={"data": data})
 
 
-def _model(recipe: FinetuneRecipe, runtime: Runtime) -> BiEncoder:
-    loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed)
+def _model(recipe: FinetuneRecipe, runtime: Runtime, pooling: Pooling) -> BiEncoder:
+    loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed, pooling=pooling)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
     full_width = loaded.model.config.hidden_size
     for width in recipe.loss.matryoshka:
         if width >= full_width:
             raise ConfigError(f"loss.matryoshka: {width}: not narrower than the embedding (it has {full_width})")
-    return BiEncoder(loaded.model, recipe.loss.temperature, learned=recipe.loss.learn_temperature)
+    loss = recipe.loss
+    return BiEncoder(loaded.model, loss.temperature, learned=loss.learn_temperature, pooling=pooling)
 
 
 def _synthetic_row(recipe: FinetuneRecipe, fraction: float, index: int) -> Row:

@@ -1,6 +1,8 @@
-"""The demo: a search engine over the Python libraries of this environment, trained from nothing on two CPU cores.
+"""The demos: a search engine over the documentation of Python packages, trained on two CPU cores.
 
-    python examples/demo.py [--ablation]
+    python examples/demo.py                 from random weights, through both stages
+    python examples/demo.py --ablation      also stage 2 without stage 1, for comparison
+    python examples/demo.py --pretrained    from a small pre-trained encoder, with and without stage 1
 
 Each step is skipped when its result is there, and training resumes from its last checkpoint; run it again at any time.
 """
@@ -10,94 +12,94 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-RUNS = Path("runs/demo")
-DATA, ENCODER = RUNS / "data", RUNS / "encoder"
-STAGE_1, STAGE_2, WITHOUT_STAGE_1 = RUNS / "pretrain", RUNS / "finetune", RUNS / "finetune-without-pretraining"
-CORPUS, HELDOUT = DATA / "library" / "corpus.jsonl", DATA / "heldout"
-RANKS = 2
-STOPPED = 3
-"""Exit code of a training run that was asked to stop, after it has saved a checkpoint."""
+from rich.console import Console
+
+from examples import minilm
+from examples.launching import call, deepspeed, python, torchrun
+from lodestar.errors import LodestarError
+
+DATA = Path("runs/demo/data")
+HELDOUT = DATA / "heldout"
 QUESTIONS = ("similarity of two texts", "shortest path between two nodes", "normalize the rows of a matrix")
-ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",  # nothing is downloaded
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # of reading a file of 4 MB
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-TRAINING = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # processes tokenize side by side already
-    # Keep the pages of large tensors instead of giving them back after each step: fewer page faults.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--ablation", action="store_true", help="also train stage 2 without stage 1, for comparison")
+    parser.add_argument("--ablation", action="store_true", help="also train stage 2 without stage 1")
+    parser.add_argument("--pretrained", action="store_true", help="start from a pre-trained encoder, all-MiniLM-L6-v2")
     options = parser.parse_args()
     os.chdir(Path(__file__).resolve().parent.parent)  # recipes name their files from here
-    os.environ.update(ENVIRONMENT)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    start = time.perf_counter()
     try:
-        demo(ablation=options.ablation)
-    except Failed as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
+        demo = from_pretrained() if options.pretrained else from_random_weights(ablation=options.ablation)
+        finish(*demo, start)
+    except LodestarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 
 
-def demo(*, ablation: bool) -> None:
-    start = time.perf_counter()
-    data()
-    models = {"untrained encoder": ENCODER}
-    train("stage 1: RetroMAE pre-training under deepspeed, ZeRO-1", STAGE_1, deepspeed("pretrain"))
-    models["after stage 1"] = STAGE_1 / "model"
-    if ablation:
-        command = torchrun("finetune", f"model.encoder={ENCODER}", f"run.output_dir={WITHOUT_STAGE_1}")
-        train("for comparison: stage 2 without stage 1", WITHOUT_STAGE_1, command)
-        models["stage 2 without stage 1"] = WITHOUT_STAGE_1 / "model"
-    train("stage 2: contrastive fine-tuning under torchrun", STAGE_2, torchrun("finetune"))
-    models["after stage 2"] = STAGE_2 / "model"
+# --- the two demos ---------------------------------------------------------------------------
 
-    say("all of them on the held-out packages")
-    show(measure(models, RUNS))
-    say("three questions to the held-out packages")
-    search = [sys.executable, "launch/search.py", "--model", str(STAGE_2 / "model"), "--corpus", str(HELDOUT)]
-    call([*search, "--top", "3", *QUESTIONS], "search")
-    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes")
-    print(f"model    {STAGE_2 / 'model'}   (opens with sentence-transformers and transformers)")
-    print(f"reports  {STAGE_1 / 'report.html'}  {STAGE_2 / 'report.html'}")
-    print(f'ask      {python()} launch/search.py --model {STAGE_2 / "model"} "shuffle the rows of a tensor"')
-    print("         (all installed libraries; the first question waits a minute or two, until they are embedded)")
+
+def from_random_weights(*, ablation: bool) -> tuple[Path, Path]:
+    """Returns the folders of the run of both stages and of the evaluation."""
+    encoder, alone = Path("runs/demo/encoder"), Path("runs/demo/finetune-alone")
+    stage_1, stage_2 = Path("runs/demo/pretrain"), Path("runs/demo/finetune")
+    data(encoder)
+    config = ("--config", "configs/pretrain/demo.yaml")
+    train("stage 1: RetroMAE pre-training under deepspeed, ZeRO-1", stage_1, deepspeed("pretrain", *config))
+    config = ("--config", "configs/finetune/demo.yaml")
+    train("stage 2: contrastive fine-tuning under torchrun", stage_2, torchrun("finetune", *config))
+    if not ablation:
+        return stage_2, evaluate("configs/evaluate/demo.yaml", Path("runs/demo/evaluation"), [stage_1, stage_2])
+    overrides = (f"model.encoder={encoder}", f"run.output_dir={alone}")
+    train("for comparison: stage 2 without stage 1", alone, torchrun("finetune", *config, *overrides))
+    runs = [stage_1, stage_2, alone]
+    return stage_2, evaluate("configs/evaluate/demo_ablation.yaml", Path("runs/demo/ablation"), runs)
+
+
+def from_pretrained() -> tuple[Path, Path]:
+    """Returns the folders of the run of both stages and of the evaluation."""
+    encoder, runs = Path("runs/demo-pretrained/encoder"), Path("runs/demo-pretrained")
+    adapted, tuned, both = runs / "pretrain", runs / "finetune-alone", runs / "finetune"
+    say("a pre-trained encoder: all-MiniLM-L6-v2, 23 million parameters")
+    if not encoder.is_dir():
+        minilm.fetch(encoder)
+    print(encoder)
+    data()
+    config = ("--config", "configs/finetune/demo_pretrained.yaml")
+    overrides = (f"model.encoder={encoder}", f"run.output_dir={tuned}")
+    train("fine-tuned as it is", tuned, torchrun("finetune", *config, *overrides))
+    adapt = deepspeed("pretrain", "--config", "configs/pretrain/demo_pretrained.yaml")
+    train("RetroMAE pre-training on the docstrings", adapted, adapt)
+    train("fine-tuned after that", both, torchrun("finetune", *config))
+    return both, evaluate("configs/evaluate/demo_pretrained.yaml", runs / "evaluation", [adapted, tuned, both])
 
 
 # --- steps -----------------------------------------------------------------------------------
 
 
-def data() -> None:
-    """Docstrings, tokenizer and encoder."""
-    say("docstrings of the standard library and of the installed packages; a tokenizer; an encoder of random weights")
+def data(encoder: Path | None = None) -> None:
+    """Docstrings; with `encoder`, also a tokenizer of their words and an encoder of random weights, in that folder."""
+    say("docstrings of installed packages" + ("; a tokenizer; an encoder of random weights" if encoder else ""))
     summary = DATA / "summary.json"
-    if not (summary.is_file() and (ENCODER / "model.safetensors").is_file()):
-        call([sys.executable, "examples/docstrings.py", "--output", str(DATA), "--encoder", str(ENCODER)], "the data")
-    counts = json.loads(summary.read_text(encoding="utf-8"))
+    if not (summary.is_file() and (encoder is None or (encoder / "model.safetensors").is_file())):
+        more = ["--encoder", str(encoder)] if encoder else []
+        call([sys.executable, "-m", "examples.docstrings", "--output", str(DATA), *more], "the data")
+    counts = read(summary)
     print(
         f"{counts['training_texts']:,} texts and {counts['training_pairs']:,} queries to train on; held out: "
         f"{counts['heldout_passages']:,} passages, {counts['heldout_queries']:,} queries"
@@ -109,117 +111,46 @@ def train(what: str, folder: Path, command: Sequence[str]) -> None:
     say(what)
     summary = folder / "summary.json"
     if not read(summary).get("finished"):
-        call(command, what.partition(":")[0], TRAINING)
-    found = read(summary)
-    if "search_corpus" not in found:  # what launch/search.py looks in unless told otherwise
-        summary.write_text(json.dumps({**found, "search_corpus": str(CORPUS)}, indent=2) + "\n", encoding="utf-8")
-    print(f"{found.get('steps', 0):,} steps in {found.get('seconds', 0):.0f} s: {folder / 'report.html'}")
+        call(command, what)
+    result = read(summary)
+    if "search_corpus" not in result:  # what launch/search.py looks in unless told otherwise
+        corpus = str(DATA / "library" / "corpus.jsonl")
+        summary.write_text(json.dumps({**result, "search_corpus": corpus}, indent=2) + "\n", encoding="utf-8")
+    print(f"{result.get('steps', 0):,} steps in {result.get('seconds', 0):.0f} s: {folder / 'report.html'}")
 
 
-def measure(models: dict[str, Path], folder: Path) -> list[dict[str, Any]]:
-    """Rows of the table: BM25, each model, the last one with BM25; from folder/evaluation.json if it is up to date."""
+def evaluate(config: str, folder: Path, runs: Sequence[Path]) -> Path:
+    """The table of all models, measured again only when one of them is newer; returns `folder`."""
+    say("all of them on packages that nothing was trained on: networkx, sklearn, sentence_transformers")
     stored = folder / "evaluation.json"
-    newest = max((path / "model.safetensors").stat().st_mtime for path in models.values())
+    newest = max((run / "model" / "model.safetensors").stat().st_mtime for run in runs)
     if stored.is_file() and stored.stat().st_mtime > newest:
-        rows = json.loads(stored.read_text(encoding="utf-8"))["rows"]
-        if [row["model"] for row in rows][1:-1] == list(models):
-            return rows
-    import torch
+        from retrieval.evaluation import results  # and torch with it
 
-    from retrieval.evaluation.beir import read_beir
-    from retrieval.evaluation.compare import compare, write
-
-    beir = read_beir(HELDOUT)
-    rows = compare(models, beir, device=torch.device("cpu"), progress=sys.stderr.isatty())
-    write(folder, beir, "test", rows)
-    return rows
+        results.show(read(stored)["rows"], str(HELDOUT))
+    else:
+        call(torchrun("evaluate", "--config", config), "the evaluation")
+    return folder
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    from retrieval.evaluation import results
-
-    results.show(rows, "held-out packages: networkx, sklearn, sentence_transformers")
-
-
-# --- processes -------------------------------------------------------------------------------
-
-
-def deepspeed(stage: str, *overrides: str) -> list[str]:
-    """The command of a stage; a port of its own, because deepspeed's default one may be taken."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [beside_python("deepspeed"), "--num_accelerators", str(RANKS), "--master_port", str(port)]
-    return [*launcher, "--log_level", "error", *command_line(stage), *overrides]
-
-
-def torchrun(stage: str, *overrides: str) -> list[str]:
-    return [beside_python("torchrun"), "--standalone", "--nproc-per-node", str(RANKS), *command_line(stage), *overrides]
-
-
-def command_line(stage: str) -> list[str]:
-    return [f"launch/{stage}.py", "--config", f"configs/{stage}/demo.yaml"]
-
-
-def beside_python(program: str) -> str:
-    """This environment's program, also where the environment is not activated."""
-    return os.path.relpath(Path(sys.executable).with_name(program))
-
-
-def call(command: Sequence[str], what: str, more: dict[str, str] | None = None) -> None:
-    """Run to the end on this terminal; raises Failed, or KeyboardInterrupt once it has stopped in good order.
-
-    The command gets a session of its own: Ctrl-C must reach the ranks, which save and stop, and not their launcher,
-    which would kill them.
-    """
-    print("$", shlex.join(python() if part == sys.executable else part for part in command), flush=True)
-    process = subprocess.Popen(command, env={**os.environ, **(more or {})}, start_new_session=True)
-    interrupted = False
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            if interrupted:
-                os.killpg(process.pid, signal.SIGKILL)  # asked twice
-            else:
-                stop(process.pid)
-            interrupted = True
-    if interrupted or code == STOPPED:
-        raise KeyboardInterrupt
-    if code:
-        raise Failed(f"{what} failed with exit code {code} (its last lines above say why)", code)
-
-
-def stop(process_id: int) -> None:
-    """SIGTERM to the ranks below a launcher, that is to the first processes with a RANK; else to all of the session."""
-    import psutil
-
-    children = psutil.Process(process_id).children(recursive=True)
-    placed = {child.pid: child for child in children if "RANK" in child.environ()}
-    ranks = [child for child in placed.values() if child.ppid() not in placed]
-    if not ranks:
-        os.killpg(process_id, signal.SIGTERM)
-    for rank in ranks:
-        rank.terminate()
-
-
-class Failed(Exception):
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+def finish(run: Path, evaluation: Path, start: float) -> None:
+    """Three questions, and what to do next."""
+    say("three questions to the held-out packages")
+    model = run / "model"
+    search = [sys.executable, "launch/search.py", "--model", str(model), "--corpus", str(HELDOUT)]
+    call([*search, "--top", "3", *QUESTIONS], "search")
+    say(f"done in {(time.perf_counter() - start) / 60:.1f} minutes; what next:")
+    print(f'ask            {python()} launch/search.py --model {model} "shuffle the rows of a tensor"')
+    print("               (all packages; the first question waits a minute, until their texts are embedded)")
+    print(f"look           {run / 'report.html'}  {evaluation / 'evaluation.html'}")
+    print(f"use            SentenceTransformer({str(model)!r})  (transformers opens it too)")
+    print("your own data  docs/custom.md: from a CSV file to search results")
 
 
 # --- telling ---------------------------------------------------------------------------------
 
 
 def say(what: str) -> None:
-    from rich.console import Console
-
     Console(highlight=False).print(f"\n[bold]{what}[/bold]")
 
 
@@ -227,8 +158,8 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def python() -> str:
-    return os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -302,7 +302,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, *, vocabulary: int = 400
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
     learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
-    texts = [text[:1000] for text in texts]  # further than the demo's encoder reads
+    texts = [text[:500] for text in texts]  # further than the demo's encoder reads
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(learner.normalizer.normalize_str(text))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import datasets
@@ -24,7 +25,7 @@ from retromae.masks import IGNORED, mask_tokens
 class EncodedText(NamedTuple):
     input_ids: Sequence[int]
     words: Sequence[int]
-    """Index of each token's word; -1 for special tokens."""
+    """Index of each token's word; -1 for special tokens other than [UNK]."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class Collate:
             },
         )
 
+    @cached_property
+    def _ordinary_ids_V(self) -> Tensor:
+        return ordinary_ids(self.tokenizer)  # a walk through the vocabulary
+
     def _micro_batch(self, texts: list[EncodedText], rng_key_B: Tensor, is_real: bool) -> MicroBatch:
         input_ids_BL = padded([text.input_ids for text in texts], self.tokenizer.pad_token_id)  # type: ignore[arg-type]
         words_BL = padded([text.words for text in texts], -1).short()
@@ -116,7 +121,7 @@ class Collate:
             rng_key_B,
             self.mask_ratio,
             self.tokenizer.mask_token_id,  # type: ignore[arg-type]
-            ordinary_ids(self.tokenizer),  # type: ignore[arg-type]
+            self._ordinary_ids_V,
         )
         if not is_real:
             labels_BL.fill_(IGNORED)

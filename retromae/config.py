@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import EngineConfig, Natural, TrainingDataConfig, TrainingRecipe
+from lodestar.config.schema import AUTO, EngineConfig, ModelConfig, Natural, TrainingDataConfig, TrainingRecipe
 
 HEAD_LOGITS = 2**27
 """Logits that the head holds at once on a GPU; the plan counts them, the loss observes them."""
+
+
+class PretrainModelConfig(ModelConfig):
+    """The encoder and its tokenizer."""
+
+    pooling: Literal["auto", "cls"] = "cls"
+    """RetroMAE trains the [CLS] vector, whatever the encoder's own pooling is; auto is the same."""
+
+    @field_validator("pooling", mode="before")
+    @classmethod
+    def _only_cls(cls, pooling: object) -> object:
+        if pooling in ("mean", "last_token"):
+            raise ValueError(
+                f"{pooling}: RetroMAE trains the [CLS] vector, which its decoder reads (leave it out; fine-tuning can "
+                "train any pooling)"
+            )
+        return "cls" if pooling == AUTO else pooling
 
 
 class MaskConfig(Section):
@@ -35,7 +52,7 @@ class LossConfig(Section):
     """Terms besides those of encoder and decoder."""
 
     bag_of_words: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1."""
+    """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1, on a term that is smaller where tokens repeat."""
 
     @property
     def weights(self) -> dict[str, float]:
@@ -59,6 +76,7 @@ class DataConfig(TrainingDataConfig):
 class PretrainRecipe(TrainingRecipe):
     """RetroMAE pre-training."""
 
+    model: PretrainModelConfig
     data: DataConfig
     mask: MaskConfig = MaskConfig()
     decoder: DecoderConfig = DecoderConfig()

@@ -1,7 +1,7 @@
 """Losses on the vocabulary that never hold positions x vocabulary logits at once. No ranks, no model.
 
 Shape suffixes: N labelled positions, R positions of a tile, V vocabulary, D width, B texts, L tokens (padded),
-K ordinary tokens of one text.
+K tokens of one text's words.
 """
 
 from __future__ import annotations
@@ -109,13 +109,16 @@ def bag_of_words_nll(
 ) -> Tensor:
     """DupMAE's bag-of-words term: a sum over texts, in nats; a scalar in fp32 (fp64 for fp64).
 
-    For each text: the largest logit of each vocabulary entry over the ordinary tokens, log-softmax over the vocabulary,
-    and minus its mean over the set of the text's tokens (Liu et al. 2023, "RetroMAE-2", section 3.2; their code divides
-    by the number of tokens, not of distinct tokens, and includes the position of [SEP]). Holds the logits of one text
-    at a time, and none for the backward. A text without ordinary tokens adds 0.
+    For each text: the largest logit of each vocabulary entry over the words' tokens, log-softmax over the vocabulary,
+    and minus its mean over the set of the text's tokens (Liu et al. 2023, "RetroMAE-2", section 3.2). Holds the logits
+    of one text at a time, and none for the backward. A text without words adds 0.
+
+    Three things differ from the published code. It divides by the number of tokens, not of distinct tokens, so that its
+    term is smaller where tokens repeat. Its maximum includes the position of [SEP]. And special tokens that a text
+    spells out are positions and targets there; of these, only [UNK] is one here.
 
     ids_BL       int64, the clean ids
-    in_word_BL   bool, ordinary tokens: neither special nor pads
+    in_word_BL   bool, tokens of words: neither special, but for [UNK], nor pads
     """
     total = hidden_BLD.new_zeros((), dtype=torch.promote_types(hidden_BLD.dtype, torch.float32))
     for hidden_LD, ids_L, in_word_L in zip(hidden_BLD, ids_BL, in_word_BL, strict=True):

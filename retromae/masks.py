@@ -1,7 +1,8 @@
 """Which tokens the encoder must predict, and which the decoder's rows attend to. Tensor arithmetic only.
 
-A word is a run of tokens with the same word index; special tokens and pads have -1 and are never masked. Every draw is
-hashed from a key of the text, so that a text gets the same masks in any batch, with any padding, on any device.
+A word is a run of tokens with the same word index; special tokens and pads have -1 and are never masked, but [UNK] is a
+word or a part of one (retromae/tokenization.py). Every draw is hashed from a key of the text, so that a text gets the
+same masks in any batch, with any padding, on any device.
 
 Shape suffixes: B texts, L tokens (padded), S masks drawn per text, W words (padded), N = B * S rows, V ordinary ids,
 P pairs of masks.
@@ -63,7 +64,8 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor]:
     """The encoder's input and labels, both (B, L): of the targets 80 % become [MASK], 10 % random tokens, 10 % stay.
 
-    ordinary_ids_V   the ids that are no special tokens; random tokens are among them
+    ordinary_ids_V   the ids that are no special tokens; random tokens are among them. The published code draws from the
+                     whole vocabulary: of BERT's 30,522 ids, 5 are special tokens.
     returns          ids, and labels: the clean id of each target, -100 elsewhere
     """
     is_target_BL = whole_word_masking(words_BL, num_to_mask(lengths_B, ratio), hashed(rng_key_B, _ENCODER), sets=1)[

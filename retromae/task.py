@@ -20,7 +20,8 @@ from lodestar.data.token_cache import tokenized
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.load import load_encoder, load_tokenizer
+from lodestar.models.load import find_folder, load_encoder, load_tokenizer
+from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
@@ -37,7 +38,10 @@ from retromae.tokenization import FEATURES, ROW_FEATURES, TextCheck, Tokenize, s
 def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
     model, seed = recipe.model, recipe.run.seed
     with agreed():  # an error on one node must not leave the other nodes waiting
-        tokenizer = load_tokenizer(model)
+        pooling, _, warnings = resolve_pooling(model, find_folder(model.encoder))
+        if runtime.is_main and warnings:
+            print(*warnings, sep="\n", file=sys.stderr)
+        tokenizer = load_tokenizer(model, pooling)
         if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
             raise ConfigError("model.tokenizer: has no mask or no padding token (RetroMAE needs both)")
         sources = find_sources(recipe.data.train)
@@ -71,7 +75,7 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
         batches=data.batches,
         micro_batches=data.micro_batches,
         identity={"stage": "pretrain", "seed": seed, "global_size": recipe.batch.global_size, "data": data.identity},
-        export=encoder_export(module.encoder, tokenizer, recipe, title=title, prompts={}),
+        export=encoder_export(module.encoder, tokenizer, recipe, title=title, prompts={}, pooling=pooling),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts={}),
         data_counts=data.counts,
         new_names=NEW_NAMES,
@@ -124,6 +128,7 @@ def _cached_data(
             row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
+            version=Tokenize.version,
             first_on_node=runtime.local_rank == 0,
         ),
         runtime.local_rank,

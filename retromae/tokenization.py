@@ -1,4 +1,11 @@
-"""From texts to token ids and word indices."""
+"""From texts to token ids and word indices.
+
+The published code draws masks from all tokens but "[CLS]" and "[SEP]", so [UNK] is a word here too: in a text of a
+language that the vocabulary does not cover, most tokens are [UNK]. Two details differ. In the encoder, that code draws
+[UNK] but then neither masks nor labels it, so fewer tokens than `mask.encoder` are predicted; here it is masked like
+any word. And [MASK], [PAD] and other special tokens that a text spells out are no words here; there the decoder may
+hide them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +35,10 @@ FEATURES = datasets.Features(
 
 
 class Tokenize:
-    """Batches of texts -> token ids and the index of each token's word (-1 for special tokens)."""
+    """Batches of texts -> token ids and the index of each token's word (-1 for special tokens other than [UNK])."""
+
+    version = 2
+    """Version 1 gave [UNK] no word."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, split: bool) -> None:
         self.tokenizer, self.split = tokenizer, split
@@ -37,7 +47,7 @@ class Tokenize:
         start, end = special_mask.index(0), len(special_mask) - special_mask[::-1].index(0)
         self.prefix_ids, self.suffix_ids = sample["input_ids"][:start], sample["input_ids"][end:]
         self.max_text_tokens = max_length - len(self.prefix_ids) - len(self.suffix_ids)
-        self.special_ids = set(tokenizer.all_special_ids)
+        self.no_word_ids = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}
 
     def __call__(self, columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         encoded = self.tokenizer(columns["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -45,7 +55,7 @@ class Tokenize:
         for i, ids in enumerate(encoded["input_ids"]):
             # A text may spell out a special token; that is no word either.
             words = [
-                -1 if token_id in self.special_ids or word is None else word
+                -1 if token_id in self.no_word_ids or word is None else word
                 for token_id, word in zip(ids, encoded.word_ids(i), strict=True)
             ]
             starts = range(0, len(ids), self.max_text_tokens) if self.split else range(min(1, len(ids)))

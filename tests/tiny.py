@@ -17,6 +17,8 @@ from transformers import (
     BertConfig,
     ModernBertConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
     XLMRobertaConfig,
 )
 
@@ -156,6 +158,39 @@ def encoder(
     model.get_input_embeddings().weight.data *= 5  # texts that differ give vectors that differ, even untrained
     model.save_pretrained(folder)
     own_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def decoder(folder: Path, **options: Any) -> Path:
+    """A causal decoder of random weights as a transformers folder; its tokenizer puts no special token at either end.
+
+    options   of its configuration, as is_causal=False
+    """
+    backend = Tokenizer.from_str(tokenizer("modernbert").backend_tokenizer.to_str())
+    backend.post_processor = processors.ByteLevel()  # type: ignore[assignment]
+    names = {"eos_token": "[SEP]", "bos_token": "[CLS]", "unk_token": "[UNK]"}
+    own_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=336,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        **options,
+    )
+    Qwen2Model(config).save_pretrained(folder)
+    own_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_pooling(folder: Path, **values: Any) -> Path:
+    """The folder, which now states its pooling as sentence-transformers does."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling/config.json").write_text(json.dumps(values))
     return folder
 
 

@@ -23,6 +23,8 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Precision = Literal["bf16", "fp16", "fp32"]
 """Of matrix products; weights, gradients and losses are always fp32."""
+Pooling = Literal["cls", "mean", "last_token"]
+"""From the hidden states of a text to its embedding: that of [CLS], their mean, or that of the last token."""
 
 
 class RunConfig(Section):
@@ -44,7 +46,10 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     """A folder or hub name; none: the encoder's own."""
     max_length: Annotated[int, Field(ge=8)] = 512
-    """Tokens of one text, [CLS] and [SEP] included."""
+    """Tokens of one text, special tokens included."""
+    pooling: Pooling | Literal["auto"] = AUTO
+    """How a text's hidden states become its embedding. auto: as the encoder's 1_Pooling/config.json says, and cls where
+    it has none. last_token: the text ends with an end-of-text token, and the encoder may be a causal decoder."""
     dropout: Fraction | None = None
     """Replaces the dropout rates of the encoder's configuration; none: as they are."""
     random_weights: bool = False

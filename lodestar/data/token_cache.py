@@ -62,6 +62,7 @@ def tokenized(
     row_features: datasets.Features,
     features: datasets.Features,
     processes: int,
+    version: int = 1,
     first_on_node: bool = True,
 ) -> TokenizedDataset:
     """The sources' rows, checked and tokenized; from the cache if it has the same content with the same settings.
@@ -70,11 +71,14 @@ def tokenized(
     check          (where, row) -> the columns to keep, none to drop the row; raises DataError
     row_features   types of those columns, so that they do not depend on the first rows of a file
     tokenize       a batch of columns -> columns of `features`, where `tokens` and `truncated` are counts for each row
+    version        of `tokenize`: a cache that another version built is not read. It is no part of the fingerprint, so
+                   that a run resumes from a checkpoint that an earlier version wrote
     first_on_node  this process checks every byte of the cache, and rebuilds a damaged one
     """
     fingerprints = [source.fingerprint for source in sources]
     cache_key = json.dumps([fingerprints, dict(settings)], sort_keys=True)
-    folder = cache_dir.expanduser() / hashlib.blake2b(cache_key.encode(), digest_size=12).hexdigest()
+    fingerprint = hashlib.blake2b(cache_key.encode(), digest_size=12).hexdigest()
+    folder = cache_dir.expanduser() / (fingerprint if version == 1 else f"{fingerprint}-{version}")
     if first_on_node and folder.exists() and (problem := damage(folder, ("facts.json", "rows/state.json"))):
         print(f"warning: data.cache_dir: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
@@ -130,7 +134,8 @@ def _build(
         table.save_to_disk(str(tmp / "rows"))
         for path in (tmp / "raw", *tmp.glob("mapped*.arrow")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        stats = DatasetStats(folder.name, len(table), tokens, truncated, num_read - len(raw))
+        fingerprint = folder.name.partition("-")[0]  # without the version
+        stats = DatasetStats(fingerprint, len(table), tokens, truncated, num_read - len(raw))
         (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
         write_manifest(tmp)
     except BaseException:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging as transformers_logging
 
 from lodestar import rng
-from lodestar.config.schema import ModelConfig
+from lodestar.config.schema import ModelConfig, Pooling
 from lodestar.errors import ModelError, first_line
+from lodestar.models.pooling_config import causal_decoder_error
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class LoadedEncoder:
     from_file: int
     total: int
     source: str
-    warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.from_file} of {self.total} tensors from {self.source}", *self.warnings])
+        return f"{self.from_file} of {self.total} tensors from {self.source}"
 
 
 def find_folder(name: str) -> Path:
@@ -64,11 +64,11 @@ def folder_prompts(name: str) -> dict[str, str]:
         raise ModelError(f"{path}: damaged (delete it, or fetch the folder again)") from None
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer, checked against its encoder.
+def load_tokenizer(model: ModelConfig, pooling: Pooling = "cls") -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer, checked against its encoder; for last_token pooling it ends each text.
 
     It must be a fast tokenizer, because whole words are found by its word ids.
-    Raises ModelError where it does not fit the encoder, or puts no [CLS] before a text.
+    Raises ModelError where it does not fit the encoder, or does not put the token there that the pooling reads.
     """
     folder = find_folder(model.tokenizer or model.encoder)
     if not any(path.name in TOKENIZER_FILES or path.suffix == ".model" for path in folder.iterdir()):
@@ -83,7 +83,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise ModelError(f"model.tokenizer: {folder}: not a fast tokenizer (save it with a tokenizer.json)")
     tokenizer.padding_side = tokenizer.truncation_side = "right"  # [CLS] comes first, in the exported folder too
-    _check_ids(tokenizer, folder)
+    check_vocabulary(tokenizer, f"model.tokenizer: {folder}")
+    if pooling == "cls":
+        _check_cls(tokenizer, folder)
+    elif pooling == "last_token":
+        _add_end_token(tokenizer, folder)
     _check_fit(tokenizer, folder, model)
     return tokenizer
 
@@ -91,15 +95,34 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tiktoken", "tekken.json")
 
 
-def _check_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """ModelError unless it has more than special tokens, and puts one of those before a text."""
-    check_vocabulary(tokenizer, f"model.tokenizer: {folder}")
+def _check_cls(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """ModelError unless it puts a special token before a text."""
     special_ids = set(tokenizer.all_special_ids)
     first: list[int] = tokenizer("a")["input_ids"][:1]  # type: ignore[assignment]
     if not first or first[0] not in special_ids:
         raise ModelError(
             f"model.tokenizer: {folder}: puts no [CLS] before a text, and the embedding is read there "
             "(take the encoder's own, or give its tokenizer.json a post-processor that adds one)"
+        )
+
+
+def _add_end_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Let the tokenizer end each text, also a truncated one, with its end-of-text token where it does not yet.
+
+    That becomes a part of tokenizer.json, so the saved folder does the same wherever it is opened.
+    """
+    if tokenizer.pad_token is None:  # decoders have none; which one it is does not matter, because padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    ids: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
+    if ids[-1] in tokenizer.all_special_ids:
+        return
+    if tokenizer.eos_token_id is not None:
+        tokenizer.add_bos_token = ids[0] == tokenizer.bos_token_id
+        tokenizer.add_eos_token = True
+    if tokenizer("a")["input_ids"] != [*ids, tokenizer.eos_token_id]:
+        raise ModelError(
+            f"model.tokenizer: {folder}: cannot end texts with an eos_token, and the embedding is read there (set "
+            "eos_token in its tokenizer_config.json, or give its tokenizer.json a post-processor that adds one)"
         )
 
 
@@ -142,12 +165,16 @@ SPARSE_VOCABULARY = 0.9
 """Embeddings are often padded to a multiple; a tokenizer with a smaller fraction of their number does not fit."""
 
 
-def load_encoder(model: ModelConfig, auto_class: Any, *, seed: int, random_head: bool = False) -> LoadedEncoder:
+def load_encoder(
+    model: ModelConfig, auto_class: Any, *, seed: int, random_head: bool = False, pooling: Pooling = "cls"
+) -> LoadedEncoder:
     """An encoder in fp32, from a file or randomly initialised, as the recipe says.
 
     auto_class    one of transformers' Auto classes
     random_head   tensors outside the base model may be missing from the file and start randomly initialised
-    raises        ModelError where a tensor is missing, has another shape, or differs from the file
+    pooling       that the embedding is read by
+    raises        ModelError where a tensor is missing, has another shape, or differs from the file, and for a causal
+                  decoder without last_token pooling
     """
     folder, config = find_folder(model.encoder), _config(model)
     if model.dropout is not None:
@@ -162,10 +189,12 @@ def load_encoder(model: ModelConfig, auto_class: Any, *, seed: int, random_head:
     else:
         loaded = _from_file(folder, config, auto_class, options, random_head)
     _check_length(model, loaded.model)
-    _check_direction(loaded.model, folder)
+    _check_direction(loaded.model, folder, pooling)
+    if pooling == "last_token":
+        loaded.model.config.use_cache = False  # of keys and values, which decoders keep to generate
     if model.activation_checkpointing:
         loaded.model.gradient_checkpointing_enable({"use_reentrant": False})
-    return replace(loaded, warnings=_pooling_warning(folder))
+    return loaded
 
 
 def _config(model: ModelConfig) -> PretrainedConfig:
@@ -289,8 +318,8 @@ def _check_length(model: ModelConfig, encoder: PreTrainedModel) -> None:
         )
 
 
-def _check_direction(encoder: PreTrainedModel, folder: Path) -> None:
-    """ModelError where the first token does not attend to the next ones: a causal decoder is no text encoder."""
+def _check_direction(encoder: PreTrainedModel, folder: Path, pooling: Pooling) -> None:
+    """ModelError where the first token does not attend to the next ones, unless only the last token is read."""
     first, *others = [i for i in range(min(64, encoder.config.vocab_size)) if i != encoder.config.pad_token_id]
     training = encoder.training
     with torch.no_grad():
@@ -304,30 +333,8 @@ def _check_direction(encoder: PreTrainedModel, folder: Path) -> None:
                 "(name one like BERT)"
             ) from None
     encoder.train(training)
-    if cls_BD[0].equal(cls_BD[1]):  # the texts differ behind their first token
-        raise ModelError(
-            f"model.encoder: {folder}: {type(encoder).__name__} is a causal decoder: its first token, whose vector is "
-            "the embedding, sees no other (name an encoder like BERT)"
-        )
-
-
-def _pooling_warning(folder: Path) -> tuple[str, ...]:
-    """A warning where the folder's embedding is not the [CLS] vector."""
-    file = folder / "1_Pooling" / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError):
-        raise ModelError(f"model.encoder: {file}: not valid JSON (fetch the folder again)") from None
-    modes = values.get("pooling_mode") or []
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    prefix = "pooling_mode_"  # older versions have a switch for each mode
-    modes += [name.removeprefix(prefix) for name in values if name.startswith(prefix) and values[name]]
-    if not modes or modes in (["cls"], ["cls_token"]):
-        return ()
-    return (
-        f"warning: model.encoder: {folder}: its embedding is by {' and '.join(modes)} pooling; it is trained and saved "
-        "with [CLS] pooling",
-    )
+    if pooling != "last_token" and cls_BD[0].equal(cls_BD[1]):  # the texts differ behind their first token
+        raise causal_decoder_error(folder, type(encoder).__name__)
 
 
 def _dropout_rates(config: PretrainedConfig) -> list[str]:

@@ -14,12 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lodestar.config.loader import dump
+from lodestar.config.schema import Pooling
 from lodestar.files import write_json
 from lodestar.models.load import parameter_aliases
+from lodestar.models.pooling_config import LEGACY_KEYS, POOLINGS
 
-POOLING_MODES = (
-    "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken",
-)  # fmt: skip
+IN_WORDS: dict[Pooling, str] = {
+    "cls": "[CLS] vector",
+    "mean": "mean of the tokens' vectors",
+    "last_token": "vector of the last token",
+}
 
 
 def save_model(
@@ -31,8 +35,9 @@ def save_model(
     max_length: int,
     prompts: Mapping[str, str],
     card: str,
+    pooling: Pooling = "cls",
 ) -> None:
-    """Write a transformers folder that is a sentence-transformers folder too: CLS pooling, normalisation, prompts.
+    """Write a transformers folder that is a sentence-transformers folder too: pooling, normalisation, prompts.
 
     weights   the model's parameters, one name for each; none: those in the model (an engine may have sharded them)
     prompts   by role: `encode_query` applies "query", `encode_document` "document"
@@ -53,9 +58,10 @@ def save_model(
     backend.no_padding()
     tokenizer.save_pretrained(folder)
     # In the keys that every version of sentence-transformers and other servers read; newer ones know shorter keys too.
-    modes = {f"pooling_mode_{name}": name == "cls_token" for name in POOLING_MODES}
-    pooling = {"word_embedding_dimension": model.config.hidden_size, **modes, "include_prompt": True}
-    for name, config in (("1_Pooling", pooling), ("2_Normalize", {})):
+    mode = next(name for name, ours in POOLINGS.items() if ours == pooling)
+    modes = {"pooling_mode": mode, **{key: name == mode for name, key in LEGACY_KEYS.items()}}
+    pooling_config = {"word_embedding_dimension": model.config.hidden_size, **modes, "include_prompt": True}
+    for name, config in (("1_Pooling", pooling_config), ("2_Normalize", {})):
         (folder / name).mkdir(exist_ok=True)
         write_json(folder / name / "config.json", config)
     paths = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
@@ -78,13 +84,13 @@ def save_model(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(title: str, recipe: BaseModel, results: Mapping[str, Any]) -> str:
+def model_card(title: str, recipe: BaseModel, results: Mapping[str, Any], pooling: Pooling) -> str:
     """README.md of a model folder: usage, results of the training run, and its recipe."""
     values = json.dumps({key: value for key, value in results.items() if value is not None}, indent=2)
     return (
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, lodestar]\n---\n\n"
-        f"# {title}\n\nThe embedding is the normalised [CLS] vector.\n\n"
+        f"# {title}\n\nThe embedding is the normalised {IN_WORDS[pooling]}.\n\n"
         "```python\nfrom sentence_transformers import SentenceTransformer\n\n"
         'model = SentenceTransformer("path/to/this/folder")\n'
         'queries = model.encode_query(["a question"])  # the query prompt is applied\n'

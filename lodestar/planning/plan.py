@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
+from lodestar.models.pooling_config import encoder_file, pooling_on_disk
 from lodestar.planning.cost_model import (
     BERT_BASE,
     DEVICES,
@@ -53,17 +50,11 @@ def encoder_shape(model: ModelConfig, warnings: PlanWarnings) -> EncoderShape:
 
 
 def _shape_in(model: ModelConfig) -> EncoderShape:
-    path = Path(model.encoder) / "config.json"
-    if not path.is_file():
-        cached = None
-        if not Path(model.encoder).exists():
-            with suppress(HFValidationError):  # a path, not a name
-                cached = try_to_load_from_cache(model.encoder, "config.json")
-        if not isinstance(cached, str):
-            raise ConfigError(
-                f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
-            )
-        path = Path(cached)
+    path = encoder_file(model.encoder, "config.json")
+    if path is None:
+        raise ConfigError(
+            f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
+        )
     config = json.loads(path.read_text(encoding="utf-8"))
     try:
         width = config["hidden_size"]
@@ -76,6 +67,15 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
         )
     except KeyError as missing:
         raise ConfigError(f"{path}: {missing}: not set (an encoder in transformers' format has it)") from None
+
+
+def _pooling(model: ModelConfig, warnings: PlanWarnings) -> str:
+    """The pooling that a run would train, with a line for each warning of it."""
+    choice = warnings.or_default(None, lambda: pooling_on_disk(model), "a run would end with this error")
+    if choice is None:
+        return model.pooling
+    warnings.lines += [line.removeprefix("warning: ") for line in choice.warnings]
+    return choice.pooling
 
 
 def state_of(output_dir: str) -> str:
@@ -124,6 +124,7 @@ def describe(
         "steps": steps,
         "warmup_steps": None if steps is None else schedule.warmup_steps(steps),
         "negatives_per_query": negatives_per_query,
+        "pooling": _pooling(recipe.model, warnings),
         "tokens_at_most": None if steps is None else steps * batch.global_size * tokens_per_example,
         "checkpoint_bytes": 12 * cost.shape.parameters,  # weights and two states of AdamW, in fp32
         "peak_memory_bytes": device_memory.total,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lodestar.config.schema import TrainingRecipe
+from lodestar.config.schema import Pooling, TrainingRecipe
 from lodestar.models.save import model_card, save_model
 from lodestar.training.task import Export
 
@@ -21,6 +21,7 @@ def encoder_export(
     *,
     title: str,
     prompts: Mapping[str, str],
+    pooling: Pooling,
 ) -> Export:
     """Exports the training module's submodule `encoder` and its tokenizer; the module's other parameters are left out.
 
@@ -37,7 +38,8 @@ def encoder_export(
             weights={name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)},
             max_length=recipe.model.max_length,
             prompts=prompts,
-            card=model_card(title, recipe, results),
+            card=model_card(title, recipe, results, pooling),
+            pooling=pooling,
         )
 
     return export

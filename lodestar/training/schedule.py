@@ -8,6 +8,9 @@ import math
 def lr_factor(step: int, *, total: int, warmup: int, floor: float, shape: str) -> float:
     """Multiplier on the peak learning rate for the update that takes `step` to `step + 1`.
 
+    The warm-up is (step + 1) / warmup; transformers has step / warmup, so that its first update has a rate of 0. After
+    the warm-up both are the same.
+
     total, warmup   steps
     floor           fraction of the peak at the end
     shape           linear | cosine | constant, after the warm-up

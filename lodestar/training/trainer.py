@@ -34,7 +34,7 @@ from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
 from lodestar.training.task import BuildTask, Recipe, TaskSpec, TrainingTask
 
-_KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train"}
+_KEY_OF = {"seed": "run.seed", "global_size": "batch.global_size", "data": "data.train", "pooling": "model.pooling"}
 """The recipe's keys for values of TrainingTask.identity."""
 STOPPED = 3
 """Exit code of a run that a signal stopped; the same command resumes it."""
@@ -195,6 +195,7 @@ class Trainer(Generic[Recipe]):
 
     def _check_changes(self, folder: Path, values: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         """CheckpointError where the checkpoint's recipe computes something else, if not in checkpoint.allow_change."""
+        values = {"pooling": "cls", **values}  # earlier versions had no other pooling
         saved_recipe = values.get("recipe")  # earlier versions saved it in the run folder only
         if saved_recipe is None and (earlier := folder.parent.parent / "config.yaml").is_file():
             saved_recipe = loader.flat(loader.read_values(earlier))

@@ -105,13 +105,14 @@ def show_differences(differences: Mapping[str, Sequence[Difference]], config: Bo
     """Print a row for each task and model; nothing if there is nothing to compare."""
     if not any(differences.values()):
         return
+    several = len(differences) > 1
     table = Table(title=f"differences, paired bootstrap with {config.resamples:,} resamples")
-    for heading in ("task", "model", "compared with", "difference", "95 % interval", "p"):
+    for heading in (*["task"] * several, "model", "compared with", "difference", "95 % interval", "p"):
         table.add_column(heading, overflow="fold", no_wrap="%" in heading)
     for name, of_task in differences.items():
         for difference in of_task:
             cells = (
-                f"{name}: {difference['metric']}",
+                *[f"{name}: {difference['metric']}"] * several,
                 difference["model"],
                 difference["to"],
                 f"{difference['difference']:+.4f}",

@@ -101,7 +101,8 @@ def _settings(folder: Path) -> dict[str, object]:
 
     try:
         config = AutoConfig.from_pretrained(folder).to_dict()
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        vocabulary, letter_ids = tokenizer.get_vocab(), tokenizer("a")["input_ids"]
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         types = [module["type"].rpartition(".")[2] for module in modules]
         subfolders = [module["path"] for module, type_ in zip(modules, types, strict=True) if type_ == "Pooling"]
@@ -114,4 +115,4 @@ def _settings(folder: Path) -> dict[str, object]:
         if name not in NEUTRAL_FIELDS and not name.startswith("_") and "dropout" not in name
     }
     tokens = {f"vocabulary: {token!r}": token_id for token, token_id in vocabulary.items()}
-    return {**fields, **tokens, "modules": types, "pooling": pooling}
+    return {**fields, **tokens, "token ids of 'a'": letter_ids, "modules": types, "pooling": pooling}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrastive.config import FinetuneRecipe
+from contrastive.plan import plan as plan_finetune
 from contrastive.task import build_task as build_finetune_task
 from lodestar.config import loader
 from lodestar.config.schema import BatchPlan
@@ -18,6 +19,7 @@ from lodestar.training.build_engine import build
 from lodestar.training.task import TrainingTask
 from retromae.config import PretrainRecipe
 from retromae.masks import IGNORED, decoder_visibility
+from retromae.plan import plan as plan_pretrain
 from retromae.task import build_task as build_pretrain_task
 from tests import tiny
 
@@ -56,6 +58,12 @@ def built_task(run_recipe: Any, rank: int, size: int) -> tuple[TrainingTask, Run
     runtime = Runtime(rank, size, rank, torch.device("cpu"))
     build_task = build_pretrain_task if isinstance(run_recipe, PretrainRecipe) else build_finetune_task
     return build_task(run_recipe, runtime), runtime
+
+
+def planned(run_recipe: Any) -> dict[str, Any]:
+    """The plan of a recipe on one rank."""
+    plan = plan_pretrain if isinstance(run_recipe, PretrainRecipe) else plan_finetune
+    return plan(run_recipe, 1, None)
 
 
 def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Outcome:
@@ -117,19 +125,17 @@ def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     task, _ = built_task(run_recipe, 0, 1)
     batch = next(task.batches(0))
     model: Any = task.module.double().eval()
-    texts = [ids for micro_batch in batch.micro_batches for ids in _embed(model, micro_batch)]
+    texts = [ids for m in batch.micro_batches for ids in _embed(model, m, mean=run_recipe.model.pooling == "mean")]
     vectors = torch.stack([texts[i] for i in batch.text_index_N.argsort()])
     q, d = vectors[:GLOBAL_SIZE], vectors[GLOBAL_SIZE:]
     t = run_recipe.loss.temperature if model.log_temperature is None else model.log_temperature.exp()
-    widths = [q.shape[1], *run_recipe.loss.matryoshka]
-    pairs = [[F.normalize(x[:, :width], dim=1) for x in (q, d)] for width in widths]
-    loss = sum(_directions(q, d, batch.start_Q, t, run_recipe.loss) for q, d in pairs) / len(widths)
-    scores = q @ d.T / t
-    if run_recipe.loss.distillation:
-        groups = batch.teacher_QG.shape[1]
-        student = torch.stack([scores[i, batch.start_Q[i] : batch.start_Q[i] + groups] for i in range(GLOBAL_SIZE)])
-        teacher = batch.teacher_QG.double().softmax(1)
-        loss = loss + run_recipe.loss.distillation * F.kl_div(student.log_softmax(1), teacher, reduction="batchmean")
+    losses: list[Tensor] = []
+    for width in (q.shape[1], *run_recipe.loss.matryoshka):
+        short_q, short_d = (F.normalize(x[:, :width], dim=1) for x in (q, d))
+        losses.append(_directions(short_q, short_d, batch.start_Q, t, run_recipe.loss))
+        if run_recipe.loss.distillation:
+            losses[-1] += run_recipe.loss.distillation * _distillation(short_q, short_d, batch, t)
+    loss = torch.stack(losses).mean()
     return _backward(model, loss)
 
 
@@ -150,10 +156,20 @@ def _directions(q: Tensor, d: Tensor, positive: Tensor, t: Any, loss: Any) -> Te
     )
 
 
-def _embed(model: Any, micro_batch: Any) -> Tensor:
+def _distillation(q: Tensor, d: Tensor, batch: Any, t: Any) -> Tensor:
+    """KL divergence of each row; the gradient is that of FlagEmbedding's cross-entropy with the teacher."""
+    groups, scores = batch.teacher_QG.shape[1], q @ d.T / t
+    student = torch.stack([scores[i, start : start + groups] for i, start in enumerate(batch.start_Q.tolist())])
+    return F.kl_div(student.log_softmax(1), batch.teacher_QG.double().softmax(1), reduction="batchmean")
+
+
+def _embed(model: Any, micro_batch: Any, *, mean: bool) -> Tensor:
     attention = torch.arange(micro_batch.ids_BL.shape[1]) < micro_batch.lengths_B[:, None]
     hidden = model.encoder(input_ids=micro_batch.ids_BL, attention_mask=attention.long()).last_hidden_state
-    return F.normalize(hidden[:, 0], dim=1)
+    if not mean:
+        return F.normalize(hidden[:, 0], dim=1)
+    lengths = micro_batch.lengths_B.tolist()
+    return torch.stack([F.normalize(x[:n].mean(0), dim=0) for x, n in zip(hidden, lengths, strict=True)])
 
 
 def _backward(model: Any, loss: Tensor) -> Outcome:

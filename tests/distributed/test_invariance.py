@@ -26,6 +26,7 @@ OPTIONS = {
         "matryoshka": ("loss.matryoshka=[4,8]",),
         "directions": ("loss.passage_to_query=1", "loss.query_to_query=0.5", "loss.passage_to_passage=0.25"),
         "learned temperature": ("loss.learn_temperature=true", "loss.distillation=0.5", "loss.matryoshka=[8]"),
+        "mean pooling": ("model.pooling=mean",),
         "kept graphs": ("batch.keep_graph=2",),
         "distilled": ("loss.distillation=0.5", "data.negatives_per_query=2"),
     },

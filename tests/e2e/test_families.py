@@ -86,6 +86,7 @@ def test_both_stages_train_the_family_and_others_open_it(family: str, folder: Pa
         ("pretrain", ("optim.name=muon", "optim.clip_norm=0")),
         ("finetune", ("loss.matryoshka=[8,16]", "loss.distillation=0.3")),
         ("finetune", ("loss.share_negatives=false",)),
+        ("finetune", ("model.encoder=DECODER", "model.pooling=last_token")),
         ("finetune", ("precision=bf16", "engine.kind=deepspeed", "engine.zero_stage=2")),
         ("finetune", ("evaluate.data=BEIR", "evaluate.every_steps=3", "evaluate.keep_best=mrr_at_10")),
         ("finetune", ("data.train=[FILE, {path: FILE, weight: 2, in_batch_negatives: false}]",)),
@@ -94,7 +95,9 @@ def test_both_stages_train_the_family_and_others_open_it(family: str, folder: Pa
 )
 def test_options_train_on_two_ranks(stage: str, overrides: tuple[str, ...], folder: Path) -> None:
     tiny.encoder(folder / "encoder", "bert", dropout=0.1)
-    names = {"BEIR": f"{folder}/beir", "FILE": f"{folder}/finetune.jsonl"}
+    names = {"BEIR": f"{folder}/beir", "FILE": f"{folder}/finetune.jsonl", "DECODER": f"{folder}/decoder"}
+    if "model.encoder=DECODER" in overrides:
+        tiny.decoder(folder / "decoder")
     for short, path in names.items():
         overrides = tuple(override.replace(short, path) for override in overrides)
     assert run_world(train, 2, stage, recipe(folder, stage, folder / "encoder"), overrides) == [0, 0]

@@ -123,6 +123,15 @@ def test_each_query_gets_a_positive_and_its_negatives() -> None:
     assert all(len(own_passages) == 1 for own_passages in groups(step(ROWS, negatives=0)).values())
 
 
+@pytest.mark.parametrize(("kind", "count"), [("normal", 3), ("symmetric_class", 2), ("symmetric_sts", 3)])
+def test_only_a_symmetric_class_repeats_no_negative(kind: str, count: int) -> None:
+    row = {"query": "rows", "pos": ["graph"], "neg": ["edge", "mask"], "type": kind}
+    batch = step([row, {**row, "query": "tensor"}], negatives=3)
+    assert [len(own_passages) - 1 for own_passages in groups(batch).values()] == [count] * 2
+    assert len(groups(step([row] * 2, negatives=1))["rows"]) == 2  # and no more than the recipe asks for
+    assert batch.in_batch_negatives  # of the data set, whatever the type
+
+
 def test_positives_and_negatives_are_drawn_in_each_epoch_and_are_reproducible() -> None:
     draws = [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
     assert len(set(draws)) > 2

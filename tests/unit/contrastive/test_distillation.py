@@ -1,10 +1,17 @@
 """Distillation and Matryoshka widths. Shape suffixes: B queries, G passages of a query's own row, N texts, D width."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from contrastive.collate import StepBatch
+from contrastive.config import LossConfig
 from contrastive.loss import distillation_local_loss, matryoshka
+from contrastive.stage import FinetuneStage
+from lodestar.distributed.testing import run_world
 from tests.unit.contrastive.problems import TIGHT, D, gradients, unit
 
 NAN = float("nan")
@@ -74,3 +81,76 @@ def test_matryoshka_keeps_the_first_numbers_as_a_unit_row():
 def test_a_width_beyond_the_embedding_is_an_error(width: int):
     with pytest.raises(ValueError, match=f"width {width} is not one of 1 to {D}"):
         matryoshka(unit(4, D, seed=0), width)
+
+
+# --- both together ---------------------------------------------------------------------------
+
+
+B, G, WIDTHS, WEIGHT = 6, 3, (2, 3), 0.7
+
+
+def teacher_and_texts() -> tuple[Tensor, Tensor, Tensor]:
+    """(B, G) scores, (B, D) queries and (B * G, D) passages as the encoder pools them, not normalised."""
+    generator = torch.Generator().manual_seed(4)
+    teacher_BG, q_BD, p_MD = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((B, G), (B, D), (B * G, D))
+    )
+    return 3 * teacher_BG, q_BD.requires_grad_(), p_MD.requires_grad_()
+
+
+def local_step(rank: int, size: int) -> list[Tensor]:
+    """This rank's part of the loss, and its gradient for this rank's queries and passages."""
+    teacher_BG, q_BD, p_MD = teacher_and_texts()
+    queries = range(rank * B // size, (rank + 1) * B // size)
+    passages = range(queries.start * G, queries.stop * G)
+    count = len(queries)
+    batch = StepBatch(
+        micro_batches=[],
+        text_index_N=torch.arange(count * (1 + G)),
+        query_hash_Q=1000 + torch.tensor(queries),
+        passage_hash_P=torch.tensor(passages),
+        owner_P=torch.full((count * G,), -1),
+        start_Q=torch.arange(count) * G,
+        count_Q=torch.full((count,), G),
+        teacher_QG=teacher_BG[queries.start : queries.stop],
+        in_batch_negatives=True,
+        keep_all_graphs=True,
+        examples=count,
+        tokens=0,
+        padded_tokens=0,
+    )
+    loss = LossConfig(distillation=WEIGHT, matryoshka=list(WIDTHS))
+    stage = FinetuneStage(
+        loss=loss, global_size=B, seed=0, device=torch.device("cpu"), max_length=8, keep_graph=0, memory_bytes=0
+    )
+    x_ND = torch.cat([q_BD[queries.start : queries.stop], p_MD[passages.start : passages.stop]]).detach()
+    x_ND.requires_grad_()
+    value, grad_ND = gradients(stage._scalars(batch, F.normalize(x_ND, dim=1), 0.2)["loss"], x_ND)
+    return [value, grad_ND[:count], grad_ND[count:]]
+
+
+def as_flagembedding(distilled_widths: Sequence[int]) -> list[Tensor]:
+    """The mean over widths of cross-entropy with the teacher plus contrastive loss; its gradients.
+
+    As BiEncoderOnlyEmbedderModel 1.4 with `use_mrl` and `kl_div`, less the teacher's entropy, which is a constant.
+    """
+    teacher_BG, q_BD, p_MD = teacher_and_texts()
+    target_BG, losses = teacher_BG.softmax(1), []
+    index_BG = torch.arange(B * G).view(B, G)
+    for width in (D, *WIDTHS):
+        scores_BM = F.normalize(q_BD[:, :width], dim=1) @ F.normalize(p_MD[:, :width], dim=1).T / 0.2
+        losses.append(F.cross_entropy(scores_BM, index_BG[:, 0]))
+        if width in distilled_widths:
+            cross_entropy = -(scores_BM.gather(1, index_BG).log_softmax(1) * target_BG).sum(1).mean()
+            entropy = -(target_BG * target_BG.log()).sum(1).mean()
+            losses[-1] = losses[-1] + WEIGHT * (cross_entropy - entropy)
+    return gradients(torch.stack(losses).mean(), q_BD, p_MD)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_matryoshka_width_is_distilled_as_by_flagembedding(size: int):
+    values, *grads = zip(*run_world(local_step, size), strict=True)
+    actual = [torch.stack(values).sum(), *map(torch.cat, grads)]
+    torch.testing.assert_close(actual, as_flagembedding((D, *WIDTHS)), **TIGHT)
+    at_full_width_only = as_flagembedding((D,))
+    assert all((a - b).norm() > 0.01 * b.norm() for a, b in zip(actual, at_full_width_only, strict=True))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lodestar.config.schema import BatchPlan
 from lodestar.data.readers import find_sources, stream_rows
 from lodestar.data.sampler import ShuffledSampler
 from lodestar.errors import DataError
-from retromae.collate import Collate, EncodedText, StepBatch
+from retromae.collate import Collate, EncodedText, StepBatch, ordinary_ids
 from retromae.masks import IGNORED, decoder_visibility
 from retromae.stream import StreamWindow
 from retromae.tokenization import TextCheck, Tokenize
@@ -129,6 +131,46 @@ def test_long_texts_are_cut_and_counted_or_split_without_loss() -> None:
     assert [token for ids in parts["input_ids"] for token in ids[1:-1]] == whole[1:-1]
     assert all(len(ids) <= 16 for ids in parts["input_ids"]) and not any(parts["truncated"])
     assert all(min(w for w in words if w >= 0) == 0 for words in parts["words"])
+
+
+def test_unknown_words_are_masked_and_hidden_as_often_as_others() -> None:
+    """In a text of which half is [UNK]; every word is one token."""
+    rng = random.Random(0)
+    texts = [" ".join(rng.choice([rng.choice(tiny.WORDS[::2]), "☃"]) for _ in range(90)) for _ in range(60)]
+    num_tokens, num_labels, num_hidden = (dict.fromkeys(("unknown", "other"), 0) for _ in range(3))
+    for number in range(4):
+        (batch,) = step("bert", number=number, texts=texts).micro_batches
+        attention_mask = decoder_visibility(batch.words_BL, batch.lengths_B, batch.rng_key_B, 0.5, 256)[:, 0]
+        is_unknown = batch.input_ids_BL == tiny.tokenizer("bert").unk_token_id
+        for name, chosen in (("unknown", is_unknown), ("other", ~is_unknown & (batch.words_BL >= 0))):
+            num_tokens[name] += int(chosen.sum())
+            num_labels[name] += int((batch.labels_BL[chosen] == batch.input_ids_BL[chosen]).sum())
+            num_hidden[name] += int((~attention_mask[:, 1] & chosen).sum())
+    assert num_tokens["unknown"] / sum(num_tokens.values()) == pytest.approx(0.5, abs=0.02)
+    for name, count in num_tokens.items():  # some 10,800 tokens: four standard deviations are below 0.02
+        assert num_labels[name] / count == pytest.approx(0.3, abs=0.02)
+        assert num_hidden[name] / count == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_unknown_word_is_a_word_of_its_own_and_an_unknown_piece_belongs_to_its_word() -> None:
+    """A piece with ## never joins [UNK]: WordPiece makes a word [UNK] as a whole."""
+    assert rows_of("bert", ["rows ☃ ☃ rows☃ indexes"])["words"] == [[-1, 0, 1, 2, 3, 4, 4, 4, 4, -1]]
+    columns = rows_of("xlm-roberta", ["rows☃rows rows"])
+    assert columns["input_ids"][0][3] == tiny.tokenizer("xlm-roberta").unk_token_id
+    assert columns["words"] == [[-1, 0, 0, 0, 0, 1, 1, -1]]
+
+
+def test_the_vocabulary_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def counted(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+        calls.append(tokenizer)
+        return ordinary_ids(tokenizer)
+
+    monkeypatch.setattr("retromae.collate.ordinary_ids", counted)
+    in_memory, plan = InMemory(rows_of("bert", TEXTS)), BatchPlan(60, 1, 4)
+    collate = Collate(in_memory, ShuffledSampler(60, 60, 3), plan, 0, 3, tiny.tokenizer("bert"), 0.3)
+    assert sum(len(collate(number).micro_batches) for number in range(2)) == 30 and len(calls) == 1
 
 
 def test_a_special_token_spelt_out_in_a_text_is_no_word() -> None:

@@ -46,11 +46,11 @@ def check(where: str, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {"text": row["text"]} if row["text"] else None
 
 
-def build(tmp_path: Path, *names: str, **settings: Any) -> TokenizedDataset:
+def build(tmp_path: Path, *names: str, version: int = 1, **settings: Any) -> TokenizedDataset:
     return tokenized(
         find_sources([str(tmp_path / name) for name in names]),
         cache_dir=tmp_path / "cache", settings=settings, tokenize=tokenize, check=check,
-        row_features=ROW_FEATURES, features=FEATURES, processes=1,
+        row_features=ROW_FEATURES, features=FEATURES, processes=1, version=version,
     )  # fmt: skip
 
 
@@ -62,6 +62,14 @@ def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_
     tiny.pretrain_file(tmp_path / "a.jsonl", 11)
     assert build(tmp_path, "a.jsonl").stats.rows == 11
     assert not list((tmp_path / "cache").glob(".*"))  # nothing unfinished is left
+
+
+def test_another_version_tokenises_again_and_has_the_same_fingerprint(tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
+    assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:

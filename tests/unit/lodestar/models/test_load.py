@@ -1,15 +1,16 @@
-"""Every tensor of an encoder comes from the file, or it is an error."""
+"""Every tensor of an encoder comes from the file, or it is an error, and its tokenizer fits."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, GPT2Config, GPT2Model
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, GPT2Config, GPT2Model
 
 from lodestar.config.schema import ModelConfig
 from lodestar.errors import ModelError
@@ -197,20 +198,52 @@ def test_a_causal_decoder_is_an_error(auto_class: type, folder: Path, tmp_path: 
         load(folder, auto_class)
 
 
-def test_another_pooling_gives_a_warning_of_one_line(folder: Path) -> None:
-    pooling = folder / "1_Pooling" / "config.json"
-    pooling.parent.mkdir()
-    for values, mode in (
-        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean_tokens"),
-        ({"pooling_mode": "mean"}, "mean"),
-        ({"pooling_mode": ["cls", "mean"]}, "cls and mean"),
+def test_a_tokenizer_for_last_token_pooling_ends_each_text_once(tmp_path: Path) -> None:
+    """Whatever it adds by itself, after truncation too, and so does the saved one."""
+    folder = tiny.decoder(tmp_path / "decoder")
+    file = folder / "tokenizer.json"
+    values = json.loads(file.read_text())
+    first, end, letter = (values["model"]["vocab"][token] for token in ("[CLS]", "[SEP]", "a"))
+    pieces = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in (("[CLS]", first), ("[SEP]", end))}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    before, behind = ({"SpecialToken": {"id": token, "type_id": 0}} for token in pieces)
+
+    def template(*single: object) -> dict[str, object]:
+        return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": pieces}
+
+    for post_processor, ids in (
+        (values["post_processor"], [letter, end]),
+        (None, [letter, end]),
+        (template(before, text), [first, letter, end]),
+        (template(before, text, behind), [first, letter, end]),
+        (template(text, behind), [letter, end]),
     ):
-        pooling.write_text(json.dumps(values))
-        _, warning = load(folder, AutoModel).splitlines()
-        assert warning.startswith("warning: model.encoder: ") and f"by {mode} pooling" in warning
-    for values in ({"pooling_mode": "cls"}, {"pooling_mode_cls_token": True}):
-        pooling.write_text(json.dumps(values))
-        assert "warning" not in load(folder, AutoModel)
+        file.write_text(json.dumps({**values, "post_processor": post_processor}))
+        loaded: Any = load_tokenizer(ModelConfig(encoder=str(folder), max_length=32), "last_token")
+        loaded.save_pretrained(tmp_path / "saved")
+        for tokenizer in (loaded, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+            assert tokenizer("a")["input_ids"] == ids and tokenizer.pad_token is not None
+            truncated = tokenizer("a a a a a a a a", truncation=True, max_length=6)["input_ids"]
+            assert len(truncated) == 6 and truncated[-1] == end != truncated[-2]
+
+
+def test_a_tokenizer_that_cannot_end_a_text_is_an_error(tmp_path: Path) -> None:
+    folder = tiny.decoder(tmp_path / "decoder")
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(ModelError, match="cannot end texts with an eos_token"):
+        load_tokenizer(ModelConfig(encoder=str(folder), max_length=32), "last_token")
+
+
+def test_a_causal_decoder_opens_for_last_token_pooling_alone(tmp_path: Path) -> None:
+    """A decoder that its configuration makes bidirectional opens for every pooling."""
+    causal, both = tiny.decoder(tmp_path / "causal"), tiny.decoder(tmp_path / "both", is_causal=False)
+    for folder, pooling in ((causal, "last_token"), (both, "last_token"), (both, "mean")):
+        model = ModelConfig(encoder=str(folder), max_length=32)
+        assert str(load_encoder(model, AutoModel, seed=1, pooling=pooling)).startswith("26 of 26")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="is a causal decoder"):
+        load(causal, AutoModel)
 
 
 def test_the_models_of_other_families_are_not_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

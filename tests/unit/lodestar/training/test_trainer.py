@@ -150,6 +150,20 @@ def test_a_changed_recipe_is_an_error_with_key_and_both_values_unless_allowed(
     assert recorded["key"] == key and recorded["step"] == 4 and repr(recorded["before"]) == before
 
 
+def test_another_pooling_than_the_checkpoints_is_an_error(tmp_path: Path) -> None:
+    """Also where the encoder's folder changed and the recipe did not; in checkpoints of earlier versions it is cls."""
+    saved = train(tmp_path) / "checkpoints/step-00000002"
+    train(tmp_path, "model.pooling=cls")  # what auto was
+    tiny.with_pooling(tmp_path / "bert", pooling_mode="mean")
+    message = r"model\.pooling: the checkpoint has 'cls', this run 'mean'"
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path)
+    tensors, values = checkpoint.read(saved)
+    checkpoint.write(saved.parent, 2, tensors=tensors, values={k: v for k, v in values.items() if k != "pooling"})
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path)
+
+
 def test_keys_that_do_not_change_the_result_may_change(tmp_path: Path) -> None:
     train(tmp_path, "schedule.steps=4")
     train(tmp_path, "schedule.steps=4", "batch.micro_size=7", "run.name=other", "track.log_every=1", "data.workers=1")
@@ -206,6 +220,8 @@ def test_a_checkpoint_of_version_0_1_resumes_as_it_did_there(stage: str, tmp_pat
     assert losses == pytest.approx(
         {int(k): v for k, v in json.loads((old / "losses.json").read_text()).items()}, rel=1e-5
     )
+    (cache,) = (tmp_path / "cache").iterdir()  # of stage 1, that of version 0.1 is not read
+    assert cache.name.partition("-")[2] == ("2" if stage == "pretrain" else "")
 
 
 def test_the_rate_of_muon_is_logged_beside_adamws(tmp_path: Path) -> None:

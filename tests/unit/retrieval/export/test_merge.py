@@ -135,6 +135,11 @@ def other_word(folder: Path) -> None:
     path.write_text(json.dumps(tokenizer))
 
 
+def other_ends(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": None}))
+
+
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
@@ -145,6 +150,8 @@ def other_word(folder: Path) -> None:
         (other_word, "b: vocabulary: 'z': is None, but "),
         (config("config.json", num_attention_heads=8), "b: num_attention_heads: is 8, but 4 in "),
         (config("1_Pooling/config.json", pooling_mode="mean"), r"b: pooling: is \['mean'\], but \['cls'\] in "),
+        (config("1_Pooling/config.json", pooling_mode="lasttoken"), r"b: pooling: is \['lasttoken'\], but "),
+        (other_ends, r"b: token ids of 'a': is "),
         (lambda folder: (folder / "modules.json").unlink(), "b: no modules.json there"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 100), f"b/{WEIGHTS}: cannot be read"),
         (lambda folder: (folder / WEIGHTS).unlink(), r"b: holds no \*.safetensors"),
@@ -162,6 +169,8 @@ def test_what_differs_is_named_and_nothing_is_written(
 
 def test_what_changes_no_embedding_may_differ(models: list[Path], tmp_path: Path) -> None:
     config("config.json", architectures=["BertForMaskedLM"], hidden_dropout_prob=0.3, use_cache=False)(models[1])
+    legacy = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (models[1] / "1_Pooling/config.json").write_text(json.dumps(legacy))
     drop(POSITIONS)(models[1])
     drop(POOLER)(models[1])
     merge(models[:2], [1, 1], tmp_path / "merged")

@@ -128,6 +128,18 @@ def test_an_export_that_differs_is_refused_and_leaves_no_folder(
     assert not (tmp_path / "onnx").exists()
 
 
+def test_a_decoder_is_exported_with_its_last_token(tmp_path: Path) -> None:
+    """The model pads its texts on the left, the export on the right."""
+    encoder = Transformer(str(tiny.decoder(tmp_path / "plain")), max_seq_length=32)
+    modules = [encoder, Pooling(32, pooling_mode="lasttoken"), Normalize()]
+    model = SentenceTransformer(modules=modules, prompts={"query": "", "document": ""}, device="cpu")
+    assert model.tokenizer.padding_side == "left"
+    model.save(str(tmp_path / "model"))
+    files = onnx.export_onnx(tmp_path / "model", tmp_path / "onnx", int8=False)
+    assert files["model.onnx"].largest_difference < 1e-5
+    assert json.loads((tmp_path / "onnx/embedding.json").read_text())["pooling"] == "lasttoken"
+
+
 def test_pooling_that_needs_more_than_the_tokens_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="leaves out the prompt"):
         onnx.export_onnx(model_folder(tmp_path, "bert", include_prompt=False), tmp_path / "onnx")
