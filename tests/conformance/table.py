@@ -8,10 +8,10 @@ PYTHON is that of an environment with FlagEmbedding. Rows that are not measured 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+from tests import processes
 from tests.conformance.losses import LODESTAR, SENTENCE_TRANSFORMERS
 from tests.conformance.problem import HEAD, table_of
 
@@ -23,7 +23,9 @@ def main() -> None:
     cells = read() | table_of(LODESTAR | SENTENCE_TRANSFORMERS)
     for python in sys.argv[1:]:
         command = [python, "-m", "tests.conformance.flag_embedding"]
-        cells |= json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        done = processes.run(command, limit_s=300)
+        done.check_returncode()
+        cells |= json.loads(done.stdout)
     print(markdown(cells), end="")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     PAGE.write_text(f"{before}{START}{markdown(cells)}{END}{rest.partition(END)[2]}", encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lodestar.errors import ConfigError, ModelError
 from lodestar.models.pooling import pool
 from lodestar.models.pooling_config import CAUSAL_DECODERS, POOLINGS, pooling_on_disk, resolve_pooling
 from retromae.config import PretrainRecipe
-from tests import tiny
+from tests import processes, tiny
 from tests.distributed import steps
 
 
@@ -137,7 +136,7 @@ def test_a_causal_decoder_ends_a_run_before_torch_is_loaded(tmp_path: Path) -> N
         "import sys; from contrastive.cli import main\n"
         f"code = main(['--config', '{tmp_path}/finetune.yaml']); print(code, 'torch' in sys.modules)"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    ended = processes.run([sys.executable, "-c", program], limit_s=120)
     assert ended.stdout.split() == ["2", "False"]
     assert ended.stderr.startswith("error: model.encoder: ") and ended.stderr.count("\n") == 1
 
