@@ -23,7 +23,8 @@ def main() -> None:
     cells = read() | table_of(LODESTAR | SENTENCE_TRANSFORMERS)
     for python in sys.argv[1:]:
         command = [python, "-m", "tests.conformance.flag_embedding"]
-        cells |= json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        cells |= json.loads(output.splitlines()[-1])  # libraries print lines of their own before
     print(markdown(cells), end="")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     PAGE.write_text(f"{before}{START}{markdown(cells)}{END}{rest.partition(END)[2]}", encoding="utf-8")
