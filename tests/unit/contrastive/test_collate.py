@@ -76,7 +76,7 @@ def test_both_layouts_give_the_same_row() -> None:
         ({"anchor": "q", "positive": "p", "negative_2": 4}, "f:3: negative_2: must be a text, got int"),
         ({"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, "f:3: pos_scores: 2 scores for 1 texts"),
         ({"query": "q", "pos": ["p"], "pos_scores": ["1"]}, "f:3: pos_scores: must be numbers"),
-        ({"query": "q", "pos": ["p"], "type": "odd"}, "f:3: type: 'odd' is not known"),
+        ({"query": "q", "pos": ["p"], "type": "odd"}, 'f:3: type: "odd" is not known'),
         ({"query": "q", "pos": ["p"], "prompt": 1}, "f:3: prompt: must be a text, got int"),
     ],
 )
