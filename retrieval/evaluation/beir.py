@@ -154,7 +154,7 @@ def _read_qrels(path: Path) -> _Qrels:
         try:
             first_grade = qrels.grades.setdefault(query_id, {}).setdefault(document_id, int(grade))
         except ValueError:
-            raise DataError(f"{path}:{number}: score: {shown(grade)} is no whole number (correct it)") from None
+            raise DataError(f"{path}:{number}: score: must be a whole number, got {shown(grade)} (mend it)") from None
         if first_grade != int(grade):
             pair = f"{query_id!r} with {document_id!r}"
             raise DataError(f"{path}:{number}: score: {pair} has the score {first_grade} above (keep one)")

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from lodestar.data.readers import Source, find_sources, read_rows, row_id
-from lodestar.errors import ConfigError, DataError, shown
+from lodestar.errors import ConfigError, DataError, names
 from retrieval.embedding.cache import cache_path
 from retrieval.embedding.model_folder import fingerprint
 from retrieval.evaluation.beir import Document
@@ -47,8 +47,8 @@ def as_row(location: str, row: Mapping[str, object]) -> Row:
         raise DataError(f"{location}: text: must be text (give each row one)")
     for field in fields:
         if not _FIELD.fullmatch(field) or field in ("id", "vector"):
-            name = shown(field)
-            raise DataError(f"{location}: {name}: not a name for metadata (letters, digits and _, not id or vector)")
+            problem = "not a name for metadata (letters, digits and _, not id or vector)"
+            raise DataError(f"{location}: {names([field])}: {problem}")
     texts = {field: _as_text(value) for field, value in fields.items() if value is not None}
     return {"title": "", **texts, "id": document_id}
 

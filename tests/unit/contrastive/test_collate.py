@@ -76,7 +76,7 @@ def test_both_layouts_give_the_same_row() -> None:
         ({"anchor": "q", "positive": "p", "negative_2": 4}, "f:3: negative_2: must be a text, got int"),
         ({"query": "q", "pos": ["p"], "pos_scores": [1, 2]}, "f:3: pos_scores: 2 scores for 1 texts"),
         ({"query": "q", "pos": ["p"], "pos_scores": ["1"]}, "f:3: pos_scores: must be numbers"),
-        ({"query": "q", "pos": ["p"], "type": "odd"}, "f:3: type: \"odd\" is not known"),
+        ({"query": "q", "pos": ["p"], "type": "odd"}, 'f:3: type: "odd" is not known'),
         ({"query": "q", "pos": ["p"], "prompt": 1}, "f:3: prompt: must be a text, got int"),
     ],
 )
@@ -172,15 +172,6 @@ def test_each_query_gets_a_positive_and_its_negatives() -> None:
     assert passages["search"] == ["index", "loss", "loss"]  # repeated if there are too few
     assert len(passages["learn"]) == 2
     assert all(len(own_passages) == 1 for own_passages in groups(step(ROWS, negatives=0)).values())
-
-
-@pytest.mark.parametrize(("kind", "count"), [("normal", 3), ("symmetric_class", 2), ("symmetric_sts", 3)])
-def test_only_a_symmetric_class_repeats_no_negative(kind: str, count: int) -> None:
-    row = {"query": "rows", "pos": ["graph"], "neg": ["edge", "mask"], "type": kind}
-    batch = step([row, {**row, "query": "tensor"}], negatives=3)
-    assert [len(own_passages) - 1 for own_passages in groups(batch).values()] == [count] * 2
-    assert len(groups(step([row] * 2, negatives=1))["rows"]) == 2  # and no more than the recipe asks for
-    assert batch.in_batch_negatives  # of the data set, whatever the type
 
 
 def test_positives_and_negatives_are_drawn_in_each_epoch_and_are_reproducible() -> None:

@@ -88,21 +88,27 @@ def test_what_is_no_file_is_never_read_nor_waited_for(tmp_path: Path) -> None:
 
 
 READ = """
-import resource, sys
+import sys
+from pathlib import Path
 from lodestar.data.readers import Source, read_rows
 from lodestar.errors import DataError
 try:
     list(read_rows(Source("jsonl", sys.argv[1])))
 except DataError as error:
     print(error)
+<<<<<<< HEAD
 if sys.platform == "linux":  # getrusage counts what the parent held when it started this process
     status = open("/proc/self/status").read()
     print(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
 else:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20)
+=======
+print(*[line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")])
+>>>>>>> wt-data
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
 def test_a_line_of_600_mb_is_an_error_in_bounded_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
@@ -113,12 +119,12 @@ def test_a_line_of_600_mb_is_an_error_in_bounded_memory(name: str, tmp_path: Pat
         else:
             file.truncate(600_000_000)  # a sparse file, of NUL bytes
     command = [sys.executable, "-c", READ.replace("jsonl", name.split(".")[1]), str(path)]
-    told, peak_mib = processes.run(command, dict(os.environ), limit_s=60).stdout.splitlines()
+    told, peak_kib = processes.run(command, dict(os.environ), limit_s=60).stdout.splitlines()
     assert (
         told
         == f"{path}:2: row: longer than {MAX_LINE_CHARACTERS:,} characters (one row on each line; split long texts)"
     )
-    assert int(peak_mib) < 300
+    assert int(peak_kib) < 300_000
 
 
 def test_a_file_that_is_named_twice_is_found_also_by_a_link(tmp_path: Path) -> None:

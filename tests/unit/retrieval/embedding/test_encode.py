@@ -147,7 +147,7 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     recipe(folder, tmp_path / "out")
     config_file = str(tmp_path / "encode.yaml")
     assert main(["--config", config_file, "field=body"]) == 2
-    problem = "body: must be a text, got NoneType (name it in field; here: text)"
+    problem = "body: must be a text, got NoneType (name it in field; here: _id, text)"
     assert capsys.readouterr().err.endswith(f"texts.jsonl:1: {problem}\n")
     assert main(["--config", config_file, "encode.devices=[cuda:9]"]) == 2
     assert "error: devices: cuda:9" in capsys.readouterr().err
