@@ -96,15 +96,7 @@ try:
     list(read_rows(Source("jsonl", sys.argv[1])))
 except DataError as error:
     print(error)
-<<<<<<< HEAD
-if sys.platform == "linux":  # getrusage counts what the parent held when it started this process
-    status = open("/proc/self/status").read()
-    print(int(status.partition("VmHWM:")[2].split()[0]) // 1024)
-else:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 20)
-=======
 print(*[line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")])
->>>>>>> wt-data
 """
 
 
