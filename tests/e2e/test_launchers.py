@@ -209,6 +209,7 @@ def test_rounds_train_on_what_the_round_before_found(folder: Path, pretrained: P
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_to_the_same_weights(folder: Path) -> None:
     """SIGTERM to a process and its loader's workers in the midst of training, then the same command again."""
     command = [sys.executable, "launch/pretrain.py", "--config", str(recipe(folder, "pretrain"))]

@@ -104,6 +104,7 @@ def test_a_bare_encoder_becomes_a_model(tmp_path: Path) -> None:
 
 def test_the_api_page_trains_evaluates_and_embeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the page leaves the cache where it is by default
     tiny.encoder(tmp_path / "bert", "bert")
     tiny.finetune_file(tmp_path / "train.jsonl")
     tiny.beir_folder(tmp_path / "beir")

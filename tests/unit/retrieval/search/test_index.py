@@ -65,6 +65,7 @@ def test_prompts_of_a_recipe_replace_the_models_own_and_are_recorded_with_the_ta
         index(recipe)
 
 
+@pytest.mark.slow
 def test_several_devices_fill_the_table_as_one_does(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="an optional library: lodestar-embeddings[databases]")
     rows = [{"_id": i, "text": text} for i, text in enumerate(tiny.texts(12, seed=11))]
