@@ -5,10 +5,12 @@ Loads without torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from lodestar.data.readers import Source, repeated
 from lodestar.errors import DataError
 
 MAX_KINDS = 100
@@ -40,6 +42,15 @@ class Findings:
         elif len(self.by_problem) < MAX_KINDS:
             self.by_problem[problem] = Finding(where=where, field=field, remedy=remedy, count=count)
 
+    def add_empty(self, source: Source) -> None:
+        """A file without a row."""
+        self.add(f"{source.path}:1", "row", "a file is empty", "fill it, or take it out of the recipe")
+
+    def add_repeated(self, sources: Sequence[Source]) -> None:
+        """Files that are named more than once."""
+        for path in repeated(sources):
+            self.add(sources[0].field, path, "a file is named more than once", "name it once")
+
     def merge(self, by_problem: Mapping[str, Finding]) -> None:
         """Add what was found earlier in the same rows."""
         for problem, finding in by_problem.items():
@@ -52,3 +63,8 @@ class Findings:
             f"warning: {one['where']}: {one['field']}: {problem}; {one['count']:,} so ({one['remedy']})"
             for problem, one in self.by_problem.items()
         ]
+
+    def print(self) -> None:
+        """The warnings, on stderr."""
+        if warnings := self.warnings:
+            print(*warnings, sep="\n", file=sys.stderr, flush=True)

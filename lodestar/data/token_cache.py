@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from lodestar.data.findings import Finding, Findings
-from lodestar.data.readers import Row, Source, read_rows, repeated
+from lodestar.data.readers import Row, Source, read_rows
 from lodestar.errors import DataError
 from lodestar.files import damage, sync, write_manifest
 
@@ -94,7 +94,7 @@ def tokenized(
         shutil.rmtree(folder)
     if not folder.exists() or (stats := _read_stats(folder)) is None:
         if first_on_node:
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier version
+            shutil.rmtree(folder, ignore_errors=True)  # of another version
         _build(folder, sources, fingerprints, tokenize, check, row_features, features, processes, Findings(strict))
         stats = cast(DatasetStats, _read_stats(folder))
     Findings(strict).merge(stats.findings)
@@ -104,10 +104,9 @@ def tokenized(
 def check_repeated(sources: Sequence[Source], *, strict: bool, tell: bool) -> None:
     """Warn of files that are named more than once; DataError where strict."""
     findings = Findings(strict)
-    for path in repeated(sources):
-        findings.add(sources[0].field, path, "a file is named more than once", "name it once")
-    if tell and findings.warnings:
-        print(*findings.warnings, sep="\n", file=sys.stderr, flush=True)
+    findings.add_repeated(sources)
+    if tell:
+        findings.print()
 
 
 def print_findings(stats: Sequence[DatasetStats]) -> None:
@@ -115,14 +114,13 @@ def print_findings(stats: Sequence[DatasetStats]) -> None:
     findings = Findings()
     for one in stats:
         findings.merge(one.findings)
-    if findings.warnings:
-        print(*findings.warnings, sep="\n", file=sys.stderr, flush=True)
+    findings.print()
 
 
 def _read_stats(folder: Path) -> DatasetStats | None:
-    """None for those of an earlier version, which counted less."""
+    """None for those of another version, which counted something else."""
     values = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return DatasetStats(**values) if "findings" in values else None
+    return DatasetStats(**values) if values.keys() == {field.name for field in fields(DatasetStats)} else None
 
 
 def _build(
@@ -148,7 +146,7 @@ def _build(
                 if (checked_row := check(where, row, findings)) is not None:
                     yield checked_row
             if num_read == before:
-                findings.add(f"{source.path}:1", "row", "a file is empty", "fill it, or take it out of the recipe")
+                findings.add_empty(source)
             if source.fingerprint != fingerprint:
                 raise DataError(
                     f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"

@@ -105,7 +105,7 @@ def _inspect_file(source: Source, texts: Texts, tokenizer: Path | None) -> Inspe
     except DataError as error:  # the file cannot be read further
         result.add_error(error)
     if not result.rows and not result.num_errors:
-        result.findings.add(f"{source.path}:1", "row", "a file is empty", "fill it, or take it out of the recipe")
+        result.findings.add_empty(source)
     result.lengths = {role: np.array(values, dtype=np.int32) for role, values in lengths.items()}
     result.hashes = {role: np.array(values, dtype=np.int64) for role, values in hashes.items()}
     return result

@@ -18,7 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lodestar.config.schema import ModelConfig, TrainingDataConfig, TrainingRecipe
-from lodestar.data.readers import Source, find_sources, repeated
+from lodestar.data.readers import Source, find_sources
 from lodestar.data.training_examples import content_hash
 from lodestar.errors import ConfigError, LodestarError, first_line
 from lodestar.models.pooling_config import encoder_file
@@ -73,9 +73,8 @@ def check_training(recipe: TrainingRecipe, data: TrainingDataConfig, training: T
     sources: list[Source] = []
     for path in training.paths:
         sources += report.attempt(partial(find_sources, [path])) or []
-    for path in repeated(sources):
-        report.warnings.append(f"warning: data.train: {path}: a file is named more than once (name it once)")
     inspection = inspect([s for s in sources if s.kind != "hub"], training.texts, tokenizer, data.processes)
+    inspection.findings.add_repeated(sources)
     _add_statistics(inspection, training.max_lengths, tokenizer is not None, report)
     if beir is not None:
         _add_leakage(inspection, beir, report)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -116,8 +115,7 @@ def _write_queries(recipe: MineRecipe, folder: Path) -> int:
         for example in read_examples(recipe, findings):
             file.write(json.dumps({"text": example["query"]}) + "\n")
             count += 1
-    if findings.warnings:
-        print(*findings.warnings, sep="\n", file=sys.stderr, flush=True)
+    findings.print()
     return count
 
 

@@ -25,7 +25,7 @@ from lodestar.data.readers import count_rows, find_sources, read_rows, stream_ro
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
 from lodestar.errors import DataError
-from lodestar.files import replacing
+from lodestar.files import replacing, write_manifest
 from retromae.text_check import TextCheck
 from retromae.tokenization import FEATURES as PRETRAIN_FEATURES
 from retromae.tokenization import Tokenize as PretrainTokenize
@@ -75,6 +75,18 @@ def test_another_version_tokenises_again_and_has_the_same_fingerprint(tmp_path: 
     assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
     assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize("change", [{"a later count": 1}, {"findings": None}])
+def test_the_counts_of_another_version_of_lodestar_are_counted_again(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    (folder,) = (tmp_path / "cache").iterdir()
+    values = json.loads((folder / "facts.json").read_text()) | change
+    (folder / "facts.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert build(tmp_path, "a.jsonl").stats == first.stats and calls == before + 1
 
 
 def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def test_every_mistake_is_listed_with_its_line(
     assert facts["evaluation_queries_in_training"] == 1 and facts["query_duplicates"] == 3
     code, facts = check(capsys, config, "data.strict=true")
     assert any("'neg' is not set" in line for line in facts["errors"])
+    assert any("named more than once" in line for line in facts["errors"])
+    assert not any("named more than once" in line for line in facts["warnings"])
 
 
 def test_the_result_does_not_depend_on_the_number_of_processes(
