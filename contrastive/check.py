@@ -9,7 +9,7 @@ from contrastive.config import FinetuneRecipe
 from contrastive.plan import plan
 from lodestar.data.findings import Findings
 from lodestar.data.readers import Row
-from lodestar.data.training_examples import check_row
+from lodestar.data.training_examples import check_row, instructions
 from retrieval.check.training import CheckReport, TrainingTexts, check_training
 from retrieval.embedding.known_models import resolve_prompts
 
@@ -25,11 +25,10 @@ class ExampleTexts:
         example = check_row(where, row, findings)
         if example is None:
             return None
-        instruction = self.query_instruction if example["prompt"] is None else example["prompt"]
-        symmetric = example["type"] in ("symmetric_sts", "symmetric_clustering")
-        before_passage = instruction if symmetric else self.passage_instruction
+        both = self.query_instruction, self.passage_instruction
+        before_query, before_passage = instructions(example["type"], example["prompt"], *both)
         passages = [(before_passage, text) for text in (*example["pos"], *example["neg"])]
-        return {"query": [(instruction, example["query"])], "passage": passages}
+        return {"query": [(before_query, example["query"])], "passage": passages}
 
 
 def check(recipe: FinetuneRecipe, world_size: int) -> CheckReport:

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +20,7 @@ from contrastive.stage import FinetuneStage
 from contrastive.tokenization import FEATURES, Tokenize, settings
 from lodestar.config.schema import Pooling
 from lodestar.data.loader import step_batches
-from lodestar.data.readers import Row, find_sources
+from lodestar.data.readers import Row, Source, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, check_repeated, print_findings, tokenized
 from lodestar.data.training_examples import ROW_FEATURES, check_row
@@ -112,12 +113,12 @@ def _tokenized_datasets(
     tokenize = Tokenize(tokenizer, *instructions, max_lengths["query"], max_lengths["passage"])
     with agreed():
         tokenize.check_lengths()
-        sources = find_sources([dataset.path for dataset in data.sets])
-        check_repeated(sources, strict=data.strict, tell=runtime.is_main)
+        sources = [find_sources([dataset.path]) for dataset in data.sets]
+        check_repeated([*chain(*sources)], strict=data.strict, tell=runtime.is_main)
 
-    def tokenized_dataset(path: str) -> TokenizedDataset:
+    def tokenized_dataset(sources_of_set: Sequence[Source]) -> TokenizedDataset:
         return tokenized(
-            find_sources([path]),
+            sources_of_set,
             cache_dir=Path(data.cache_dir),
             settings=settings(tokenize),
             tokenize=tokenize,
@@ -129,7 +130,7 @@ def _tokenized_datasets(
             first_on_node=runtime.local_rank == 0,
         )
 
-    return once_per_node(lambda: [tokenized_dataset(dataset.path) for dataset in data.sets], runtime.local_rank)
+    return once_per_node(lambda: [*map(tokenized_dataset, sources)], runtime.local_rank)
 
 
 def _collate(

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lodestar.data.training_examples import SCORES, content_hash
+from lodestar.data.training_examples import SCORES, content_hash, instructions
 from lodestar.errors import ConfigError
 from lodestar.models.load import tokenizer_identity
 
@@ -54,11 +54,9 @@ class Tokenize:
         for query, prompt, kind, pos, neg in zip(
             *(columns[n] for n in ("query", "prompt", "type", "pos", "neg")), strict=True
         ):
-            instruction = self.query_instruction if prompt is None else prompt
-            queries.append(instruction + query)
-            symmetric = kind in ("symmetric_sts", "symmetric_clustering")
-            passage_instruction = instruction if symmetric else self.passage_instruction
-            passages += [passage_instruction + text for text in (*pos, *neg)]
+            before_query, before_passage = instructions(kind, prompt, self.query_instruction, self.passage_instruction)
+            queries.append(before_query + query)
+            passages += [before_passage + text for text in (*pos, *neg)]
         query_ids, query_truncated = self._encode(queries, self.query_max_length)
         passage_ids, passage_truncated = self._encode(passages, self.passage_max_length)
         start = 0

@@ -60,9 +60,12 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
     return otherwise if (close := closest(name, known)) is None else f"did you mean '{close}'?"
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that resembles `name` most; none where none does."""
-    return next(iter(get_close_matches(name, list(known), n=1)), None)
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name that resembles `name` most; none where none does.
+
+    cutoff   how much it must, from 0 to 1, as in difflib
+    """
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def shown(value: object) -> str:

@@ -64,6 +64,9 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+NO_SUCH_FILE = "no such file"
+
+
 def file_problem(path: str | Path) -> str | None:
     """Why a path cannot be read as a file, in a few words; none for a regular file. Never waits, as for a FIFO."""
     try:
@@ -71,7 +74,7 @@ def file_problem(path: str | Path) -> str | None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if os.path.islink(path):
             return "is a link to nothing"
-        return "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", str(error))
+        return NO_SUCH_FILE if isinstance(error, FileNotFoundError) else getattr(error, "strerror", str(error))
     if stat.S_ISREG(mode):
         return None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}

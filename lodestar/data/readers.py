@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from lodestar.data.lines import OnError, fail, is_encodable, read_lines
 from lodestar.errors import DataError, first_line, shown
-from lodestar.files import file_problem, open_regular
+from lodestar.files import NO_SUCH_FILE, file_problem, open_regular
 
 Row = Mapping[str, Any]
 
@@ -85,17 +85,14 @@ def find_sources(patterns: Sequence[str], field: str = "data.train") -> list[Sou
             if not files:
                 raise DataError(f"{field}: {pattern}: holds no file of texts (known: {', '.join(SUFFIXES)})")
             sources += [_file(name, field) for name in files]
-        elif problem == _NO_SUCH_FILE and (files := sorted(glob.glob(pattern, recursive=True))):
+        elif problem == NO_SUCH_FILE and (files := sorted(glob.glob(pattern, recursive=True))):
             sources += [_file(name, field) for name in files]
-        elif problem == _NO_SUCH_FILE and _may_be_hub_name(pattern):
+        elif problem == NO_SUCH_FILE and _may_be_hub_name(pattern):
             sources.append(Source("hub", pattern, field))
         else:
-            problem = "no such file or folder" if problem == _NO_SUCH_FILE else problem
+            problem = "no such file or folder" if problem == NO_SUCH_FILE else problem
             raise DataError(f"{field}: {pattern}: {problem} (check the path; globs and folders work too)")
     return sources
-
-
-_NO_SUCH_FILE = "no such file"
 
 
 def _may_be_hub_name(name: str) -> bool:

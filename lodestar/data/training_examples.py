@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import TypedDict
 
@@ -11,7 +10,7 @@ import datasets
 
 from lodestar.data.findings import Findings
 from lodestar.data.readers import Row
-from lodestar.errors import DataError, shown
+from lodestar.errors import DataError, closest, shown
 
 _TEXTS, SCORES = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("float32"))
 
@@ -109,7 +108,7 @@ def _meant(name: str, known: tuple[str, ...]) -> str | None:
     if name in known or name in _UNRELATED or (name.startswith("negative_") and "negative" in known):
         return None
     meant = _MEANT.get(name.lower())
-    return meant if meant in known else next(iter(get_close_matches(name, known, n=1, cutoff=0.75)), None)
+    return meant if meant in known else closest(name, known, cutoff=0.75)
 
 
 def _passages(where: str, name: str, row: Row) -> tuple[list[str], list[float]]:
@@ -162,6 +161,15 @@ def _find(where: str, row: Row, example: TrainingExample, findings: Findings, kn
         findings.add(where, "pos", "a query equals its own positive", "drop such rows")
     if any(text.strip() in positives for text in example["neg"]):
         findings.add(where, "neg", "a positive is among its row's negatives", "drop it from neg")
+
+
+def instructions(kind: str, prompt: str | None, query: str, passage: str) -> tuple[str, str]:
+    """What goes before the query and before each passage of a row, by its type and its own prompt.
+
+    query, passage   the recipe's instructions
+    """
+    own = query if prompt is None else prompt
+    return own, own if kind in ("symmetric_sts", "symmetric_clustering") else passage
 
 
 def content_hash(text: str) -> int:
