@@ -63,7 +63,9 @@ def _command_of(path: Path) -> str:
     """The command whose recipe a file is: by its schema line, else the one that knows most of its keys."""
     values = loader.read_values(path)
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    if first.startswith(SCHEMA_LINE) and (name := Path(first.removeprefix(SCHEMA_LINE)).stem) in CHECKS:
+    if first.startswith(SCHEMA_LINE) and (name := Path(first.removeprefix(SCHEMA_LINE)).stem) in COMMANDS:
+        if name not in CHECKS:
+            raise ConfigError(f"{path}:1: {name}: its recipes have no check (lodestar {name} --plan reads its files)")
         return name
     unknown = {name: _num_unknown(values, load(COMMANDS[name].recipe)) for name in CHECKS}
     return min(unknown, key=lambda name: unknown[name])

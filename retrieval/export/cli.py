@@ -17,7 +17,12 @@ from retrieval.export.libraries import require_onnx
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     return entry_point(
-        argv, usage="Export a trained model to ONNX.", schema=ExportRecipe, plan=export_plan, run=export_run
+        argv,
+        usage="Export a trained model to ONNX.",
+        schema=ExportRecipe,
+        plan=export_plan,
+        run=export_run,
+        has_check=False,
     )
 
 
@@ -49,7 +54,12 @@ def export_run(recipe: ExportRecipe, placement: Placement) -> int:
 
 def merge_main(argv: Sequence[str] | None = None) -> int:
     return entry_point(
-        argv, usage="Average the weights of trained models.", schema=MergeRecipe, plan=merge_plan, run=merge_run
+        argv,
+        usage="Average the weights of trained models.",
+        schema=MergeRecipe,
+        plan=merge_plan,
+        run=merge_run,
+        has_check=False,
     )
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from contrastive import cli as finetune
 from lodestar import commands as lodestar
+from retrieval.check.cli import CHECKS
+from retrieval.check.cli import main as check_main
 from retrieval.embedding import cli as encode
 from retrieval.evaluation import cli as evaluate
 from retrieval.export import cli as export
@@ -61,6 +63,16 @@ def test_every_recipe_of_training_loads_and_plans(recipe: Path, capsys: pytest.C
 @pytest.mark.parametrize("recipe", OF_USE, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_recipe_of_use_loads_and_plans(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "model" in " ".join(planned(OTHER_COMMANDS[recipe.parent.name], ["--config", str(recipe), "--plan"], capsys))
+
+
+@pytest.mark.parametrize("recipe", OF_USE, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_a_plan_names_the_check_only_where_there_is_one(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = recipe.parent.name
+    assert OTHER_COMMANDS[command](["--config", str(recipe), "--plan"]) == 0
+    assert ("lodestar check" in capsys.readouterr().out) == (command in CHECKS)
+    if command not in CHECKS:
+        assert check_main(["--config", str(recipe)]) == 2
+        assert f"error: {recipe}:1: {command}: its recipes have no check (" in capsys.readouterr().err
 
 
 def test_no_recipe_is_left_out() -> None:
