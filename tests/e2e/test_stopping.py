@@ -89,7 +89,7 @@ def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
 
     more = (f"schedule.steps={summary['steps'] + 1}", "checkpoint.allow_change=[schedule.steps]")
     again = start(LAUNCHERS[launcher](), "pretrain", folder, *more)
-    _, said = processes.finish(again, limit_s=120)
+    _, said = processes.finish(again, limit_s=90)
     assert again.returncode == 0 and f"resumes from step {summary['steps']}" in said
 
 
@@ -103,9 +103,9 @@ def pair(folder: Path, *overrides: tuple[str, ...], stage: str = "finetune") -> 
 
 
 def errors(launched: list[subprocess.Popen[str]]) -> list[str]:
-    """What they told, all within a minute and before a model was loaded."""
+    """What they told, all within half a minute and before a model was loaded."""
     try:
-        said = [processes.finish(process, limit_s=60)[1] for process in launched]
+        said = [processes.finish(process, limit_s=30)[1] for process in launched]
     finally:
         for process in launched:
             process.kill()
@@ -153,7 +153,7 @@ def test_the_second_job_in_a_run_folder_is_refused(folder: Path) -> None:
     try:
         wait_for_steps(first, run_folder)
         second = start(LAUNCHERS["torchrun"](), "finetune", folder, f"schedule.steps={10**6}")
-        _, said = processes.finish(second, limit_s=120)
+        _, said = processes.finish(second, limit_s=60)
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert f"in use by process {first.pid} on {os.uname().nodename} since" in line and second.returncode != 0
     finally:
