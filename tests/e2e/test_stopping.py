@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
     more = (f"schedule.steps={summary['steps'] + 1}", "checkpoint.allow_change=[schedule.steps]")
     again = start(LAUNCHERS[launcher](), "pretrain", folder, *more)
     _, said = processes.finish(again, limit_s=90)
-    assert again.returncode == 0 and f"resumes from step {summary['steps']}" in said
+    assert again.returncode == 0 and f"resumes from step {summary['steps']}" in said, said
 
 
 def pair(folder: Path, *overrides: tuple[str, ...], stage: str = "finetune") -> list[str]:

@@ -128,7 +128,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(stage: str, data: Path, run: Path, steps: int) -> list[str]:
     """Nothing but size: what makes a recipe of 24 or 48 devices one of two cores."""
-    more = ["data.query_max_length=16", "data.passage_max_length=32"] if stage == "finetune" else []
+    more = ["data.query_max_length=48", "data.passage_max_length=32"] if stage == "finetune" else []
     return [
         f"run.output_dir={run}",
         f"model.encoder={data}/bert",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,10 +14,10 @@ from tests import processes
 
 HANGING = """
 import subprocess, sys, time
-def parent_waits(): child.wait()
-def child_waits(): time.sleep(600)
+def ready(who): open(f"{sys.argv[1]}.{who}", "w").close()
+def parent_waits(): ready("parent"); child.wait()
+def child_waits(): ready("child"); time.sleep(600)
 if len(sys.argv) > 2:
-    open(sys.argv[1], "w").close()
     child_waits()
 child = subprocess.Popen([sys.executable, __file__, sys.argv[1], "child"], start_new_session=True)
 print(child.pid, flush=True)
@@ -37,7 +38,7 @@ def test_a_process_that_hangs_is_ended_with_its_children_and_tells_their_stacks(
     script, ready = tmp_path / "hanging.py", tmp_path / "ready"
     script.write_text(HANGING)
     process = processes.start([sys.executable, str(script), str(ready)])
-    processes.wait_until(ready.exists, process)
+    processes.wait_until(lambda: all(Path(f"{ready}.{who}").exists() for who in ("parent", "child")), process)
     with pytest.raises(AssertionError, match=r"not done after 0\.5 s") as raised:
         processes.finish(process, limit_s=0.5)
     said = str(raised.value)
