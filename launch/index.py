@@ -1,6 +1,7 @@
 """python launch/index.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
+from lodestar.commands import end
 from retrieval.search.cli import index_main
 
 if __name__ == "__main__":
-    raise SystemExit(index_main())
+    end(index_main())

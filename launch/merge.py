@@ -1,6 +1,7 @@
 """python launch/merge.py --config FILE [KEY=VALUE ...] [--plan] [--json]"""
 
+from lodestar.commands import end
 from retrieval.export.cli import merge_main
 
 if __name__ == "__main__":
-    raise SystemExit(merge_main())
+    end(merge_main())

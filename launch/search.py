@@ -3,7 +3,8 @@
 python launch/search.py --store FOLDER_OR_RECIPE [--where FIELD=VALUE ...] [--top 5] "shuffle the rows of a tensor" ...
 """
 
+from lodestar.commands import end
 from retrieval.search.cli import search_main
 
 if __name__ == "__main__":
-    raise SystemExit(search_main())
+    end(search_main())

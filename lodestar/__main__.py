@@ -1,6 +1,6 @@
 """`python -m lodestar`, `torchrun -m lodestar` and `deepspeed --module lodestar`: the `lodestar` command."""
 
-from lodestar.commands import main
+from lodestar.commands import end, main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end(main())

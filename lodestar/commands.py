@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lodestar.errors import ConfigError, LodestarError, did_you_mean
 
@@ -75,6 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return READER_GONE
+
+
+def console() -> NoReturn:
+    """The installed `lodestar` command."""
+    end(main())
+
+
+def end(code: int) -> NoReturn:
+    """End this process: handlers of atexit run, but Python is not finalised.
+
+    A thread of torch's process groups that drops a tensor during the finalisation aborts the process of a run that is
+    done: libraries keep a group, and so its threads, until then.
+    """
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(argv: Sequence[str] | None) -> int:
