@@ -92,10 +92,13 @@ def make_view(model: str, beir: Beir, output: RetrievalOutput, *, seed: int = 0)
         scores = (document_ND[relevant + random_rows].float() @ query_QD[q].float()).tolist()
         positive += scores[: len(relevant)]
         negative += scores[len(relevant) :]
-        ranked = [ScoredDocument(*pair) for pair in zip(index_QK[q].tolist(), scores_QK[q].tolist(), strict=True)]
-        other = next((document for document in ranked if grades.get(document.row, 0) <= 0), None)
-        hardest += [other.score] if other else []
-        query_results.append(_query_result(beir, q, dict(zip(relevant, scores, strict=False)), ranked, other))
+        ranked_rows: list[int] = index_QK[q].tolist()
+        first_other = next((k for k, row in enumerate(ranked_rows) if grades.get(row, 0) <= 0), None)
+        other = None
+        if first_other is not None:
+            other = ScoredDocument(ranked_rows[first_other], float(scores_QK[q, first_other]))
+            hardest.append(other.score)
+        query_results.append(_query_result(beir, q, dict(zip(relevant, scores, strict=False)), ranked_rows, other))
     query_results.sort(key=lambda result: (result.ndcg_at_10, result.margin))
     if len(query_results) > 2 * _NUM_EXAMPLES:
         query_results = query_results[:_NUM_EXAMPLES] + query_results[-_NUM_EXAMPLES:]
@@ -128,14 +131,14 @@ def _query_result(
     beir: Beir,
     q: int,
     relevant_scores: Mapping[int, float],
-    ranked: Sequence[ScoredDocument],
+    ranked_rows: Sequence[int],
     other: ScoredDocument | None,
 ) -> QueryResult:
     """relevant_scores   by the rows of the relevant documents
-    ranked            the best first
+    ranked_rows       of documents, the best first
     other             the best document that is not relevant
     """
-    query_id, ranked_rows = beir.query_ids[q], [document.row for document in ranked]
+    query_id = beir.query_ids[q]
     top_10 = {query_id: [beir.document_ids[row] for row in ranked_rows[:10]]}
     best = max(relevant_scores, key=lambda row: relevant_scores[row])
     return QueryResult(
@@ -210,7 +213,7 @@ def _map(view: View, *, seed: int = 0) -> Markup:
     """t-SNE of queries and documents, with a line from each query to its relevant documents."""
     if len(view.point_MD) < 4:
         return Markup("")
-    tsne = TSNE(perplexity=min(30, (len(view.point_MD) - 1) / 3), init="random", random_state=seed)
+    tsne = TSNE(perplexity=min(30, (len(view.point_MD) - 1) / 3), init="random", max_iter=500, random_state=seed)
     xy_M2 = tsne.fit_transform(view.point_MD)
 
     def draw(axes: Axes) -> list[Mark]:
