@@ -69,7 +69,7 @@ TORCH_FREE := $(addprefix tests/unit/,test_architecture.py lodestar/config lodes
 test-pythons: ## run what needs no torch on several Pythons, PYTHONS="python3.10 python3.13"
 	set -e; new=$(PYTHON_VENV)/bin/python; for python in $(PYTHONS); do \
 		$$python -m venv --clear $(PYTHON_VENV); \
-		$$new -m pip install --quiet huggingface_hub pyarrow pydantic pytest pyyaml rich safetensors; \
+		$$new -m pip install --quiet datasets psutil pydantic pytest pyyaml rich safetensors; \
 		$$new -m compileall -qf contrastive examples launch lodestar retrieval retromae tests; \
 		$$new -m pytest $(TORCH_FREE); \
 		$$new -m lodestar pretrain --config configs/pretrain/24gpu.yaml --plan 24 > /dev/null; \
