@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import BatchConfig, EvaluateConfig, TrainingDataConfig, TrainingRecipe
 from lodestar.config.values import LARGEST, Location, Width
+from lodestar.errors import did_you_mean, shown
+from retrieval.evaluation.config import METRICS
 
 TILE_BYTES = 64 << 20
 """Memory limit of one tile of scores; the plan counts it, the loss observes it."""
@@ -98,6 +100,14 @@ class FinetuneEvaluateConfig(EvaluateConfig):
 
     keep_best: str | None = None
     """A metric, as ndcg_at_10: model/ holds the model with its highest value, not the last model."""
+
+    @field_validator("keep_best")
+    @classmethod
+    def _is_a_metric(cls, metric: str | None) -> str | None:
+        if metric is not None and metric not in METRICS:
+            remedy = did_you_mean(metric, METRICS, f"take one of: {', '.join(METRICS)}")
+            raise ValueError(f"not a metric, got {shown(metric)} ({remedy})")
+        return metric
 
 
 class FinetuneRecipe(TrainingRecipe):

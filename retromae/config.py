@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lodestar.config.loader import Section
 from lodestar.config.schema import AUTO, EngineConfig, ModelConfig, TrainingDataConfig, TrainingRecipe
@@ -83,3 +83,9 @@ class PretrainRecipe(TrainingRecipe):
     decoder: DecoderConfig = DecoderConfig()
     loss: LossConfig = LossConfig()
     engine: EngineConfig = EngineConfig(kind="deepspeed", zero_stage=1)
+
+    @model_validator(mode="after")
+    def _a_stream_has_steps(self) -> PretrainRecipe:
+        if self.data.streaming and self.schedule.steps is None:
+            raise ValueError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
+        return self

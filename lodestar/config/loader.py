@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lodestar.config.explain import explain
-from lodestar.config.tree import COMMAND_LINE, IN_PYTHON, Tree, from_values, override, read_file
+from lodestar.config.tree import IN_PYTHON, Tree, from_values, override, read_file
 from lodestar.errors import ConfigError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -47,12 +47,7 @@ def recipe_of(
 
 
 def _check(schema: type[Recipe], tree: Tree, file: str, overrides: Sequence[str]) -> Recipe:
-    given = set[str]()
     for argument in overrides:
-        key = argument.partition("=")[0]
-        if key in given:
-            raise ConfigError(f"{COMMAND_LINE}: {key}: given twice (keep one of the two)")
-        given.add(key)
         override(tree, argument)
     tree.check_values()
     try:

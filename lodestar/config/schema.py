@@ -217,6 +217,17 @@ class TrainingRecipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
 
+    @model_validator(mode="after")
+    def _deepspeed_can_run_it(self) -> TrainingRecipe:
+        stage = self.engine.zero_stage if self.engine.kind == "deepspeed" else None
+        if self.optim.name == "muon" and stage == 3:
+            raise ValueError(
+                "engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)"
+            )
+        if self.precision == "fp16" and stage == 0:
+            raise ValueError("engine.zero_stage: fp16 needs 1, 2 or 3 under deepspeed (or engine.kind: ddp)")
+        return self
+
 
 @dataclass(frozen=True)
 class BatchPlan:

@@ -12,6 +12,9 @@ from lodestar.config.schema import EvaluateConfig, Precision
 from lodestar.config.values import Count, Label, Location, Name, Seed
 from retrieval.embedding.config import Prompts
 
+METRICS = tuple(f"{name}_at_{k}" for k in (10, 100) for name in ("ndcg", "mrr", "recall", "precision", "map"))
+"""Of retrieval, as `metrics.metrics` names them."""
+
 # --- tasks -----------------------------------------------------------------------------------
 
 
