@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contrastive.config import FinetuneRecipe
-from contrastive.plan import plan
+from contrastive.plan import check, plan
 from lodestar.training.command import StageCommand
 
-COMMAND = StageCommand(__doc__ or "", FinetuneRecipe, plan, "contrastive.task:SPEC")
+COMMAND = StageCommand(__doc__ or "", FinetuneRecipe, plan, check, "contrastive.task:SPEC")
 main, finetune = COMMAND.main, COMMAND.train

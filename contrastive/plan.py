@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from contrastive.config import TILE_BYTES, FinetuneRecipe
+from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import DEVICES, EncoderShape, StepCost, activation_bytes, model_flops
-from lodestar.planning.plan import Plan, PlanWarnings, describe, encoder_shape
+from lodestar.planning.encoder import check_encoder, encoder_shape
+from lodestar.planning.plan import Plan, PlanWarnings, describe
+from retrieval.evaluation.beir import check_beir
+
+
+def check(recipe: FinetuneRecipe) -> None:
+    """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
+    _check_model(recipe)
+    pooling_on_disk(recipe.model)
+    if recipe.evaluate.data:
+        check_beir(recipe.evaluate.data, recipe.evaluate.split)
+
+
+def _check_model(recipe: FinetuneRecipe) -> None:
+    data = recipe.data
+    lengths = {
+        "model.max_length": recipe.model.max_length,
+        "data.query_max_length": data.query_max_length,
+        "data.passage_max_length": data.passage_max_length,
+    }
+    check_encoder(recipe.model, lengths=lengths, widths=recipe.loss.matryoshka)
 
 
 def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
     """The plan of a fine-tuning run, as `--plan` prints it."""
+    _check_model(recipe)
     warnings = PlanWarnings()
+    if recipe.evaluate.data:
+        section = recipe.evaluate
+        warnings.or_default(None, lambda: check_beir(section.data or "", section.split), "it cannot be measured")
     data, batch = recipe.data, recipe.batch.plan(world_size)
     queries, passages_per_query = max(batch.examples_per_rank), 1 + data.negatives_per_query
     share_negatives = recipe.loss.share_negatives

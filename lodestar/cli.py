@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from lodestar.config import loader
+from lodestar.config.tree import COMMAND_LINE
 from lodestar.distributed.runtime import Placement, quiet_libraries
-from lodestar.errors import ConfigError, LodestarError
+from lodestar.errors import ConfigError, LodestarError, did_you_mean, shown
 from lodestar.planning.cost_model import DEVICES
 from lodestar.planning.plan import in_words
 
@@ -47,7 +49,7 @@ def entry_point(
         recipe = loader.load(schema, options.config, options.overrides)
         if options.plan is None and options.rehearse is not None:
             if rehearse is None:
-                raise ConfigError("command line: --rehearse: only training has a dry run (leave it out)")
+                raise ConfigError(f"{COMMAND_LINE}: --rehearse: only training has a dry run (leave it out)")
             return rehearse(recipe, placement, options.rehearse)
         if options.plan is None:
             return run(recipe, placement)
@@ -90,18 +92,26 @@ def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
     parser.add_argument(
         "--local_rank", "--local-rank", help=argparse.SUPPRESS
     )  # deepspeed's launcher passes it; ignored
-    return parser.parse_intermixed_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    if options.plan is None and (lone := "--json" if options.json else "--device" if options.device else None):
+        raise ConfigError(f"{COMMAND_LINE}: {lone}: only with --plan (add that, or leave it out)")
+    if options.plan is not None and options.rehearse is not None:
+        raise ConfigError(f"{COMMAND_LINE}: --rehearse: not with --plan (leave one of the two out)")
+    return options
 
 
 def _steps(text: str) -> int:
-    if not text.isdigit() or int(text) < 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of steps, 3 or more")
-    return int(text)
+    return _whole_number(text, "steps", range(3, 10**6 + 1))
 
 
 def _world_size(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return _whole_number(text, "processes", range(1, 10**5 + 1))
+
+
+def _whole_number(text: str, what: str, allowed: range) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) in allowed):
+        limits = f"from {allowed[0]:,} to {allowed[-1]:,}"
+        raise argparse.ArgumentTypeError(f"must be a number of {what}, got {shown(text)} (take one {limits})")
     return int(text)
 
 
@@ -113,5 +123,40 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=usage, formatter_class=formatter, allow_abbrev=False)
 
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """As argparse's; an option or key given twice is a mistake, unless the option collects its values."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[: words.index("--")] if "--" in words else words
+        known = {name: action for action in self._actions for name in action.option_strings}
+        given = [known[name] for word in options if (name := word.partition("=")[0]) in known]
+        for action in given:
+            repeats = isinstance(action, argparse._AppendAction) or action.help == argparse.SUPPRESS
+            if given.count(action) > 1 and not repeats:
+                raise ConfigError(f"{COMMAND_LINE}: {action.option_strings[0]}: given twice (keep one of the two)")
+        options = super().parse_intermixed_args(words, namespace)
+        keys = [override.partition("=")[0] for override in getattr(options, "overrides", ())]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise ConfigError(f"{COMMAND_LINE}: {twice}: given twice (keep one of the two)")
+        return options
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message} (see --help)")
+        """argparse's messages in our form: the option first, and what to do."""
+        message = message.removeprefix("argument ")
+        option, _, problem = message.partition(": ")
+        if problem.startswith("expected"):
+            message = f"{option}: has no value (give one)"
+        elif problem.startswith("ignored explicit argument"):
+            message = f"{option}: takes no value (leave it out)"
+        elif choices := re.search(r"invalid choice: (.*) \(choose from (.*)\)", problem):
+            message = f"{option}: must be one of {choices[2]}, got {choices[1]} (correct it)"
+        elif value := re.search(r"invalid int value: (.*)", problem):
+            message = f"{option}: must be an integer, got {shown(value[1])} (correct it)"
+        elif option == "the following arguments are required":
+            message = f"{problem}: not given (see --help)"
+        elif option == "unrecognized arguments":
+            names = [name for action in self._actions for name in action.option_strings]
+            first = problem.split()[0]
+            message = f"{first}: unknown option ({did_you_mean(first.partition('=')[0], names, 'see --help')})"
+        elif not message.endswith(")"):
+            message = f"{message} (see --help)"
+        raise ConfigError(f"{COMMAND_LINE}: {message}")

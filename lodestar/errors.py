@@ -10,6 +10,8 @@ from importlib import import_module
 from itertools import islice
 from types import ModuleType
 
+from lodestar.secrets import hidden
+
 _CONTROL = re.compile("\n(?!error: )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 """What would break a line or steer a terminal; a message may hold several lines, each with its `error: `."""
 
@@ -20,7 +22,7 @@ class LodestarError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, print_on_this_rank: bool | None = None) -> None:
-        super().__init__(_CONTROL.sub(" ", message))
+        super().__init__(_CONTROL.sub(" ", hidden(message)))
         self.print_on_this_rank = print_on_this_rank
         """Whether this process prints it; none: only rank 0 does."""
 
@@ -69,9 +71,9 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def shown(value: object) -> str:
-    """A value in one short line, for a message."""
+    """A value in one short line, for a message; secrets are hidden before it is cut."""
     try:
-        text = json.dumps(value, ensure_ascii=True, default=str)
+        text = hidden(json.dumps(value, ensure_ascii=True, default=str))
     except (ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= 40 else f"{text[:37]}..."

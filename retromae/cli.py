@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lodestar.training.command import StageCommand
 from retromae.config import PretrainRecipe
-from retromae.plan import plan
+from retromae.plan import check, plan
 
-COMMAND = StageCommand(__doc__ or "", PretrainRecipe, plan, "retromae.task:SPEC")
+COMMAND = StageCommand(__doc__ or "", PretrainRecipe, plan, check, "retromae.task:SPEC")
 main, pretrain = COMMAND.main, COMMAND.train

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import AUTO, EngineConfig, ModelConfig, Natural, TrainingDataConfig, TrainingRecipe
+from lodestar.config.schema import AUTO, EngineConfig, ModelConfig, TrainingDataConfig, TrainingRecipe
+from lodestar.config.values import Location
 
 HEAD_LOGITS = 2**27
 """Logits that the head holds at once on a GPU; the plan counts them, the loss observes them."""
@@ -37,7 +38,7 @@ class MaskConfig(Section):
     """Fraction of the tokens that the encoder must predict."""
     decoder: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of the tokens that are hidden from each position of the decoder."""
-    decoder_sets: Natural = 256
+    decoder_sets: Annotated[int, Field(ge=0, le=10_000)] = 256
     """Masks per text; each position of the decoder picks one of them. 0: each position draws its own."""
 
 
@@ -51,7 +52,7 @@ class DecoderConfig(Section):
 class LossConfig(Section):
     """Terms besides those of encoder and decoder."""
 
-    bag_of_words: Annotated[float, Field(ge=0)] = 0.0
+    bag_of_words: Annotated[float, Field(ge=0, le=10**6)] = 0.0
     """Weight of DupMAE's bag-of-words term; 0: off. DupMAE uses 0.1, on a term that is smaller where tokens repeat."""
 
     @property
@@ -63,9 +64,9 @@ class LossConfig(Section):
 class DataConfig(TrainingDataConfig):
     """Training texts."""
 
-    train: Annotated[list[str], Field(min_length=1)]
+    train: Annotated[list[Location], Field(min_length=1)]
     """Files (JSONL, Parquet, text; gz too), globs, folders, folders saved by `datasets`, or hub names."""
-    field: str = "text"
+    field: Annotated[str, Field(min_length=1)] = "text"
     """The field of a row that holds the text."""
     long_texts: Literal["cut", "split"] = "cut"
     """Texts longer than max_length: truncate them, or split them into several examples."""
@@ -82,3 +83,9 @@ class PretrainRecipe(TrainingRecipe):
     decoder: DecoderConfig = DecoderConfig()
     loss: LossConfig = LossConfig()
     engine: EngineConfig = EngineConfig(kind="deepspeed", zero_stage=1)
+
+    @model_validator(mode="after")
+    def _a_stream_has_steps(self) -> PretrainRecipe:
+        if self.data.streaming and self.schedule.steps is None:
+            raise ValueError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
+        return self

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import StepCost, model_flops
-from lodestar.planning.plan import Plan, PlanWarnings, describe, encoder_shape
+from lodestar.planning.encoder import check_encoder, encoder_shape
+from lodestar.planning.plan import Plan, PlanWarnings, describe
+from retrieval.evaluation.beir import check_beir
 from retromae.config import HEAD_LOGITS, PretrainRecipe
+
+
+def check(recipe: PretrainRecipe) -> None:
+    """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
+    check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
+    pooling_on_disk(recipe.model)
+    if recipe.evaluate.data:
+        check_beir(recipe.evaluate.data, recipe.evaluate.split)
 
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     """The plan of a pre-training run, as `--plan` prints it."""
+    check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
     warnings = PlanWarnings()
+    if recipe.evaluate.data:
+        section = recipe.evaluate
+        warnings.or_default(None, lambda: check_beir(section.data or "", section.split), "it cannot be measured")
     batch = recipe.batch.plan(world_size)
     examples, length = max(batch.examples_per_rank), recipe.model.max_length
     encoder = encoder_shape(recipe.model, warnings)

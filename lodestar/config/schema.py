@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
+from lodestar.config.values import Count, Decay, Fraction, Location, Name, Natural, Processes, Seed
 
 AUTO = "auto"
 NEUTRAL = (
@@ -17,10 +18,7 @@ NEUTRAL = (
     "track",
 )  # fmt: skip
 """Keys and sections that do not change what training computes. Content and weights of data.train are checked apart."""
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Precision = Literal["bf16", "fp16", "fp32"]
 """Of matrix products; weights, gradients and losses are always fp32."""
 Pooling = Literal["cls", "mean", "last_token"]
@@ -30,27 +28,27 @@ Pooling = Literal["cls", "mean", "last_token"]
 class RunConfig(Section):
     """The name, folder and seed of a run."""
 
-    name: str = "run"
+    name: Name = "run"
     """Name of the run in trackers."""
-    output_dir: str
+    output_dir: Location
     """The run folder: checkpoints, metrics, the model."""
-    seed: int = 42
+    seed: Seed = 42
     """Every random number is a function of the seed and the step."""
 
 
 class ModelConfig(Section):
     """The encoder and its tokenizer."""
 
-    encoder: str
+    encoder: Location
     """A folder or hub name in transformers' format."""
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     """A folder or hub name; none: the encoder's own."""
-    max_length: Annotated[int, Field(ge=8)] = 512
+    max_length: Annotated[int, Field(ge=8, le=2**20)] = 512
     """Tokens of one text, special tokens included."""
     pooling: Pooling | Literal["auto"] = AUTO
     """How a text's hidden states become its embedding. auto: as the encoder's 1_Pooling/config.json says, and cls where
     it has none. last_token: the text ends with an end-of-text token, and the encoder may be a causal decoder."""
-    dropout: Fraction | None = None
+    dropout: Decay | None = None
     """Replaces the dropout rates of the encoder's configuration; none: as they are."""
     random_weights: bool = False
     """Start from the encoder's configuration alone, with random weights."""
@@ -78,19 +76,19 @@ class OptimConfig(Section):
 
     name: Literal["adamw", "muon"] = "adamw"
     """muon: matrices of the hidden layers by Muon, everything else by AdamW."""
-    lr: Positive
+    lr: LearningRate
     """Peak learning rate of AdamW."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Of AdamW's moving averages."""
-    eps: Positive = 1e-8
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-8
     """AdamW's term for numerical stability."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled; biases and norms are left out."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient of the whole batch; 0: no clipping."""
-    muon_lr: Positive = 0.02
+    muon_lr: LearningRate = 0.02
     """Peak learning rate of Muon, in units of spectral norm."""
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Decay = 0.95
     """Of Muon's moving average."""
 
     @property
@@ -101,14 +99,14 @@ class OptimConfig(Section):
     @model_validator(mode="after")
     def _muon_is_not_clipped(self) -> OptimConfig:
         if self.name == "muon" and self.clip_norm:
-            raise ValueError("muon does not clip: its updates have a fixed size (set optim.clip_norm: 0)")
+            raise ValueError("clip_norm: muon does not clip, as its updates have a fixed size (set optim.clip_norm: 0)")
         return self
 
 
 class ScheduleConfig(Section):
     """How long to train, and the learning rate over time."""
 
-    epochs: Positive | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Times that each example is seen; give either this or steps."""
     steps: Count | None = None
     """Optimizer steps."""
@@ -122,7 +120,7 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("needs exactly one of epochs and steps")
+            raise ValueError("needs exactly one of epochs and steps (set one of the two)")
         return self
 
     def total_steps(self, rows: int, global_size: int) -> int:
@@ -145,7 +143,7 @@ class EngineConfig(Section):
     """Under ZeRO-3, parameters with fewer elements stay whole on each device; none: DeepSpeed's default."""
     give_up_after: Count = 20
     """Stop after this many steps in a row whose gradient is not finite."""
-    timeout_minutes: Positive = 30.0
+    timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] = 30.0
     """Time-out of a rank that waits for the others."""
 
 
@@ -156,7 +154,7 @@ class CheckpointConfig(Section):
     """0: only at the end of the run, and when a signal stops it."""
     keep: Count = 2
     """The number of newest checkpoints that are not deleted."""
-    resume: str = "auto"
+    resume: Location = "auto"
     """auto: resume from the newest valid checkpoint of output_dir; none: start afresh; or a checkpoint folder."""
     allow_change: list[str] = []
     """Keys, or sections, that may differ from those of the checkpoint from which the run resumes, as [optim.lr]."""
@@ -165,9 +163,9 @@ class CheckpointConfig(Section):
 class EvaluateConfig(Section):
     """Retrieval on a BEIR folder."""
 
-    data: str | None = None
+    data: Location | None = None
     """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
-    split: str = "test"
+    split: Name = "test"
     """The file of qrels/ to use."""
     every_steps: Natural = 0
     """0: only at the end."""
@@ -188,18 +186,18 @@ class TrackConfig(Section):
     """Steps between two lines of metrics.jsonl."""
     to: list[Literal["wandb", "tensorboard"]] = []
     """Trackers beside metrics.jsonl; wandb works offline where no key is set."""
-    project: str = "lodestar"
+    project: Name = "lodestar"
     """Name of the project in wandb."""
 
 
 class TrainingDataConfig(Section):
     """What the `data` sections of both stages share."""
 
-    cache_dir: str = "~/.cache/lodestar"
+    cache_dir: Annotated[Location, Field(validate_default=True)] = "~/.cache/lodestar"
     """Folder of the tokenized texts; all runs share it."""
-    processes: Count = 4
+    processes: Processes = 4
     """Processes that tokenize."""
-    workers: Natural = 2
+    workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Processes on each rank that prepare batches ahead; 0: none."""
     strict: bool = False
     """true: what is only warned of is an error: a misspelt field, an empty file, a query equal to its positive, ..."""
@@ -218,6 +216,17 @@ class TrainingRecipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _deepspeed_can_run_it(self) -> TrainingRecipe:
+        stage = self.engine.zero_stage if self.engine.kind == "deepspeed" else None
+        if self.optim.name == "muon" and stage == 3:
+            raise ValueError(
+                "engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)"
+            )
+        if self.precision == "fp16" and stage == 0:
+            raise ValueError("engine.zero_stage: fp16 needs 1, 2 or 3 under deepspeed (or engine.kind: ddp)")
+        return self
 
 
 @dataclass(frozen=True)

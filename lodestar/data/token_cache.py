@@ -88,7 +88,7 @@ def tokenized(
     fingerprints = [source.fingerprint for source in sources]
     cache_key = json.dumps([fingerprints, dict(settings)], sort_keys=True)
     fingerprint = hashlib.blake2b(cache_key.encode(), digest_size=12).hexdigest()
-    folder = cache_dir.expanduser() / (fingerprint if version == 1 else f"{fingerprint}-{version}")
+    folder = cache_dir / (fingerprint if version == 1 else f"{fingerprint}-{version}")
     if first_on_node and folder.exists() and (problem := damage(folder, ("facts.json", "rows/state.json"))):
         print(f"warning: data.cache_dir: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
         shutil.rmtree(folder)

@@ -6,17 +6,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
-from lodestar.errors import ConfigError, LodestarError
-from lodestar.models.pooling_config import encoder_file, pooling_on_disk
+from lodestar.errors import LodestarError
+from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import (
-    BERT_BASE,
     DEVICES,
     RUNTIME_BYTES,
-    EncoderShape,
     Memory,
     Seconds,
     StepCost,
@@ -44,31 +42,6 @@ class PlanWarnings:
             return default
 
 
-def encoder_shape(model: ModelConfig, warnings: PlanWarnings) -> EncoderShape:
-    """The shape in the encoder's folder or in the hub's cache on this machine; with a warning BERT-base's."""
-    return warnings.or_default(BERT_BASE, lambda: _shape_in(model), "memory is estimated for BERT-base")
-
-
-def _shape_in(model: ModelConfig) -> EncoderShape:
-    path = encoder_file(model.encoder, "config.json")
-    if path is None:
-        raise ConfigError(
-            f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
-        )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    try:
-        width = config["hidden_size"]
-        return EncoderShape(
-            layers=config["num_hidden_layers"],
-            width=width,
-            feed_forward=config.get("intermediate_size", 4 * width),
-            vocabulary=config["vocab_size"],
-            positions=config.get("max_position_embeddings", 0),
-        )
-    except KeyError as missing:
-        raise ConfigError(f"{path}: {missing}: not set (an encoder in transformers' format has it)") from None
-
-
 def _pooling(model: ModelConfig, warnings: PlanWarnings) -> str:
     """The pooling that a run would train, with a line for each warning of it."""
     choice = warnings.or_default(None, lambda: pooling_on_disk(model), "a run would end with this error")
@@ -82,10 +55,16 @@ def state_of(output_dir: str) -> str:
     """new | unfinished | stopped (by a signal; the same command resumes) | finished, by the files of the run folder."""
     folder = Path(output_dir)
     summary = folder / "summary.json"
-    values: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    if values.get("finished") or values.get("stopped_by"):
-        return "finished" if values.get("finished") else "stopped"
-    return "unfinished" if values or (folder / "checkpoints").is_dir() else "new"
+    try:
+        values = cast(Any, json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {})
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict):  # damaged: a run says so
+        return "unfinished"
+    state = cast(dict[str, Any], values)
+    if state.get("finished") or state.get("stopped_by"):
+        return "finished" if state.get("finished") else "stopped"
+    return "unfinished" if state or (folder / "checkpoints").is_dir() else "new"
 
 
 def describe(

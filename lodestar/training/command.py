@@ -12,7 +12,6 @@ from lodestar.commands import load
 from lodestar.config.loader import recipe_of
 from lodestar.config.schema import TrainingRecipe
 from lodestar.distributed.runtime import Placement
-from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ class StageCommand(Generic[Recipe]):
     usage: str
     schema: type[Recipe]
     plan: Callable[[Recipe, int, str | None], Plan]
+    check: Callable[[Recipe], None]
+    """Raises for what cannot work, before torch is loaded."""
     spec: str
     """module:name of the stage's TaskSpec; the module loads torch."""
 
@@ -37,14 +38,15 @@ class StageCommand(Generic[Recipe]):
         )
 
     def run(self, recipe: Recipe, placement: Placement) -> int:
-        pooling_on_disk(recipe.model)  # raises before torch is loaded
+        self.check(recipe)
         from lodestar.training.trainer import train
 
         return train(recipe, placement, self._load())
 
     def rehearse(self, recipe: Recipe, placement: Placement, steps: int) -> int:
         """The dry run of `--rehearse`."""
-        pooling_on_disk(recipe.model)
+        evaluates_nothing = recipe.evaluate.model_copy(update={"data": None})
+        self.check(recipe.model_copy(update={"evaluate": evaluates_nothing}))
         from lodestar.training.dry_run import rehearse
 
         return rehearse(recipe, placement, self._load(), steps)

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Count, Precision
+from lodestar.config.schema import Precision
+from lodestar.config.values import Count, Location, Width
 
 Role = Literal["query", "document", "text"]
 """text: neither a query nor a document, as in classification; embedded without any prompt."""
@@ -18,7 +19,7 @@ Dtype = Literal["float32", "float16", "int8", "binary"]
 
 
 class EncodeConfig(Section):
-    devices: list[str] | None = None
+    devices: Annotated[list[str], Field(min_length=1)] | None = None
     """As [cuda:1, cuda:3], or [cpu, cpu] for two processes; none: all visible GPUs of all ranks, or the CPU."""
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
@@ -28,23 +29,23 @@ class EncodeConfig(Section):
 
 
 class OutputConfig(Section):
-    dir: str
+    dir: Location
     format: Literal["safetensors", "parquet"] = "safetensors"
     dtype: Dtype = "float32"
     """int8: scaled by the range of each dimension in the first rows; binary: one bit per dimension, eight to a byte."""
-    width: Count | None = None
+    width: Width | None = None
     """Keep only this many leading dimensions and normalise again (Matryoshka); none: all."""
 
 
 class EncodeRecipe(Section):
     """Embeddings of a corpus."""
 
-    model: str
+    model: Location
     """A sentence-transformers folder or hub name."""
-    texts: Annotated[list[str], Field(min_length=1)]
+    texts: Annotated[list[Location], Field(min_length=1)]
     """Files (JSONL, Parquet, text; gz too), globs, folders, hub names; or one folder in BEIR's layout."""
-    field: str = "text"
-    id_field: str | None = None
+    field: Annotated[str, Field(min_length=1)] = "text"
+    id_field: Annotated[str, Field(min_length=1)] | None = None
     """none: `_id` or `id`, or else the number of the row."""
     role: Role = "document"
     """Whose prompt precedes each text. In a BEIR folder it also selects the file: queries or corpus."""

@@ -51,10 +51,7 @@ def read_beir(
     Raises DataError, as `FILE:LINE: FIELD: what is wrong (what to do)`.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder (name one with corpus.jsonl, queries.jsonl and qrels/)")
-    qrels_path = _split_path(folder, split)
-    corpus_path, queries_path = (_plain_or_gz(folder / name) for name in ("corpus.jsonl", "queries.jsonl"))
+    corpus_path, queries_path, qrels_path = _find_files(folder, split)
     qrels = _read_qrels(qrels_path)
     queries = _read_queries(queries_path)
     if unknown := [query_id for query_id in qrels.grades if query_id not in queries]:
@@ -89,6 +86,19 @@ def read_beir(
         queries=[queries[query_id] for query_id in query_ids],
         relevant={query_id: qrels.grades[query_id] for query_id in query_ids},
     )
+
+
+def check_beir(folder: str | Path, split: str) -> None:
+    """DataError where the folder lacks a file, or the split's judgements are damaged; reads no text."""
+    _read_qrels(_find_files(Path(folder), split)[-1])
+
+
+def _find_files(folder: Path, split: str) -> tuple[Path, Path, Path]:
+    """Corpus, queries and the split's judgements."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder (name one with corpus.jsonl, queries.jsonl and qrels/)")
+    qrels_path = _split_path(folder, split)
+    return _plain_or_gz(folder / "corpus.jsonl"), _plain_or_gz(folder / "queries.jsonl"), qrels_path
 
 
 def _read_queries(path: Path) -> dict[str, str]:

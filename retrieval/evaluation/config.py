@@ -8,17 +8,21 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Count, EvaluateConfig, Natural, Precision
+from lodestar.config.schema import EvaluateConfig, Precision
+from lodestar.config.values import Count, Label, Location, Name, Seed
 from retrieval.embedding.config import Prompts
+
+METRICS = tuple(f"{name}_at_{k}" for k in (10, 100) for name in ("ndcg", "mrr", "recall", "precision", "map"))
+"""Of retrieval, as `metrics.metrics` names them."""
 
 # --- tasks -----------------------------------------------------------------------------------
 
 
 class RetrievalConfig(Section):
     kind: Literal["retrieval"]
-    data: str
+    data: Location
     """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/*.tsv, gz or not."""
-    split: str = "test"
+    split: Name = "test"
     """Which file of qrels/."""
     max_queries: Count | None = None
     """Use only the first so many queries; none: all."""
@@ -38,12 +42,12 @@ class ClassificationConfig(LabelledTextsConfig):
     """Logistic regression on the embeddings of a few texts of each label."""
 
     kind: Literal["classification"]
-    train: str
+    train: Location
     """JSONL, Parquet, a folder or a glob of them, or a data set of the hub; the same holds for every file of a task."""
-    test: str
+    test: Location
     samples_per_label: Count = 8
     """Texts of each label in one training set."""
-    experiments: Count = 10
+    experiments: Annotated[int, Field(ge=1, le=10_000)] = 10
     """Number of training sets to draw; metrics are means over them."""
 
 
@@ -51,11 +55,11 @@ class ClusteringConfig(LabelledTextsConfig):
     """k-means with as many clusters as there are labels."""
 
     kind: Literal["clustering"]
-    data: str
+    data: Location
 
 
 class PairsConfig(Section):
-    data: str
+    data: Location
     sentence1: str = "sentence1"
     """The field of a row that holds its first text."""
     sentence2: str = "sentence2"
@@ -87,23 +91,23 @@ TaskConfig = Annotated[
 
 
 class BootstrapConfig(Section):
-    resamples: Natural = 10_000
+    resamples: Annotated[int, Field(ge=0, le=10**6)] = 10_000
     """0: no comparison."""
     baselines: list[str] = []
     """Labels of rows that the others are compared with, `BM25` among them; none: the first model."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Seed = 42
 
 
 class EvaluateRecipe(Section):
     """Trained models, and the tasks that measure them."""
 
-    models: Annotated[list[str] | dict[str, str], Field(min_length=1)]
+    models: Annotated[list[Location] | dict[Label, Location], Field(min_length=1)]
     """Folders (or hub names) in sentence-transformers' format; or a mapping from labels to them."""
     prompts: dict[str, Prompts] = {}
     """By a model's label (or name); replace the prompts of its folder."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Retrieval on one BEIR folder."""
-    tasks: dict[str, TaskConfig] = {}
+    tasks: dict[Name, TaskConfig] = {}
     """More tasks, each under a label."""
     bm25: bool = True
     """Add BM25 to each retrieval task, and its fusion with the last model."""
@@ -111,7 +115,7 @@ class EvaluateRecipe(Section):
     """scores: standardised scores are added up; rrf: reciprocal ranks, as vector databases do."""
     bootstrap: BootstrapConfig = BootstrapConfig()
     """Statistical significance of the differences between rows."""
-    output_dir: str | None = None
+    output_dir: Location | None = None
     """Where evaluation.json and reports go. Embeddings stay there until the end, for an interrupted run."""
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
@@ -122,20 +126,24 @@ class EvaluateRecipe(Section):
     @model_validator(mode="after")
     def _has_a_task(self) -> EvaluateRecipe:
         if training_only := self.evaluate.model_fields_set & {"batch_size", "every_steps", "at_start"}:
-            raise ValueError(f"evaluate.{min(training_only)}: only for training (here batch_tokens bounds memory)")
+            raise ValueError(
+                f"evaluate.{min(training_only)}: only for training (leave it out: here batch_tokens bounds memory)"
+            )
         if not self.all_tasks:
-            raise ValueError("needs evaluate.data (name a BEIR folder) or tasks")
+            raise ValueError("evaluate.data: not set, and no tasks either (name a BEIR folder, or tasks)")
         if len(self.all_tasks) == len(self.tasks) and self.evaluate.data:
             raise ValueError(
                 f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
             )
         if unknown := sorted(self.prompts.keys() - self.labelled_models.keys()):
             raise ValueError(
-                f"prompts.{unknown[0]}: no model has that label (known: {', '.join(self.labelled_models)})"
+                f"prompts.{unknown[0]}: no model has that label (take one of: {', '.join(self.labelled_models)})"
             )
         known = ["BM25"] * self.bm25 + list(self.labelled_models)
         if unknown := sorted(set(self.bootstrap.baselines) - set(known)):
-            raise ValueError(f"bootstrap.baselines: {unknown[0]}: no row has that label (known: {', '.join(known)})")
+            raise ValueError(
+                f"bootstrap.baselines: {unknown[0]}: no row has that label (take one of: {', '.join(known)})"
+            )
         return self
 
     @property

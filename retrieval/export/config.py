@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
+from lodestar.config.values import Location
 
 FP32_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 INFO_FILE = "embedding.json"
@@ -16,18 +17,18 @@ INFO_FILE = "embedding.json"
 class ExportRecipe(Section):
     """Which model is exported, and where to."""
 
-    model: str
+    model: Location
     """A folder (or hub name) in sentence-transformers' format."""
-    output: str
+    output: Location
     """The folder to write; it must not exist."""
     int8: bool = True
     """Also model_int8.onnx: weights in 8 bits, about a quarter of the size."""
 
 
 class WeightedModel(Section):
-    path: str
+    path: Location
     """A folder in sentence-transformers' format."""
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0, le=10**6)] = 1.0
     """Relative to the weights of the other models."""
 
 
@@ -36,7 +37,7 @@ class MergeRecipe(Section):
 
     models: list[WeightedModel]
     """Two or more; the first gives everything that is not averaged: modules, pooling, tokenizer, configuration."""
-    output: str
+    output: Location
     """The folder to write; it must not exist."""
     prompts: dict[str, str] | None = None
     """By role, query and document; those not named here are the first model's."""

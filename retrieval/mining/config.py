@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.schema import Count, Natural, Positive
+from lodestar.config.values import Count, Location, Natural, Positive, Seed
 from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig, Prompts
 
 
 class MineConfig(Section):
-    negatives: Count = 15
+    negatives: Annotated[int, Field(ge=1, le=10_000)] = 15
     """Of each query; fewer where the window and the margins leave fewer."""
     first_rank: Natural = 10
     """Skip the ranks before this one: they may be unlabelled answers. Known positives have no rank."""
@@ -25,32 +25,34 @@ class MineConfig(Section):
     """Skip texts that score above the positive (of several the lowest) less this; none: skip none."""
     relative_margin: Annotated[float, Field(gt=0, le=1)] | None = None
     """Skip texts that score above this fraction of the positive's score; NV-Retriever takes 0.95."""
-    seed: int = 42
+    seed: Seed = 42
     block_rows: Count = 50_000
     """Queries searched at once, at most; an interrupted run repeats up to so many on each rank."""
 
     @model_validator(mode="after")
     def _window(self) -> MineConfig:
         if self.last_rank <= self.first_rank:
-            raise ValueError(f"last_rank must lie above first_rank, got {self.last_rank} and {self.first_rank}")
+            raise ValueError(
+                f"last_rank must lie above first_rank, got {self.last_rank} and {self.first_rank} (raise last_rank)"
+            )
         return self
 
 
 class MineRecipe(Section):
     """Hard negatives for a training file."""
 
-    model: str
+    model: Location
     """A sentence-transformers folder or hub name: the model that training starts from, or a better one."""
-    data: Annotated[list[str], Field(min_length=1)]
+    data: Annotated[list[Location], Field(min_length=1)]
     """BGE JSONL, or (anchor, positive) columns; the new negatives replace those that rows have."""
-    corpus: list[str] | None = None
+    corpus: Annotated[list[Location], Field(min_length=1)] | None = None
     """Where negatives come from: files with `text`, or a BEIR folder; none: all passages of `data`."""
-    output: str
+    output: Location
     """The JSONL file; embeddings and finished parts stay in OUTPUT.work until you delete it."""
     mine: MineConfig = MineConfig()
     encode: EncodeConfig = EncodeConfig()
     prompts: Prompts = {}
-    cross_encoder: str | None = None
+    cross_encoder: Location | None = None
     """A sentence-transformers CrossEncoder whose logits replace the model's scores in the file: the teacher of
     loss.distillation."""
 
@@ -64,7 +66,7 @@ class MineRecipe(Section):
         return (
             None
             if self.corpus is None
-            else EncodeRecipe(model=self.model, texts=self.corpus, output=OutputConfig(dir=""))
+            else EncodeRecipe(model=self.model, texts=self.corpus, output=OutputConfig(dir="."))
         )
 
     def block_size(self, queries: int, world_size: int) -> int:

@@ -17,7 +17,7 @@ from rich.text import Text
 from lodestar.cli import Parser, entry_point
 from lodestar.data.readers import count_rows
 from lodestar.distributed.runtime import Placement, choose_device
-from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError
+from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError, shown
 from lodestar.planning.plan import PlanWarnings, in_words
 from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.evaluation.beir import Document, read_corpus
@@ -112,8 +112,10 @@ def parse_search(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="say what would be searched and by what model, and exit")
     parser.add_argument("--json", action="store_true", help="the plan as one JSON object")
     options = parser.parse_intermixed_args(argv)
-    if options.top < 1:
-        raise ConfigError(f"command line: --top: must be 1 or more, got {options.top}")
+    if not 0 < options.top <= 10_000:
+        raise ConfigError(f"command line: --top: must be from 1 to 10,000, got {shown(options.top)} (correct it)")
+    if options.json and not options.plan:
+        raise ConfigError("command line: --json: only with --plan (add that, or leave it out)")
     if not options.model and not options.store:
         raise ConfigError("command line: the following arguments are required: --model, or --store (see --help)")
     if options.store and options.corpus:

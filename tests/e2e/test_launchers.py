@@ -251,7 +251,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(folder: Path) -> None:
     found = run([*command, "optim.lr=-1"])
     assert found.returncode == 2
     said = [line for line in found.stderr.splitlines() if not line.startswith("import time:")]
-    assert said == ["error: command line: optim.lr: must be greater than 0, got -1"]
+    assert said == ["error: command line: optim.lr: must be greater than 0, got -1 (raise it)"]
     assert not any(line.endswith(" torch") for line in found.stderr.splitlines())
 
 

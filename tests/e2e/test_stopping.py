@@ -37,8 +37,10 @@ def folder(tmp_path: Path) -> Path:
 def start(
     command: list[str], stage: str, folder: Path, *overrides: str, env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:
-    common = ("data.workers=1", "checkpoint.every_steps=0", "track.log_every=1")
-    command = [*command, f"launch/{stage}.py", "--config", str(folder / f"{stage}.yaml"), *common, *overrides]
+    given = {override.partition("=")[0] for override in overrides}
+    common = {"data.workers": 1, "checkpoint.every_steps": 0, "track.log_every": 1}
+    others = [f"{key}={value}" for key, value in common.items() if key not in given]
+    command = [*command, f"launch/{stage}.py", "--config", str(folder / f"{stage}.yaml"), *others, *overrides]
     return processes.start(command, {**environment(), **(env or {})})
 
 

@@ -44,7 +44,7 @@ def test_a_notebook_mines_indexes_and_searches_in_one_process(tmp_path: Path) ->
 
 
 def test_a_mistake_names_the_field() -> None:
-    with pytest.raises(ConfigError, match=r"^recipe: mine.first_rank: must be greater than or equal to 0, got -1$"):
+    with pytest.raises(ConfigError, match=r"^recipe: mine.first_rank: must be at least 0, got -1 \(raise it\)$"):
         retrieval.mine({"model": "m", "data": ["d"], "output": "o", "mine": {"first_rank": -1}})
     with pytest.raises(ConfigError, match=r"^command line: store.tabel: unknown key \(did you mean 'table'\?\)$"):
         retrieval.index({"model": "m", "corpus": "c", "store": {"kind": "faiss", "path": "p"}}, "store.tabel=t")

@@ -155,7 +155,7 @@ def test_the_command_puts_all_tasks_into_one_table_and_one_json(model_folder, da
             {"kind": "sts", "data": "{}/pairs.jsonl", "scor": "x"},
             "tasks.mine.scor: unknown key (did you mean 'score'?)",
         ),
-        ({"kind": "sts"}, "tasks.mine.data: not set (it has no default)"),
+        ({"kind": "sts"}, "tasks.mine.data: not set (it has no default: add it)"),
         ({"kind": "stss", "data": "x"}, "tasks.mine: kind: must be one of 'retrieval', 'classification', 'clustering'"),
         ({"data": "x"}, "tasks.mine: kind: not set"),
         ({"kind": "clustering", "data": "absent.jsonl"}, "tasks.mine.data: absent.jsonl: no such file"),

@@ -193,7 +193,7 @@ def test_the_command_plans_without_writing_then_merges_once(
         ([], "already exists"),
         (["models=[{path: a}]"], "models: a merge takes two or more"),
         (["models=[{path: a, weight: 0}, {path: b, weight: 0}]"], "every weight is 0"),
-        (["models=[{path: a, weight: -1}, {path: b}]"], "models: must be greater than or equal to 0"),
+        (["models=[{path: a, weight: -1}, {path: b}]"], "models.0.weight: must be at least 0, got -1 (raise it)"),
         (["models=[{path: a}, {path: b}]", "output=new"], "a: no such folder"),
     ):
         assert merge_main(["--config", str(recipe), *overrides]) == 2

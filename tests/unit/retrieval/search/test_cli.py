@@ -160,7 +160,10 @@ def test_a_plan_counts_the_documents_and_says_where_embeddings_are_cached(model_
         (["--model", "{model}", "x"], "search_corpus: not there (give --corpus"),
         (["--model", "absent", "x"], "command line: --model: absent: no such folder"),
         (["--model", "{model}", "--corpus", "absent.jsonl", "x"], "absent.jsonl: no such file"),
-        (["--model", "{model}", "--top", "0", "x"], "command line: --top: must be 1 or more, got 0"),
+        (
+            ["--model", "{model}", "--top", "0", "x"],
+            "command line: --top: must be from 1 to 10,000, got 0 (",
+        ),
         (["--model", "{plain}", "--corpus", "{corpus}", "x"], "plain: no modules.json there"),
         (["--model", "{model}", "--corpus", "{empty}", "x"], "empty.jsonl: holds no document"),
         (["--model", "{model}", "--corpus", "{corpus}", "--device", "gpu", "x"], "--device: 'gpu': unknown kind of"),

@@ -110,20 +110,20 @@ def test_opening_an_index_hashes_the_model_once(recipe: Path, monkeypatch: pytes
         ),
         ("kind: faiss, url: 'http://h'", "store: faiss needs path, got url"),
         ("kind: pgvector, path: db", "store: pgvector needs exactly one of url and url_env, got path"),
-        ("kind: pgvector, url: 'http://h'", "store: url: must begin with postgresql:// or postgres://"),
-        ("kind: qdrant, url: 'h:6333'", "store: url: must begin with http:// or https://"),
-        ("kind: lancedb, path: 's3://bucket'", "store: path: must be a folder, not a URL"),
-        ("kind: qdrant, path: db, api_key_env: KEY", "store: api_key_env: only a server by url that takes an API key"),
+        ("kind: pgvector, url: 'http://h'", "store.url: must begin with postgresql:// or postgres://"),
+        ("kind: qdrant, url: 'h:6333'", "store.url: must begin with http:// or https://"),
+        ("kind: lancedb, path: 's3://bucket'", "store.path: must be a folder, not a URL"),
+        ("kind: qdrant, path: db, api_key_env: KEY", "store.api_key_env: only a server by url that takes an API key"),
         (
             "kind: pgvector, url_env: X, api_key_env: KEY",
-            "store: api_key_env: only a server by url that takes an API key",
+            "store.api_key_env: only a server by url that takes an API key",
         ),
         (
             "kind: pgvector, url: 'postgresql://me:hunter2@h/db'",
-            "store: url: holds a secret (take it out, and name an environment variable: url_env)",
+            "store.url: holds a secret (take it out, and name an environment variable: url_env)",
         ),
-        ("kind: pgvector, url: 'postgresql://me:hun/ter2@h/db'", "store: url: holds a secret"),
-        ("kind: pgvector, url: 'postgresql:///db?password=hunter2'", "store: url: holds a secret"),
+        ("kind: pgvector, url: 'postgresql://me:hun/ter2@h/db'", "store.url: holds a secret"),
+        ("kind: pgvector, url: 'postgresql:///db?password=hunter2'", "store.url: holds a secret"),
         ("kind: qdrant, url: 'https://me:hunter2@h'", "(take it out, and name an environment variable: api_key_env)"),
         (
             "kind: pgvector, url_env: 'postgresql://me:hunter2@h/db'",
@@ -174,7 +174,7 @@ def test_an_object_in_python_hides_the_secret_too() -> None:
         StoreConfig(kind="pgvector", url="postgresql://me:hunter2@h/db")
     assert "hunter" not in str(caught.value)
     values = {"model": "m", "corpus": "c", "store": {"kind": "pgvector", "url": "postgresql://me:hunter2@h/db"}}
-    with pytest.raises(ConfigError, match=r"^recipe: store: url: holds a secret") as caught:
+    with pytest.raises(ConfigError, match=r"^recipe: store.url: holds a secret") as caught:
         recipe_of(IndexRecipe, values)
     assert "hunter" not in str(caught.value)
 
