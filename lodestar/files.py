@@ -244,6 +244,10 @@ def replacing_hashed_file(path: Path) -> Generator[Path]:
         write_text(_hash_path(path), f"{_sha256(tmp)}  {path.name}\n")  # as sha256sum has it
 
 
+NO_HASH = "its hash is missing"
+"""Of a file that an earlier version wrote, or whose writer was killed."""
+
+
 def kept_file_problem(path: Path) -> str | None:
     """Why a file of an earlier run is not to be used, in a few words; none where every byte is as it was written."""
     if problem := file_problem(path):
@@ -254,7 +258,7 @@ def kept_file_problem(path: Path) -> str | None:
             return None
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "its hash is missing" if written is None else "damaged: its hash is another"
+    return NO_HASH if written is None else "damaged: its hash is another"
 
 
 def _hash_path(path: Path) -> Path:
