@@ -18,7 +18,7 @@ from torch import Tensor
 from lodestar import rng
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import cut, padded
-from lodestar.data.sampler import DatasetMixture, Sampler
+from lodestar.data.sampler import DatasetMixture, Sampler, examples_hash
 
 LENGTH_GROUPS = 4
 """Micro-batches, by length, of a batch that fits into memory at once: less padding, and all graphs are kept."""
@@ -80,6 +80,7 @@ class StepBatch:
     tokens: int
     padded_tokens: int
     """Tokens, padding included."""
+    examples_hash: int = 0
 
     def pin_memory(self) -> StepBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -116,11 +117,11 @@ class Collate:
         columns: dict[str, list[Any]] = dataset.table[rows.tolist()]
         filler = columns["query_ids"][0]
         if not len(positions):  # a rank without queries still runs the collectives, on a filler
-            return self._step_batch([], [], filler, dataset.in_batch_negatives)
+            return self._step_batch([], [], filler, dataset.in_batch_negatives, 0)
         queries = [Query(ids, hash) for ids, hash in zip(columns["query_ids"], columns["query_hash"], strict=True)]
-        return self._step_batch(
-            queries, self._sample_passages(columns, epochs, rows), filler, dataset.in_batch_negatives
-        )
+        passages = self._sample_passages(columns, epochs, rows)
+        batch_hash = examples_hash(positions, epochs, rows, dataset_index)
+        return self._step_batch(queries, passages, filler, dataset.in_batch_negatives, batch_hash)
 
     def _sample_passages(self, columns: dict[str, list[Any]], epochs: Tensor, rows: Tensor) -> list[list[Passage]]:
         """Each query's passages: one positive, then the negatives."""
@@ -139,7 +140,12 @@ class Collate:
         return groups
 
     def _step_batch(
-        self, queries: list[Query], groups: list[list[Passage]], filler: list[int], in_batch_negatives: bool
+        self,
+        queries: list[Query],
+        groups: list[list[Passage]],
+        filler: list[int],
+        in_batch_negatives: bool,
+        batch_hash: int,
     ) -> StepBatch:
         passages = [passage for group in groups for passage in group]
         texts = [text.ids for text in (*queries, *passages)]
@@ -168,6 +174,7 @@ class Collate:
             in_batch_negatives=in_batch_negatives,
             keep_all_graphs=self.plan.num_micro_batches == 1,
             examples=len(queries),
+            examples_hash=batch_hash,
             tokens=sum(map(len, texts)),
             padded_tokens=sum(m.ids_BL.numel() for m in micro_batches),
         )

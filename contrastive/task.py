@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 
 from contrastive.collate import Collate, TrainingDataset
-from contrastive.config import FinetuneRecipe
+from contrastive.config import DataConfig, FinetuneRecipe
 from contrastive.model import BiEncoder
 from contrastive.plan import plan
 from contrastive.stage import FinetuneStage
@@ -29,6 +29,7 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.load import find_folder, folder_prompts, load_encoder, load_tokenizer
 from lodestar.models.pooling_config import resolve_pooling
+from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
@@ -100,6 +101,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
         ),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts=prompts),
         data_counts=dict(counts),
+        examples_at=lambda step: _example_names(data, collate, step),
         keep_best=recipe.evaluate.keep_best,
     )
 
@@ -156,6 +158,14 @@ def _collate(
         negatives=data.negatives_per_query,
         pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
     )
+
+
+def _example_names(data: DataConfig, collate: Collate, step: int) -> list[str]:
+    """FILE:LINE of each example of a step."""
+    dataset, batch = collate.mixture.at(step)
+    rows = collate.datasets[dataset].sampler.batch(batch, range(collate.plan.global_size))[1].tolist()
+    found, _ = places(find_sources([data.sets[dataset].path]), check_row, set(rows))
+    return [found.get(row, f"row {row}") for row in rows]
 
 
 def _with_instructions(recipe: FinetuneRecipe, runtime: Runtime) -> FinetuneRecipe:

@@ -13,42 +13,69 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from lodestar.errors import ConfigError, DataError
+from lodestar.errors import ConfigError, DataError, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+_LARGEST_JSON = 1 << 26
+"""Bytes."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of file systems without locks."""
 
 
 @contextmanager
 def replacing(folder: Path) -> Generator[Path]:
-    """A temporary folder that replaces `folder` at the end, unless an error occurs."""
-    tmp, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    """A temporary folder that replaces `folder` at the end, once it is on the disk; after an error nothing is left."""
+    restore(folder)
+    tmp, old = _beside(folder)
     for leftover in (tmp, old):
         shutil.rmtree(leftover, ignore_errors=True)
     tmp.mkdir(parents=True)
-    yield tmp
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
+    try:
+        yield tmp
+        for path in (*tmp.rglob("*"), tmp):
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        tmp.rename(folder)
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        restore(folder)
+        raise
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Rename back the folder that `replacing` had set aside when its process was killed."""
+    _, old = _beside(folder)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """The new and the old folder of `replacing`."""
+    return folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
 
 
 @contextmanager
 def replacing_file(path: Path) -> Generator[Path]:
-    """A temporary path of this process whose file replaces `path` at the end, unless an error occurs."""
+    """A temporary path of this process whose file replaces `path` at the end, once it is on the disk; unless an error
+    occurs.
+    """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
+        sync(tmp)
         tmp.replace(path)
+        sync(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -88,11 +115,29 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a regular file; ValueError, with the reason in a few words, for anything else."""
+    if problem := file_problem(path):
+        raise ValueError(problem)
+    try:
+        value: Any = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise ValueError("damaged: not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("damaged: not a JSON object of a sensible size")
+    return cast(dict[str, Any], value)
+
+
 def sync(path: Path) -> None:
     """fsync a file, or a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems that cannot sync a folder
+            raise
     finally:
         os.close(descriptor)
 
@@ -101,11 +146,11 @@ def sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, **values: Any) -> None:
-    """Write size and SHA-256 of every file below `folder`, and `values`; fsync all files and folders."""
+    """Write size and SHA-256 of every file below `folder`, `values`, and a hash of all that; fsync all of it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, **values, "files": files}, indent=2), encoding="utf-8")
+    content = {"format": FORMAT, **values, "files": files}
+    (folder / MANIFEST).write_bytes(_as_bytes({**content, "sha256": _hash_of(content)}))
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
@@ -116,28 +161,108 @@ def damage(folder: Path, required: Iterable[str], **values: Any) -> str | None:
     required   files that the manifest must list
     values     that the manifest must have
     """
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return f"{MANIFEST}: missing"
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = _read_manifest(folder / MANIFEST, values)
+    except ValueError as error:
+        return f"{MANIFEST}: {error}"
+    try:
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST}: damaged"
-    if content.get("format") != FORMAT:
-        return f"{MANIFEST}: format {content.get('format')!r} is not known to this version (knows {FORMAT})"
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return f"{MANIFEST}: damaged: not a list of files with their hashes"
     for key, value in values.items():
         if content.get(key) != value:
-            return f"{MANIFEST}: {key} is {content.get(key)!r}, not {value!r}"
+            return f"{MANIFEST}: {key} is {shown(content.get(key))}, not {value!r}"
     for name in sorted({*required, *files}):
         if name not in files:
             return f"{MANIFEST}: {name}: not listed"
-        if not (folder / name).is_file():
-            return f"{name}: missing"
+        if not _is_inside(name):
+            return f"{MANIFEST}: {shown(name)}: not a file of the folder"
     for name, (size, digest) in files.items():
-        if (folder / name).stat().st_size != size or _sha256(folder / name) != digest:
-            return f"{name}: damaged: its hash is not the manifest's"
+        if problem := _damage_of_file(folder / name, size, digest):
+            return f"{name}: {problem}"
     return None
+
+
+def _read_manifest(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The content, without its hash; ValueError, in a few words, where it is not as it was written."""
+    if problem := _problem_in_folder(path):
+        raise ValueError(problem)
+    content = read_object(path)
+    if content.get("format") != FORMAT:
+        raise ValueError(f"format {shown(content.get('format'))} is not known to this version (knows {FORMAT})")
+    try:
+        written, digest = _as_bytes(content), content.pop("sha256", None)
+        is_whole = written == path.read_bytes() and digest == _hash_of(content)
+    except RecursionError:
+        raise ValueError("damaged: nested too deeply") from None
+    # Manifests of version 0.1 have no hash, and no other key.
+    if not is_whole and (digest is not None or not content.keys() <= {"format", "step", "files", *values}):
+        raise ValueError("damaged: its hash is not its own")
+    return content
+
+
+def _as_bytes(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2).encode()
+
+
+def _hash_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name is that of a file below a folder, written in the one way that `write_manifest` writes it."""
+    path = PurePosixPath(name)
+    return name == str(path) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _damage_of_file(path: Path, size: int, digest: str) -> str | None:
+    if problem := _problem_in_folder(path):
+        return problem
+    try:
+        is_whole = path.stat().st_size == size and _sha256(path) == digest
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if is_whole else "damaged: its hash is not the manifest's"
+
+
+def _problem_in_folder(path: Path) -> str | None:
+    """As `file_problem`, and of links: what they point to may change or go with another folder."""
+    if path.is_symlink():
+        return "is a link, not a file"
+    problem = file_problem(path)
+    return "missing" if problem == NO_SUCH_FILE else problem
+
+
+# --- hashes of single files ------------------------------------------------------------------
+
+
+@contextmanager
+def replacing_hashed_file(path: Path) -> Generator[Path]:
+    """As `replacing_file`, with a hidden file of the hash beside it, for `kept_file_problem`."""
+    with replacing_file(path) as tmp:
+        yield tmp
+        write_text(_hash_path(path), f"{_sha256(tmp)}  {path.name}\n")  # as sha256sum has it
+
+
+NO_HASH = "its hash is missing"
+"""Of a file that an earlier version wrote, or whose writer was killed."""
+
+
+def kept_file_problem(path: Path) -> str | None:
+    """Why a file of an earlier run is not to be used, in a few words; none where every byte is as it was written."""
+    if problem := file_problem(path):
+        return problem
+    try:
+        written = _hash_path(path).read_bytes() if file_problem(_hash_path(path)) is None else None
+        if written == f"{_sha256(path)}  {path.name}\n".encode():
+            return None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return NO_HASH if written is None else "damaged: its hash is another"
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.sha256")
 
 
 def _sha256(path: Path) -> str:
@@ -157,7 +282,16 @@ def locked(folder: Path, field: str) -> Generator[None]:
 
     The kernel releases the lock when the process ends, for whatever reason; the file only names the holder.
     """
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    path = folder / ".lock"
+    if (problem := file_problem(path)) not in (None, NO_SUCH_FILE):
+        raise ConfigError(f"{field}: {path}: {problem} (delete it)")
+    try:
+        file = open(path, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(
+            f"{field}: {path}: cannot be opened: {error.strerror} (mend its permissions, or delete it)"
+        ) from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked worker would hold too
         except OSError as error:
@@ -165,15 +299,17 @@ def locked(folder: Path, field: str) -> Generator[None]:
                 yield
                 return
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read(100).strip() or "another process"
             raise ConfigError(
                 f"{field}: {folder}: in use by {holder} (wait until it ends, or choose another {field})"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        file.flush()
+        with suppress(OSError):  # a full disk: the holder has no name then
+            os.ftruncate(file.fileno(), 0)
+            holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+            os.write(file.fileno(), holder.encode())
         yield
-        file.truncate(0)
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), 0)
 
 
 def make_folder(path: str | Path, field: str) -> Path:

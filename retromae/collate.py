@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lodestar import rng
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import cut, padded
-from lodestar.data.sampler import Sampler
+from lodestar.data.sampler import Sampler, examples_hash
 from retromae.masks import IGNORED, mask_tokens
 
 
@@ -63,6 +63,7 @@ class StepBatch:
     padded_tokens: int
     label_counts: dict[str, int]
     """What each term of the loss is a mean over: tokens to predict, or texts."""
+    examples_hash: int = 0
 
     def pin_memory(self) -> StepBatch:
         return replace(self, micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches])
@@ -97,6 +98,7 @@ class Collate:
         return StepBatch(
             micro_batches,
             examples=len(positions),
+            examples_hash=examples_hash(positions, epochs, rows),
             tokens=sum(lengths),
             padded_tokens=sum(m.input_ids_BL.numel() for m in micro_batches),
             label_counts={

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import datasets
+import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.load import find_folder, load_encoder, load_tokenizer
 from lodestar.models.pooling_config import resolve_pooling
+from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
@@ -87,6 +90,7 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
         export=encoder_export(module.encoder, tokenizer, recipe, title=title, prompts={}, pooling=pooling),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts={}),
         data_counts=data.counts,
+        examples_at=data.examples_at,
         new_names=NEW_NAMES,
     )
 
@@ -100,6 +104,7 @@ class _TrainingData(NamedTuple):
     batches: Callable[[int], Generator[StepBatch]]
     micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
     rows: int | None = None
+    examples_at: Callable[[int], Sequence[str]] | None = None
     counts: Mapping[str, int] = {}
     samples: Sequence[str | None] = ()
     """Of a stream: hashes of parts of each file."""
@@ -163,8 +168,22 @@ def _cached_data(
         ),
         micro_batches=lambda plan: replace(collate, plan=plan, rank=0)(0).micro_batches,
         rows=rows,
+        examples_at=lambda step: _example_names(
+            sources, TextCheck(data.field), dataset.rows, sampler.batch(step, range(size))[1].tolist()
+        ),
         counts=dataset.stats.counts(),
     )
+
+
+def _example_names(
+    sources: Sequence[Source], check: TextCheck, table: datasets.Dataset, rows: Sequence[int]
+) -> list[str]:
+    """FILE:LINE of the text of each row of the token cache; the number of the row where a text gave no row."""
+    text_of_row = (np.asarray(table["part"]) == 0).cumsum() - 1
+    found, count = places(sources, check, {int(text_of_row[row]) for row in rows})
+    if count != text_of_row[-1] + 1:
+        return [f"row {row} of the token cache" for row in rows]
+    return [found[int(text_of_row[row])] for row in rows]
 
 
 def _tokenize(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase) -> Tokenize:

@@ -1,7 +1,7 @@
 """The table of slow tests in CONTRIBUTING.md, from a run of them:
 
-    make test-slow PYTEST_OPTIONS=--junitxml=build/slow.xml
-    python -m tests.durations build/slow.xml
+make test-slow PYTEST_OPTIONS=--junitxml=build/slow.xml
+python -m tests.durations build/slow.xml
 """
 
 from __future__ import annotations

@@ -43,6 +43,14 @@ class ShuffledSampler:
         return epochs, rows
 
 
+def examples_hash(positions: range, epochs: Tensor, rows: Tensor, dataset: int = 0) -> int:
+    """Of the examples at `positions` of a global batch; summed over ranks, modulo 2**64, it does not depend on them."""
+    if not len(positions):
+        return 0
+    positions_B = torch.arange(positions.start, positions.stop)
+    return int(rng.hashed(positions_B, dataset, epochs, rows).sum())  # wraps
+
+
 class DatasetMixture:
     """From which of several data sets a step draws its batch: by weight, as a pure function of the step."""
 

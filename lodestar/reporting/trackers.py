@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from pydantic import BaseModel
 
 from lodestar.config import loader
 from lodestar.config.schema import TrackConfig
-from lodestar.files import write_text
+from lodestar.errors import ConfigError
+from lodestar.files import NO_SUCH_FILE, file_problem, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -24,6 +26,10 @@ class Tracker:
 
     def __init__(self, path: Path | None, trackers: list[GeneralTracker]) -> None:
         self._path, self._trackers = path, trackers
+        self._size = 0
+        """Bytes before the last line that was written, or that a full disk cut."""
+        self._unwritten = ""
+        """Lines that did not go onto a full disk."""
 
     @classmethod
     def silent(cls) -> Tracker:
@@ -35,26 +41,57 @@ class Tracker:
         cls, output_dir: Path, track: TrackConfig, run_name: str, recipe: BaseModel, env: Mapping[str, str]
     ) -> Tracker:
         """Start the trackers, which write below `output_dir`; wandb is offline where `env` has neither mode nor key."""
+        path = output_dir / METRICS
+        if (problem := file_problem(path)) not in (None, NO_SUCH_FILE):
+            raise ConfigError(f"run.output_dir: {path}: {problem} (move it away)")
         trackers = [_start(name, output_dir, track, run_name, env) for name in track.to]
         for tracker in trackers:
             tracker.store_init_configuration(_plain_values(recipe))
-        return cls(output_dir / METRICS, trackers)
+        return cls(path, trackers)
 
     def resume_at(self, step: int) -> None:
-        """Delete lines after `step`, and an incomplete last line: the resumed run writes them again."""
+        """Delete lines after `step`, which the resumed run writes again, and damaged ones, with a warning."""
         if self._path is not None and self._path.is_file():
-            lines = [line for line in read_metrics(self._path) if line["step"] <= step]
-            write_text(self._path, "".join(_line(values) for values in lines))
+            lines, damaged = _read(self._path)
+            if damaged:
+                more = f" and {len(damaged) - 1} more lines" if len(damaged) > 1 else ""
+                print(
+                    f"warning: {self._path}:{damaged[0]}: line{more}: damaged: dropped (nothing to do: others stay)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            write_text(self._path, "".join(_line(values) for values in lines if values["step"] <= step))
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Write a line; numbers go to the trackers too. A number that is not finite becomes null."""
         if self._path is None:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(_line(values))
+        self._append(self._path, _line(values))
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         for tracker in self._trackers:
             tracker.log(numbers, step=values["step"])
+
+    def _append(self, path: Path, line: str) -> None:
+        """Write the line, and those that could not be written before; a full disk is told once, not an end."""
+        was_told, self._unwritten = bool(self._unwritten), self._unwritten + line
+        content = self._unwritten.encode()
+        try:
+            with open(path, "ab") as file:
+                if was_told:
+                    file.truncate(min(self._size, file.tell()))
+                else:
+                    self._size = file.tell()
+                file.write(content)
+        except OSError as error:
+            if not was_told:
+                print(
+                    f"warning: {path}: {error.strerror}: training goes on, and writes its metrics later (make room "
+                    "there)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return
+        self._unwritten = ""
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -63,14 +100,25 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, without an incomplete line that a killed run left."""
+    """The lines of a metrics file, without damaged ones and without a last one that a killed run left incomplete."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(lines, numbers of the damaged lines, from 1)."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    damaged: list[int] = []
+    texts = path.read_bytes().split(b"\n")
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        if isinstance(values, dict) and type(values.get("step")) is int:
+            lines.append(values)
+        elif number < len(texts):
+            damaged.append(number)
+    return lines, damaged
 
 
 def _line(values: Mapping[str, Any]) -> str:

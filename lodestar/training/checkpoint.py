@@ -6,56 +6,85 @@ manifest.json, written last, has size and SHA-256 of every other file; they are 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lodestar.errors import CheckpointError
-from lodestar.files import MANIFEST, damage, sync, write_manifest
+from lodestar.errors import CheckpointError, first_line
+from lodestar.files import MANIFEST, damage, read_object, replacing, write_manifest
 
 REQUIRED_FILES = ("state.json", "weights.safetensors", "optimizer.safetensors")
+_STATE = {"step": int, "skipped": int, "masked": int, "engine": dict, "changes": list, "recipe": dict}
+"""Types of the values that every version reads; each may be absent but the step."""
 _NAME = re.compile(r"step-(\d{8,})")
 ARCHIVED = "archived-"
 _IGNORED_PREFIXES = (".", ARCHIVED, "replaced-")  # the last: archived by versions before 0.2
+Signature = tuple[tuple[str, int, int], ...]
+_whole: dict[Path, Signature] = {}
+"""Checkpoints that this process has hashed, so that no save hashes the older ones again."""
 
 
 def write(
     directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]
 ) -> Path:
-    """Commit a checkpoint: `GROUP.safetensors` for each group of tensors, and `state.json` with the values."""
+    """Commit a checkpoint: `GROUP.safetensors` for each group of tensors, and `state.json` with the values.
+
+    Raises OSError where the disk is full or the folder read-only; then nothing of it is left.
+    """
     folder = directory / f"step-{step:08d}"
-    tmp = directory / f".{folder.name}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    tmp.mkdir(parents=True)
-    for name, group in tensors.items():
-        save_file({key: value.contiguous() for key, value in group.items()}, tmp / f"{name}.safetensors")
-    (tmp / "state.json").write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
-    write_manifest(tmp, step=step)
-    shutil.rmtree(folder, ignore_errors=True)
-    tmp.rename(folder)
-    sync(directory)
+    with replacing(folder) as tmp:
+        for name, group in tensors.items():
+            try:
+                save_file({key: value.contiguous() for key, value in group.items()}, tmp / f"{name}.safetensors")
+            except SafetensorError as error:  # safetensors turns an OSError into its own
+                match = re.search(r"os error (\d+)", str(error))
+                number = int(match[1]) if match else errno.EIO
+                raise OSError(number, os.strerror(number)) from None
+        (tmp / "state.json").write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
+        write_manifest(tmp, step=step)
+    _whole[folder] = _signature(folder)
     return folder
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """(tensors by group, values) of a checkpoint; CheckpointError where a file does not match the manifest."""
-    problem, values = damage(folder, REQUIRED_FILES), {}
+    problem, tensors = _problem(folder), {}
     if problem is None:
-        values = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("step") != values["step"]:
-            problem = f"{MANIFEST}: of another step than state.json"
+        try:
+            tensors = {Path(n).stem: load_file(folder / n) for n in REQUIRED_FILES if n.endswith(".safetensors")}
+        except (OSError, SafetensorError) as error:
+            problem = f"tensors cannot be read: {first_line(error)}"
     if problem is not None:
         raise CheckpointError(
             f"checkpoint.resume: {folder}: {problem} (name a whole step-... folder, or delete it to resume from the "
             "one before)"
         )
-    return {Path(n).stem: load_file(folder / n) for n in REQUIRED_FILES if n.endswith(".safetensors")}, values
+    return tensors, read_object(folder / "state.json")
+
+
+def _problem(folder: Path) -> str | None:
+    """Why a folder is no checkpoint to resume from, in a few words; none for a whole one. No tensor is read."""
+    named = _NAME.fullmatch(folder.name)
+    if problem := damage(folder, REQUIRED_FILES, **({"step": int(named[1])} if named else {})):
+        return problem
+    try:
+        values, step = read_object(folder / "state.json"), read_object(folder / MANIFEST).get("step")
+    except ValueError as error:
+        return f"state.json: {error}"
+    if wrong := [name for name, kind in _STATE.items() if type(values.get(name, kind())) is not kind]:
+        return f"state.json: {wrong[0]}: damaged: of another type"
+    if values.get("step") != step:
+        return f"{MANIFEST}: of another step than state.json"
+    return None
 
 
 def with_new_names(tensors: Mapping[str, Tensor], new_names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -91,8 +120,8 @@ def find(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume != "auto":
         return Path(resume), []
     problems: list[str] = []
-    for step, folder in reversed(_named(directory)):
-        problem = damage(folder, REQUIRED_FILES, step=step)
+    for _, folder in reversed(_named(directory)):
+        problem = _problem(folder)
         if problem is None:
             return folder, [f"{line} (delete it: an earlier checkpoint is used)" for line in problems]
         problems.append(f"{folder}: {problem}")
@@ -131,6 +160,30 @@ def archive(directory: Path, above: int) -> list[str]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for step in steps(directory)[:-keep]:
-        shutil.rmtree(directory / f"step-{step:08d}", ignore_errors=True)
+    """Delete what is older than the newest `keep` valid checkpoints, and what interrupted saves left."""
+    for leftover in directory.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    num_valid = 0
+    for _, folder in reversed(_named(directory)):
+        if num_valid == keep:
+            shutil.rmtree(folder, ignore_errors=True)
+            _whole.pop(folder, None)
+        else:
+            num_valid += _is_whole(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Hashes a checkpoint once, and again only where a file of it changed."""
+    signature = _signature(folder)
+    if _whole.get(folder) != signature and _problem(folder) is None:
+        _whole[folder] = signature
+    return _whole.get(folder) == signature
+
+
+def _signature(folder: Path) -> Signature:
+    """Names, sizes and times of the files."""
+    try:
+        stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(folder)]
+    except OSError:
+        return ()
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lodestar.config.schema import CheckpointConfig
-from lodestar.distributed.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
-from lodestar.errors import TrainingError
+from lodestar.distributed.collectives import gather_objects, max_over_ranks, on_main, sum_over_ranks
+from lodestar.errors import TrainingError, first_line
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.training import checkpoint
@@ -23,6 +25,8 @@ from lodestar.training.loop import Progress, StepDone
 
 CONSOLE_METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_100")
 """Metrics of an evaluation that the console prints; metrics.jsonl has all."""
+
+MOST_FAILED_SAVES = 3
 
 
 class _NoOpHook:
@@ -67,8 +71,11 @@ class LogHook(_NoOpHook):
         names = list(done.scalars)
         scalars = sum_over_ranks(torch.stack([done.scalars[name].detach().float() for name in names])).tolist()
         rates = _global_rates(self._throughput.read(), done.report.grad_norm.device)
+        # On the CPU: gloo, without a synchronisation of the GPU.
+        examples = int(sum_over_ranks(torch.tensor(done.batch.examples_hash)))
         line = {
             "step": progress.step,
+            "examples": f"{examples % 2**64:016x}",
             "epoch": progress.step * self._epochs_per_step,
             **dict(zip(names, scalars, strict=True)),
             **{name: peak * done.lr_factor for name, peak in self._peak_lrs.items()},
@@ -76,7 +83,9 @@ class LogHook(_NoOpHook):
             **rates,
             "skipped": int(progress.skipped),
         }
-        progress.final |= {key: value for key, value in line.items() if key not in ("step", "epoch", *self._peak_lrs)}
+        progress.final |= {
+            key: value for key, value in line.items() if key not in ("step", "examples", "epoch", *self._peak_lrs)
+        }
         self._tracker.log(line)
         self._console.update(progress.step, loss=line["loss"], texts_per_second=line["samples_per_second"])
         if float(self._streak) >= self._max_consecutive_nonfinite_steps:
@@ -106,7 +115,11 @@ def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str,
 
 
 class CheckpointHook(_NoOpHook):
-    """Commits a checkpoint every checkpoint.every_steps steps, at the end, and when the run is stopped."""
+    """Commits a checkpoint every checkpoint.every_steps steps, at the end, and when the run is stopped.
+
+    A save that fails, as on a full disk, leaves the older checkpoints and is told; TrainingError where it is the last
+    one of the run, or the third in a row.
+    """
 
     def __init__(
         self, engine: Engine, directory: Path, section: CheckpointConfig, identity: Mapping[str, Any], rank: int
@@ -114,29 +127,52 @@ class CheckpointHook(_NoOpHook):
         self._engine, self._directory, self._section = engine, directory, section
         self._identity, self._rank = identity, rank
         self._saved: int | None = None
+        self._failures = 0
+        """In a row."""
 
     def before(self, progress: Progress) -> None:
         self._saved = progress.step if progress.step else None  # just loaded: nothing to save
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
-        every = self._section.every_steps
-        if every and progress.step % every == 0:
-            self._save(progress)
+        every, ends = self._section.every_steps, progress.done or progress.stop is not None
+        if every and progress.step % every == 0 and not ends:
+            self._save(progress, MOST_FAILED_SAVES)
 
     def after(self, progress: Progress) -> None:
-        self._save(progress)
+        self._save(progress, 1)
 
-    def _save(self, progress: Progress) -> None:
+    def _save(self, progress: Progress, most_failures: int) -> None:
         if self._saved == progress.step:
             return
         tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
         counts = {"skipped": int(progress.skipped), "masked": total_masked(progress)}
         values = {**counts, "engine": self._engine.values(), **self._identity}
-        if self._rank == 0:
-            checkpoint.write(self._directory, progress.step, tensors=tensors, values=values)
-            checkpoint.prune(self._directory, self._section.keep)
-        barrier()
-        self._saved = progress.step
+        problem = on_main(lambda: self._write(progress.step, tensors, values))
+        self._failures = self._failures + 1 if problem else 0
+        if problem is None:
+            self._saved = progress.step
+        elif self._failures >= most_failures:
+            times = f"{self._failures} times in a row" if self._failures > 1 else "at the end of the run"
+            raise TrainingError(
+                f"checkpoint: {problem}: not saved {times} (make room there, or name another run.output_dir; the same "
+                "command resumes from the checkpoint before)"
+            )
+        elif self._rank == 0:
+            print(
+                f"warning: checkpoint: {problem}: not saved; training goes on, and ends after {MOST_FAILED_SAVES} such "
+                "saves in a row (make room there: older checkpoints are as they were)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> str | None:
+        """On rank 0; why it failed."""
+        try:
+            checkpoint.write(self._directory, step, tensors=tensors, values=values)
+        except OSError as error:
+            return f"{self._directory}: step {step}: {error.strerror or first_line(error)}"
+        checkpoint.prune(self._directory, self._section.keep)
+        return None
 
 
 def total_masked(progress: Progress) -> int:

@@ -31,6 +31,11 @@ class Batch(Protocol):
         ...
 
     @property
+    def examples_hash(self) -> int:
+        """Of this rank's examples and their places; the sum over ranks, modulo 2**64, names the global batch."""
+        ...
+
+    @property
     def tokens(self) -> int: ...
     @property
     def padded_tokens(self) -> int:

@@ -47,6 +47,8 @@ class TrainingTask:
     """Of the training data: rows, tokens, truncated, dropped; for summary.json."""
     new_names: Mapping[str, str] = field(default_factory=dict)
     """Prefixes of parameter names in checkpoints of earlier versions -> prefixes today."""
+    examples_at: Callable[[int], Sequence[str]] | None = None
+    """Step -> the examples of its global batch, as FILE:LINE where that is known; reads the data again."""
     keep_best: str | None = None
     """A metric: the exported model is the one with its highest value, not the last."""
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic
 
 import torch
+from safetensors import SafetensorError
 
 from lodestar.config import loader
 from lodestar.config.schema import AUTO, NEUTRAL
-from lodestar.distributed.collectives import agreed, barrier, from_main, on_main
+from lodestar.distributed.collectives import agreed, from_main, on_main
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
 from lodestar.distributed.session import distributed_session
-from lodestar.errors import CheckpointError, ConfigError, DataError, did_you_mean
-from lodestar.files import locked, make_folder, replacing, write_json, write_text
+from lodestar.errors import CheckpointError, ConfigError, DataError, TrainingError, did_you_mean, first_line
+from lodestar.files import NO_SUCH_FILE, locked, make_folder, read_object, replacing, restore, write_json, write_text
 from lodestar.planning.plan import batch_in_words, in_words
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
@@ -28,6 +29,7 @@ from lodestar.reporting.training_report import write_report
 from lodestar.training import checkpoint
 from lodestar.training.auto_batch_size import with_largest_micro_size
 from lodestar.training.build_engine import build
+from lodestar.training.crash_loop import CrashLoopHook
 from lodestar.training.engine import Engine, ResumeState
 from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook, total_masked
 from lodestar.training.loop import Hook, Progress, fit
@@ -93,6 +95,10 @@ class Trainer(Generic[Recipe]):
                     f"{recipe.batch.global_size} (lower batch.global_size, or raise schedule.epochs)"
                 )
             resumed = self._find_checkpoint(task, progress)
+        crashes = CrashLoopHook(self.folder, [loader.flat(recipe), runtime.world_size]) if runtime.is_main else None
+        with agreed():
+            if crashes is not None:
+                crashes.check(task.total_steps, task.examples_at)
         if progress.done and self._is_finished(progress):
             self._print(
                 f"{self.folder}: all {progress.total_steps} steps are done; the model is in {self.folder / 'model'}"
@@ -103,19 +109,19 @@ class Trainer(Generic[Recipe]):
             with agreed():
                 engine.resume(resumed)
             self._print(f"resumes from step {progress.step} of {progress.total_steps}")
-        if runtime.is_main:
-            self._open_folder(task, progress)
-        self._train(task, engine, progress, stop)
+        on_main(lambda: self._open_folder(task, progress))
+        with crashes or nullcontext():
+            self._train(task, engine, progress, stop, crashes)
         if progress.stop is not None:
             self._print(f"stopped by {progress.stop} at step {progress.step}; the same command resumes from here")
         return STOPPED if progress.stop is not None else 0
 
-    def _train(self, task: TrainingTask, engine: Engine, progress: Progress, stop: StopHook) -> None:
+    def _train(
+        self, task: TrainingTask, engine: Engine, progress: Progress, stop: StopHook, crashes: CrashLoopHook | None
+    ) -> None:
         recipe, main = self.recipe, self.runtime.is_main
-        if main and (earlier := self._earlier_summary()):
-            # The run is no longer stopped: so it says also if it is killed.
-            write_json(self.folder / "summary.json", {**earlier, "stopped_by": None})
-        tracker = self._tracker(progress)
+        with agreed():
+            tracker = self._tracker(progress)
         console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
         identity = {**task.identity, "recipe": loader.flat(recipe), "changes": self.changes}
         hooks: list[Hook] = [  # in this order: a stop writes its checkpoint after logging and evaluation
@@ -123,6 +129,7 @@ class Trainer(Generic[Recipe]):
             *([self._evaluate_hook(task, engine, tracker, console)] if task.evaluate is not None else []),
             stop,
             CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank),
+            *([crashes] if crashes is not None else []),
         ]
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
@@ -144,21 +151,26 @@ class Trainer(Generic[Recipe]):
             batches.close()
             tracker.close()
         masked = total_masked(progress)
-        if main:
-            self._summarise(task, progress, masked)
-        barrier()
+        on_main(lambda: self._summarise(task, progress, masked))
 
     # --- before training ---
 
     def _open_folder(self, task: TrainingTask, progress: Progress) -> None:
         """Archive or delete what an earlier run wrote after the step at which this run starts, and write the recipe."""
+        with self._writing():
+            self._update_folder(task, progress)
+
+    def _update_folder(self, task: TrainingTask, progress: Progress) -> None:
+        restore(self.folder / "model")
         for name in checkpoint.archive(self.checkpoints, progress.step):
             self._print(
                 f"warning: {self.checkpoints}: {name}: archived, because this run starts at step {progress.step}"
             )
-        best = self.folder / "best.json"
-        if best.is_file() and (not progress.step or json.loads(best.read_text())["step"] > progress.step):
-            best.unlink()
+        if not progress.step or ((best := self._best()) and best["step"] > progress.step):
+            (self.folder / "best.json").unlink(missing_ok=True)
+        if self._earlier:
+            # The run is no longer stopped: so it says also if it is killed.
+            write_json(self.folder / "summary.json", {**self._earlier, "stopped_by": None})
         write_text(self.folder / "config.yaml", loader.dump(self.recipe))
         data = task.identity.get("data")
         values = environment(self.runtime, self.recipe.run.output_dir)
@@ -173,7 +185,7 @@ class Trainer(Generic[Recipe]):
             return None
         tensors, values = checkpoint.read(folder)
         self._check_changes(folder, values, task.identity)
-        progress.step, progress.skipped = values["step"], values["skipped"]
+        progress.step, progress.skipped = values["step"], values.get("skipped", 0)
         progress.masked = values.get("masked", 0) if self.runtime.is_main else 0
         if progress.step > progress.total_steps:
             raise CheckpointError(
@@ -229,18 +241,56 @@ class Trainer(Generic[Recipe]):
             self.changes.append({"step": values["step"], "key": key, "before": before, "now": now})
 
     def _is_finished(self, progress: Progress) -> bool:
-        return bool(from_main(self._earlier_summary().get("finished") and (self.folder / "model").is_dir()))
+        return on_main(lambda: bool(self._earlier.get("finished")) and (self.folder / "model").is_dir())
 
-    def _earlier_summary(self) -> dict[str, Any]:
+    @cached_property
+    def _earlier(self) -> dict[str, Any]:
+        """The summary of an earlier run in this folder; empty where there is none, or a damaged one. On rank 0."""
         path = self.folder / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        try:
+            values = read_object(path)
+            is_damaged = not all(isinstance(values.get(name, 0), int | float) for name in ("steps", "seconds"))
+        except ValueError as error:
+            values, is_damaged = dict[str, Any](), str(error) != NO_SUCH_FILE
+        if not is_damaged:
+            return values
+        self._print(f"warning: {path}: damaged: not a run's summary (nothing to do: it is written again at the end)")
+        return {}
+
+    def _best(self) -> dict[str, Any] | None:
+        """The best evaluation so far, whose model is the exported one; none before the first. On rank 0."""
+        path = self.folder / "best.json"
+        try:
+            best = read_object(path)
+            if type(best["step"]) is int and isinstance(best["metric"], str) and isinstance(best["value"], int | float):
+                return best
+        except (ValueError, KeyError) as error:
+            if str(error) == NO_SUCH_FILE:
+                return None
+        raise CheckpointError(
+            f"evaluate.keep_best: {path}: damaged: not the record of the best model (restore it, or delete it: then "
+            "the next evaluation is the best so far)"
+        )
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """TrainingError where the run folder cannot be written to."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise TrainingError(
+                f"run.output_dir: {getattr(error, 'filename', None) or self.folder}: cannot be written: {reason} (make "
+                "room there, or mend its permissions; the same command resumes)"
+            ) from None
 
     def _tracker(self, progress: Progress) -> Tracker:
         if not self.runtime.is_main:
             return Tracker.silent()
         recipe = self.recipe
         tracker = Tracker.open(self.folder, recipe.track, recipe.run.name, recipe, local_environment())
-        tracker.resume_at(progress.step)
+        with self._writing():
+            tracker.resume_at(progress.step)
         return tracker
 
     def _log_hook(self, task: TrainingTask, tracker: Tracker, console: Console) -> LogHook:
@@ -275,13 +325,11 @@ class Trainer(Generic[Recipe]):
         if metric not in metrics:
             known = ", ".join(name for name in metrics if name != "evaluation")
             raise DataError(f"evaluate.keep_best: {metric}: not a metric (one of {known})")
-        record = self.folder / "best.json"
-        best = from_main(json.loads(record.read_text()) if record.is_file() else None)
+        best = on_main(self._best)
         if best is None or best["metric"] != metric or metrics[metric] > best["value"] or best["step"] == step:
             self._export(task, engine, {"steps": step, **metrics})
-            if self.runtime.is_main:
-                write_json(self.folder / "best.json", {"metric": metric, "value": metrics[metric], "step": step})
-        barrier()
+            record = {"metric": metric, "value": metrics[metric], "step": step}
+            on_main(lambda: self._write_json("best.json", record))
 
     def _finish(self, task: TrainingTask, engine: Engine, progress: Progress) -> None:
         if task.keep_best is None or not from_main((self.folder / "best.json").is_file()):
@@ -289,17 +337,23 @@ class Trainer(Generic[Recipe]):
 
     def _export(self, task: TrainingTask, engine: Engine, results: Mapping[str, Any]) -> None:
         weights = engine.weights()
-        if self.runtime.is_main:
-            with replacing(self.folder / "model") as tmp:
+
+        def write() -> None:
+            with self._writing(), replacing(self.folder / "model") as tmp:
                 task.export(weights, tmp, {**task.data_counts, **results})
-        barrier()
+
+        on_main(write)
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        with self._writing():
+            write_json(self.folder / name, values)
 
     def _summarise(self, task: TrainingTask, progress: Progress, masked: int) -> None:
-        earlier = self._earlier_summary()
+        earlier = self._earlier
         counts = {"skipped": int(progress.skipped), "masked": masked, **task.data_counts}
         has_advanced = earlier.get("steps", 0) < progress.step
-        write_json(
-            self.folder / "summary.json",
+        self._write_json(
+            "summary.json",
             {
                 "finished": progress.done and progress.stop is None,
                 "stopped_by": progress.stop,
@@ -310,7 +364,8 @@ class Trainer(Generic[Recipe]):
                 "final": progress.final,
             },
         )
-        write_report(self.folder, plan=self.plan)
+        with self._writing():
+            write_report(self.folder, plan=self.plan)
         words = {"skipped": "skipped steps", "masked": "masked false negatives", "without_tokens": "without a token"}
         self._print("counts: " + ", ".join(f"{count:,} {words.get(name, name)}" for name, count in counts.items()))
 

@@ -9,12 +9,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from lodestar.files import replacing_file
+from lodestar.files import NO_SUCH_FILE, kept_file_problem, replacing_hashed_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,17 +27,18 @@ def load_or_compute(file: Path | None, num_rows: int, compute: Callable[[], Tens
 
     if file is None:
         return compute()
-    if file.is_file():
-        try:
+    problem = kept_file_problem(file)
+    if problem is None:
+        with suppress(SafetensorError, KeyError):
             cached_ND = load_file(file)["embeddings"]
             if len(cached_ND) == num_rows:
                 return cached_ND
-        except (SafetensorError, KeyError):
-            pass
+    elif problem != NO_SUCH_FILE:
+        print(f"warning: {file}: {problem} (nothing to do: embedded again)", file=sys.stderr, flush=True)
     computed_ND = compute()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(file) as tmp:
+        with replacing_hashed_file(file) as tmp:
             save_file({"embeddings": computed_ND.contiguous()}, tmp)
     except (OSError, SafetensorError) as error:  # safetensors turns an OSError into its own
         print(f"warning: {file}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)

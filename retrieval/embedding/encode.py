@@ -20,7 +20,7 @@ from lodestar.data.readers import find_sources
 from lodestar.distributed.collectives import agreed, gather_objects, on_main
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.files import make_folder, write_json
+from lodestar.files import NO_HASH, NO_SUCH_FILE, kept_file_problem, make_folder, write_json
 from retrieval.embedding.config import EncodeRecipe, Role
 from retrieval.embedding.corpus import Shard, cut_shards, files_of, no_rows, read_texts
 from retrieval.embedding.embedder import Embedder
@@ -72,6 +72,14 @@ def encode(recipe: EncodeRecipe, runtime: Runtime, *, verbose: bool = True) -> N
     on_main(lambda: _finish(Path(output.dir), manifest, verbose))
 
 
+def _is_written(path: Path) -> bool:
+    """Whether an earlier run wrote the shard; a damaged one is told, and is none."""
+    problem = kept_file_problem(path)
+    if problem not in (None, NO_SUCH_FILE):
+        print(f"warning: {path}: {problem} (nothing to do: encoded again)", file=sys.stderr, flush=True)
+    return problem is None
+
+
 def _finish(folder: Path, manifest: Manifest, verbose: bool) -> None:
     files = manifest["files"]
     if missing := [name for name in files if not (folder / name).is_file()]:
@@ -91,7 +99,7 @@ def _settings_key(recipe: EncodeRecipe) -> str:
     content = json.dumps([fingerprint(recipe.model, recipe.prompts), sources, settings])
     key = hashlib.blake2b(content.encode(), digest_size=12).hexdigest()
     for path in sorted(Path(recipe.output.dir).glob("shard-*")):
-        if read_header(path).get("key", key) != key:
+        if read_header(path).get("key", key) != key and kept_file_problem(path) in (None, NO_HASH):
             raise ConfigError(
                 f"output.dir: {recipe.output.dir}: {path.name} is of another model, corpus or setting "
                 "(name another folder, or delete this one)"
@@ -115,7 +123,7 @@ def _encode_shards(
             if shard.number % runtime.world_size != runtime.rank:
                 continue
             own_shards.append(shard.number)
-            if read_header(shard_path(output, shard.number)):
+            if _is_written(shard_path(output, shard.number)):
                 bar.update(len(shard.ids))
                 continue
             in_progress.append(shard)

@@ -6,6 +6,7 @@ Shape suffixes: N texts, D embedding width.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers.util import quantize_embeddings
 
-from lodestar.files import write_json
+from lodestar.files import NO_SUCH_FILE, kept_file_problem, read_object, replacing_hashed_file
 from retrieval.embedding.config import Dtype, EncodeRecipe
 from retrieval.embedding.corpus import no_rows, read_texts
 
@@ -36,12 +37,16 @@ def calibrate(recipe: EncodeRecipe, key: str, embed: Callable[[list[str]], np.nd
     key   of the embeddings; ranges saved under another key are replaced
     """
     path = Path(recipe.output.dir) / RANGES
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    problem = kept_file_problem(path)
+    saved = read_object(path) if problem is None else {}
+    if problem not in (None, NO_SUCH_FILE):
+        print(f"warning: {path}: {problem} (nothing to do: measured again)", file=sys.stderr, flush=True)
     if saved.get("key") != key:
         texts = [text for _, text in islice(read_texts(recipe), CALIBRATION_ROWS)]
         if not texts:
             raise no_rows(recipe)
         vectors_ND = embed(texts)
         saved = {"key": key, "ranges": [vectors_ND.min(0).tolist(), vectors_ND.max(0).tolist()]}
-        write_json(path, saved)
+        with replacing_hashed_file(path) as tmp:
+            tmp.write_text(json.dumps(saved), encoding="utf-8")
     return saved["ranges"]

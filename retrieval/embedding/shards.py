@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lodestar.errors import ConfigError, DataError
-from lodestar.files import replacing_file
+from lodestar.files import replacing_hashed_file
 from retrieval.embedding.config import Dtype, OutputConfig, Role
 
 MANIFEST = "encoding.json"
@@ -48,7 +48,7 @@ def shard_path(output: OutputConfig, number: int) -> Path:
 def write_shard(path: Path, ids: Sequence[str], vectors_ND: np.ndarray, header: Mapping[str, str]) -> None:
     """Write the file, whole or not at all; `header` becomes part of it."""
     write = _write_parquet if path.suffix == ".parquet" else _write_safetensors
-    with replacing_file(path) as tmp:
+    with replacing_hashed_file(path) as tmp:
         try:
             write(tmp, ids, vectors_ND, header)
         except (OSError, SafetensorError) as error:  # safetensors turns an OSError into its own

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from lodestar.distributed.collectives import agreed, barrier, on_main
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import DataError
-from lodestar.files import replacing_file
+from lodestar.files import NO_SUCH_FILE, kept_file_problem, replacing_file, replacing_hashed_file
 from retrieval.embedding.config import EncodeRecipe, OutputConfig, Role
 from retrieval.embedding.encode import encode
 from retrieval.embedding.model_folder import check_folder, fingerprint
@@ -69,10 +70,18 @@ def _mine_blocks(miner: BlockMiner, folder: Path, block_size: int) -> list[Path]
     for number, block in enumerate(_blocks(read_examples(miner.recipe), block_size)):
         part = folder / f"part-{number:05d}.jsonl"
         parts.append(part)
-        if number % runtime.world_size == runtime.rank and not part.is_file():
-            with replacing_file(part) as tmp, tmp.open("w", encoding="utf-8") as file:
+        if number % runtime.world_size == runtime.rank and not _is_written(part):
+            with replacing_hashed_file(part) as tmp, tmp.open("w", encoding="utf-8") as file:
                 file.writelines(_json_line(example) for example in miner.mine(block, number * block_size))
     return parts
+
+
+def _is_written(part: Path) -> bool:
+    """Whether an earlier run wrote the part; a damaged one is told, and is none."""
+    problem = kept_file_problem(part)
+    if problem not in (None, NO_SUCH_FILE):
+        print(f"warning: {part}: {problem} (nothing to do: mined again)", file=sys.stderr, flush=True)
+    return problem is None
 
 
 def _blocks(examples: Iterator[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -18,13 +19,14 @@ from lodestar.data.findings import Findings
 from lodestar.data.readers import find_sources, read_json, read_rows
 from lodestar.data.training_examples import check_row, content_hash
 from lodestar.errors import DataError
-from lodestar.files import make_folder, write_json
+from lodestar.files import kept_file_problem, make_folder, read_object, replacing_hashed_file
 from retrieval.embedding.corpus import files_of, read_texts
 from retrieval.embedding.model_folder import fingerprint
 from retrieval.mining.config import MineRecipe
 
 CORPUS, QUERIES = "corpus", "queries"
 """NAME.jsonl in the folder, and the folder of their embeddings."""
+_TEXT_FILES = (f"{QUERIES}.jsonl", f"{CORPUS}.jsonl", "hashes.npy")
 
 
 class MiningTexts(NamedTuple):
@@ -60,7 +62,11 @@ def write_texts(recipe: MineRecipe) -> MiningTexts:
     """Write the texts, unless an earlier run did."""
     folder = recipe.work / _key(recipe)
     counts_file = folder / "texts.json"
-    if not counts_file.is_file():
+    problems = {path: kept_file_problem(path) for path in (counts_file, *(folder / name for name in _TEXT_FILES))}
+    if any(problems.values()):
+        for path, problem in problems.items() if counts_file.exists() else ():
+            if problem:
+                print(f"warning: {path}: {problem} (nothing to do: written again)", file=sys.stderr, flush=True)
         make_folder(folder, "output")
         queries = _write_queries(recipe, folder)
         if not queries:
@@ -68,8 +74,9 @@ def write_texts(recipe: MineRecipe) -> MiningTexts:
         candidates = _write_corpus(recipe, folder)
         if not candidates:
             raise DataError(f"corpus: {', '.join(recipe.corpus or [])}: holds no text (name files with texts)")
-        write_json(counts_file, {"candidates": candidates, "queries": queries})
-    counts = json.loads(counts_file.read_text(encoding="utf-8"))
+        with replacing_hashed_file(counts_file) as tmp:  # last: without it the texts are unfinished
+            tmp.write_text(json.dumps({"candidates": candidates, "queries": queries}), encoding="utf-8")
+    counts = read_object(counts_file)
     return MiningTexts(folder, counts["candidates"], counts["queries"])
 
 
@@ -85,11 +92,12 @@ def _key(recipe: MineRecipe) -> str:
 def _write_corpus(recipe: MineRecipe, folder: Path) -> int:
     """Each text once: the candidates, whose number it returns, then the other positives."""
     hashes: dict[int, None] = {}  # as an ordered set
-    with (folder / f"{CORPUS}.jsonl").open("w", encoding="utf-8") as file:
+    with replacing_hashed_file(folder / f"{CORPUS}.jsonl") as tmp, tmp.open("w", encoding="utf-8") as file:
         _write_new(_candidates(recipe), hashes, file)
         candidates = len(hashes)
         _write_new((text for example in read_examples(recipe) for text in example["pos"]), hashes, file)
-    np.save(folder / "hashes.npy", np.fromiter(hashes, dtype=np.int64, count=len(hashes)))
+    with replacing_hashed_file(folder / "hashes.npy") as tmp, tmp.open("wb") as file:
+        np.save(file, np.fromiter(hashes, dtype=np.int64, count=len(hashes)))
     return candidates
 
 
@@ -111,7 +119,7 @@ def _write_new(texts: Iterable[str], hashes: dict[int, None], file: TextIO) -> N
 
 def _write_queries(recipe: MineRecipe, folder: Path) -> int:
     count, findings = 0, Findings()
-    with (folder / f"{QUERIES}.jsonl").open("w", encoding="utf-8") as file:
+    with replacing_hashed_file(folder / f"{QUERIES}.jsonl") as tmp, tmp.open("w", encoding="utf-8") as file:
         for example in read_examples(recipe, findings):
             file.write(json.dumps({"text": example["query"]}) + "\n")
             count += 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lodestar.errors import CheckpointError
+from lodestar.files import write_manifest
 from lodestar.training import checkpoint
 
 TENSORS = {"weights": {"a": torch.arange(6.0).view(2, 3)}, "optimizer": {"a:exp_avg": torch.ones(2, 3)}}
@@ -118,6 +119,66 @@ def test_neither_unfinished_nor_archived_checkpoints_keep_a_run_from_starting(tm
     write(tmp_path, 10)
     checkpoint.archive(tmp_path, 0)
     assert checkpoint.find(tmp_path, "auto") == (None, [])
+
+
+@pytest.mark.parametrize("state", ["[]", "3", "{}", '{"step": "5"}', '{"step": 5, "skipped": null}', "[" * 200_000])
+def test_a_state_of_another_shape_is_damage_though_its_hash_is_right(state: str, tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    folder = write(tmp_path, 5)
+    (folder / "manifest.json").unlink()
+    (folder / "state.json").write_text(state)
+    write_manifest(folder, step=5)
+    with pytest.raises(CheckpointError, match=r"step-00000005: (state|manifest)\.json: .* \(name a whole"):
+        checkpoint.read(folder)
+    resumed_from, warnings = checkpoint.find(tmp_path, "auto")
+    assert resumed_from == tmp_path / "step-00000004" and len(warnings) == 1
+
+
+def test_tensors_that_are_none_are_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5)
+    (folder / "manifest.json").unlink()
+    (folder / "weights.safetensors").write_bytes(b"not tensors")
+    write_manifest(folder, step=5)
+    with pytest.raises(CheckpointError, match="tensors cannot be read"):
+        checkpoint.read(folder)
+
+
+def test_a_renamed_checkpoint_is_an_error_also_where_it_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, 5).rename(tmp_path / "step-00000007")
+    with pytest.raises(CheckpointError, match="step is 5, not 7"):
+        checkpoint.read(folder)
+
+
+def test_only_valid_checkpoints_count_as_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step)
+    (tmp_path / ".step-00000007.tmp").mkdir()  # of a save that was killed
+    for step in (10, 20):
+        damage(tmp_path / f"step-{step:08d}", "no weights")
+    checkpoint.prune(tmp_path, 3)
+    assert checkpoint.steps(tmp_path) == [5, 10, 15, 20] and not (tmp_path / ".step-00000007.tmp").exists()
+    checkpoint.prune(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [5, 10, 15, 20]  # two are valid
+    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [15, 20]  # the damaged one neither counts nor goes: nothing older is needed
+    damage(tmp_path / "step-00000015", "no weights")
+    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.steps(tmp_path) == [15, 20]
+
+
+def test_a_save_hashes_no_older_checkpoint_again_unless_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    problem = checkpoint._problem
+    monkeypatch.setattr(checkpoint, "_problem", lambda folder: hashed.append(folder.name) or problem(folder))
+    for step in (5, 10, 15):
+        write(tmp_path, step)
+        checkpoint.prune(tmp_path, 2)
+    assert checkpoint.steps(tmp_path) == [10, 15] and not hashed
+    (tmp_path / "step-00000010/state.json").write_text("{}")
+    checkpoint.prune(tmp_path, 2)
+    assert hashed == ["step-00000010"]
 
 
 def test_no_random_mutation_of_a_checkpoint_is_read(tmp_path: Path) -> None:

@@ -259,3 +259,66 @@ def test_a_stream_whose_file_changed_is_refused(tmp_path: Path) -> None:
     more = "checkpoint.allow_change=[schedule.steps]", "schedule.steps=4"
     with pytest.raises(CheckpointError, match=r"data\.train: the checkpoint has"):
         train(tmp_path, *options[:2], *more, stage="pretrain")
+
+
+def _read_lines(capsys: pytest.CaptureFixture[str], start: str) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith(start)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"finished": tr', '{"steps": "2"}', "[" * 100_000, "\xff"])
+def test_a_damaged_summary_is_one_warning(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(tmp_path)
+    whole = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_bytes(text.encode("latin-1"))
+    capsys.readouterr()
+    train(tmp_path)
+    (line,) = _read_lines(capsys, "warning: ")
+    assert re.fullmatch(r"warning: \S+summary\.json: damaged: .* \(.*\)", line)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["finished"] and summary["steps"] == whole["steps"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"metric": 1, "value": 0.5, "step": 2}'])
+def test_a_damaged_record_of_the_best_model_is_an_error(text: str, tmp_path: Path) -> None:
+    tiny.beir_folder(tmp_path / "beir")
+    best = (f"evaluate.data={tmp_path}/beir", "evaluate.keep_best=ndcg_at_10", "checkpoint.allow_change=[schedule]")
+    folder = train(tmp_path, *best, "schedule.steps=2")
+    (folder / "best.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"evaluate\.keep_best: .*best\.json: damaged: .*\(restore it, or delete"):
+        train(tmp_path, *best, "schedule.steps=4")
+    (folder / "best.json").unlink()
+    train(tmp_path, *best, "schedule.steps=4")
+
+
+def test_damaged_metrics_are_told_and_those_of_other_steps_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("track.log_every=1", "checkpoint.allow_change=[schedule.steps]")
+    metrics = train(tmp_path, "schedule.steps=4", *more) / "metrics.jsonl"
+    first, second, third, fourth = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(first + second[:20] + b"\xff\n" + third + b"[1]\n" + fourth + b'{"step": 5, "lo')
+    capsys.readouterr()
+    train(tmp_path, "schedule.steps=5", *more)
+    (line,) = _read_lines(capsys, "warning: ")
+    assert line.startswith(f"warning: {metrics}:2: line and 1 more lines: damaged: ")
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 3, 4, 5]
+    metrics.write_bytes(first + b'{"step": 5, "lo')  # as a run that was killed leaves it: nothing to tell
+    train(tmp_path, "schedule.steps=6", *more)
+    assert not _read_lines(capsys, "warning: ")
+
+
+def test_a_metrics_file_that_is_none_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "runs/finetune/metrics.jsonl").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: is a folder, not a file \(move it away\)"):
+        train(tmp_path)
+
+
+def test_a_model_folder_set_aside_when_its_replacement_was_killed_is_back(tmp_path: Path) -> None:
+    tiny.beir_folder(tmp_path / "beir")
+    best = (f"evaluate.data={tmp_path}/beir", "evaluate.keep_best=ndcg_at_10", "checkpoint.allow_change=[schedule]")
+    folder = train(tmp_path, *best, "schedule.steps=2")
+    record = json.loads((folder / "best.json").read_text())
+    (folder / "best.json").write_text(json.dumps({**record, "value": 9.0}))  # no later evaluation is better
+    (folder / "model").rename(folder / ".model.old")
+    train(tmp_path, *best, "schedule.steps=4")
+    assert (folder / "model/model.safetensors").is_file() and not (folder / ".model.old").exists()

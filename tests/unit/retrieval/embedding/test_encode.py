@@ -98,6 +98,29 @@ def test_a_run_that_was_interrupted_goes_on_at_its_shard(folder: Path, tmp_path:
     assert (out / "shard-00001.safetensors").stat().st_mtime_ns == kept
 
 
+@pytest.mark.parametrize("file_format", ["safetensors", "parquet"])
+def test_a_shard_with_a_flipped_byte_is_encoded_again(
+    file_format: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    made = recipe(folder, out, f"output.format={file_format}", "output.dtype=int8")
+    make(made)
+    names = [f"shard-{number:05d}.{file_format}" for number in range(7)]
+    before = {name: (out / name).read_bytes() for name in (*names, "ranges.json")}
+    damaged = [(name, at / 10) for name, at in zip(names[:5], (0, 1, 5, 9, 9.99), strict=True)] + [("ranges.json", 0.5)]
+    for name, at in damaged:
+        content = bytearray(before[name])
+        content[int(at * len(content))] ^= 4
+        (out / name).write_bytes(content)
+    kept = (out / names[6]).stat().st_mtime_ns
+    capsys.readouterr()
+    make(made)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [Path(line.split(": ")[1]).name for line in told] == ["ranges.json", *names[:5]]
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert (out / names[6]).stat().st_mtime_ns == kept
+
+
 @pytest.mark.parametrize("other", ["role=query", "output.dtype=float16", "encode.shard_rows=9", "output.width=8"])
 def test_a_folder_of_other_embeddings_is_not_mixed_up(other: str, folder: Path, tmp_path: Path) -> None:
     make(recipe(folder, tmp_path / "out"))

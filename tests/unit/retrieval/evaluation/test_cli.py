@@ -186,9 +186,7 @@ def test_each_mistake_in_a_task_is_one_line_and_exit_code_2(tmp_path, capsys, ta
 
 
 def test_the_documented_recipe_is_one(tmp_path):
-    (text,) = re.findall(
-        r"```yaml\n(.*?)```", (Path(__file__).parents[4] / "docs/evaluate.md").read_text(), re.DOTALL
-    )
+    (text,) = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parents[4] / "docs/evaluate.md").read_text(), re.DOTALL)
     path = tmp_path / "evaluate.yaml"
     path.write_text(text)
     recipe = load(EvaluateRecipe, path)

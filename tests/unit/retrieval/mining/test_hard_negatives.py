@@ -239,3 +239,24 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["--config", config_file, f"cross_encoder={tmp_path}"]) == 2
     assert "error: cross_encoder: " in capsys.readouterr().err
     assert main(["--config", config_file, "--plan"]) == 0
+
+
+def test_what_an_earlier_run_left_is_used_only_where_it_is_as_it_was_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = recipe(folder, tmp_path / "out.jsonl", "mine.block_rows=8")
+    expected = mined(options)
+    kept = [path for path in options.work.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    (texts,) = {path for path in kept if path.name == "texts.json"}
+    parts = sorted(path for path in kept if path.name.startswith("part-"))
+    assert len(parts) > 2
+    for damaged in (parts[1], texts, texts.parent / "corpus.jsonl", texts.parent / "hashes.npy"):
+        times = {path: path.stat().st_mtime_ns for path in parts}
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 1
+        damaged.write_bytes(content)
+        capsys.readouterr()
+        assert mined(options) == expected
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert str(damaged) in told
+        assert {path for path in parts if path.stat().st_mtime_ns != times[path]} == {damaged} & set(parts)

@@ -1,0 +1,124 @@
+"""A save that fails leaves the older checkpoints, is told once by rank 0, and only the third in a row ends the run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lodestar.distributed.testing import run_world
+from lodestar.errors import LodestarError
+from lodestar.training import checkpoint
+from tests.distributed import steps
+
+TOTAL = 7
+
+
+def trouble(kind: str, disk: Path, on: bool) -> None:
+    """Real trouble with writing to the disk, or its end."""
+    if kind == "limit":  # as a quota: no file larger than that
+        size = 20_000 if on else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    elif kind == "read-only":
+        folder = str(disk / "run/checkpoints")
+        options = (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]) if on else ([folder],)
+        for arguments in options if on != os.path.ismount(folder) else ():
+            subprocess.run(["mount" if on else "umount", *arguments], check=True, timeout=20)
+    elif not on:
+        (disk / "ballast").unlink(missing_ok=True)
+    elif not (disk / "ballast").exists():
+        with open(disk / "ballast", "wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    break
+
+
+def train(rank: int, size: int, folder: Path, disk: Path, kind: str, at: tuple[int, ...]) -> tuple[int, str]:
+    """(exit code, stderr) of a run whose disk makes trouble in some steps."""
+    from lodestar.distributed.runtime import Runtime, choose_device
+    from lodestar.training import hooks
+    from lodestar.training.trainer import Trainer
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.stderr = io.StringIO()
+    overrides = (f"schedule.steps={TOTAL}", "track.log_every=1", "checkpoint.every_steps=1", "checkpoint.keep=2")
+    recipe = steps.recipe("pretrain", folder, *overrides, f"run.output_dir={disk}/run")
+
+    def before_the_save(self: hooks.StopHook, progress: Any, done: Any) -> None:
+        if rank == 0:
+            trouble(kind, disk, progress.step in at)
+
+    hooks.StopHook.after_step = before_the_save  # type: ignore[method-assign]
+    try:
+        with hooks.StopHook(size) as stop:
+            code = Trainer(recipe, Runtime(rank, size, rank, choose_device(rank))).run(steps.build_pretrain_task, stop)
+    except LodestarError as error:
+        code = error.exit_code
+        print(f"error: {error}", file=sys.stderr)
+    if rank == 0:
+        trouble(kind, disk, False)
+    return code, sys.stderr.getvalue()
+
+
+@pytest.fixture
+def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A folder, or a small disk of its own where the trouble needs one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if request.node.callspec.params["kind"] == "limit":
+        yield place
+        return
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=20).returncode:
+        pytest.skip("needs to mount a disk, as root may")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=20)
+
+
+KINDS = ["limit", pytest.param("full", marks=pytest.mark.slow), pytest.param("read-only", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_survives_two_failed_saves_in_a_row(kind: str, disk: Path, tmp_path: Path) -> None:
+    steps.recipe("pretrain", tmp_path)
+    (code, said), (other_code, other_said) = run_world(train, 2, tmp_path, disk, kind, (3, 4, 6))
+    assert code == other_code == 0 and "not saved" not in other_said, said
+    told = [line for line in said.splitlines() if "not saved" in line]
+    assert [f"checkpoints: step {step}: " in line for step, line in zip((3, 4, 6), told, strict=True)] == [True] * 3
+    reason = {"limit": "File too large", "full": "No space left on device", "read-only": "Read-only file system"}[kind]
+    assert all(line.startswith("warning: ") and line.endswith(")") and reason in line for line in told), told
+    folder = disk / "run/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000007"]
+    lines = [json.loads(line) for line in (disk / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(1, TOTAL + 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("at", "words"), [((3, 4, 5, 6), "step 5: .* 3 times in a row"), ((TOTAL,), f"step {TOTAL}: .* at the end")]
+)
+def test_the_third_in_a_row_and_the_last_one_end_it(
+    kind: str, at: tuple[int, ...], words: str, disk: Path, tmp_path: Path
+) -> None:
+    steps.recipe("pretrain", tmp_path)
+    (code, said), (other_code, _) = run_world(train, 2, tmp_path, disk, kind, at)
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == other_code == 2 and said.count("warning: checkpoint") == min(2, len(at) - 1)
+    assert re.search(f"checkpoint: .*{words} .*make room there", line), line
+    older = checkpoint.steps(disk / "run/checkpoints")
+    assert older == [at[0] - 2, at[0] - 1]
+    assert all(checkpoint.read(disk / f"run/checkpoints/step-{step:08d}")[1]["step"] == step for step in older)
+    assert not [path for path in (disk / "run/checkpoints").iterdir() if path.name.startswith(".")]
+    assert run_world(train, 2, tmp_path, disk, kind, ())[0][0] == 0  # with room it goes on
