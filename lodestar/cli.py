@@ -45,6 +45,8 @@ def entry_point(
         quiet_libraries()
         options = _parse(argv, usage)
         recipe = loader.load(schema, options.config, options.overrides)
+        if options.plan is None:
+            placement.prepare()
         if options.plan is None and options.rehearse is not None:
             if rehearse is None:
                 raise ConfigError("command line: --rehearse: only training has a dry run (leave it out)")

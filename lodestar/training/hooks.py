@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lodestar.config.schema import CheckpointConfig
+from lodestar.distributed import watchdog
 from lodestar.distributed.collectives import barrier, gather_objects, max_over_ranks, sum_over_ranks
 from lodestar.errors import TrainingError
 from lodestar.reporting.throughput import Console, Throughput
@@ -129,6 +130,7 @@ class CheckpointHook(_NoOpHook):
     def _save(self, progress: Progress) -> None:
         if self._saved == progress.step:
             return
+        watchdog.enter(watchdog.SAVING, progress.step)
         tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
         counts = {"skipped": int(progress.skipped), "masked": total_masked(progress)}
         values = {**counts, "engine": self._engine.values(), **self._identity}
@@ -173,6 +175,7 @@ class EvaluateHook(_NoOpHook):
             self._run(progress)
 
     def _run(self, progress: Progress) -> None:
+        watchdog.enter(watchdog.EVALUATING, progress.step)
         metrics = self._evaluate(progress.step)
         self._last = progress.step
         progress.final |= {key: value for key, value in metrics.items() if key != "evaluation"}
@@ -182,7 +185,7 @@ class EvaluateHook(_NoOpHook):
 
 
 class StopHook(_NoOpHook):
-    """SIGTERM, SIGINT or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint."""
+    """SIGTERM, SIGINT, SIGHUP or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -190,12 +193,17 @@ class StopHook(_NoOpHook):
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopHook:
-        """From here on SIGUSR1 stops the run after its first step; before training the other signals end it at once."""
+        """From here on SIGUSR1 stops the run after its first step; before training the other signals end it at once.
+
+        Call it with the group of ranks complete: a rank that ends alone is missed by the others only from then on.
+        """
         self._listen(signal.SIGUSR1)
         return self
 
     def before(self, progress: Progress) -> None:
         self._listen(signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            self._listen(signal.SIGHUP)
 
     def _listen(self, *numbers: signal.Signals) -> None:
         for number in numbers:
