@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from lodestar.config import loader
 from lodestar.distributed.runtime import Placement, quiet_libraries
-from lodestar.errors import ConfigError, LodestarError
+from lodestar.errors import ConfigError, LodestarError, PeerLostError
 from lodestar.planning.cost_model import DEVICES
 from lodestar.planning.plan import in_words
 
@@ -62,7 +62,7 @@ def entry_point(
     except LodestarError as error:
         if rank == 0 if error.print_on_this_rank is None else error.print_on_this_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        elif not isinstance(error, PeerLostError):
             time.sleep(5)  # launchers end all ranks when one exits: let rank 0 print first
         return error.exit_code
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import psutil
 
@@ -179,7 +179,7 @@ class _Watch:
             is_late = phase is _phase and phase.name in _OF_A_STEP and time.monotonic() - phase.since > self.limit
             if time.monotonic() - last_answer > self.limit or (is_late and self._others_differ()):
                 self.claim()
-                self._exit(self.end_others(dump=True))
+                os._exit(self.end_others(dump=True).exit_code)
 
     def _others_differ(self) -> bool:
         """Whether ranks wait for others: a step in which all take their time is a long one."""
@@ -204,30 +204,30 @@ class _Watch:
             error.print_on_this_rank = 0 not in told
 
     def end_others(self, *, dump: bool) -> PeerLostError:
-        """End all ranks but this one, those that hang on this host too; the error of this one.
+        """End all ranks but this one, those that hang on this host too; returns the error of this one, already printed.
 
         dump   the stacks of those that can
         """
         if not self.reachable:
             this = self.peers[self.rank]
-            what = (
-                f"rank {this.rank} ({this.host}, {this.address}): a collective failed, but a firewall blocks heartbeats"
-            )
             return PeerLostError(
-                f"{what} (see why other ranks ended; the same command resumes the run)", print_on_this_rank=True
+                f"rank {this.rank} ({_place(this)}): a collective failed, but a firewall blocks heartbeats (see why "
+                "other ranks ended; the same command resumes the run)",
+                print_on_this_rank=True,
             )
         answers = self._ask_all()
         silent = [peer for peer, answer in answers.items() if answer is None]
         alive = [peer for peer, answer in answers.items() if answer is not None]
         folder = self.stacks if dump or not silent else None
-        error = PeerLostError(_explain(self.peers[self.rank], answers, folder))
+        error = PeerLostError(_explain(self.peers[self.rank], answers, folder), print_on_this_rank=False)
         first_of_hosts = list({peer.address: peer.rank for peer in reversed(alive)}.values())
         others = [peer for peer in alive if peer.rank != self.rank]
         self._tell(others, error, printing=first_of_hosts, silent=[peer.rank for peer in silent], folder=folder)
         self._kill(silent)
         self._dump(folder)
+        if self.rank in first_of_hosts:
+            _print(error)
         time.sleep(GRACE_SECONDS)
-        error.print_on_this_rank = self.rank in first_of_hosts
         return error
 
     def _tell(
@@ -252,16 +252,10 @@ class _Watch:
         self.claim()
         self._kill([self.peers[rank] for rank in silent])
         self._dump(Path(folder) if folder else None)
-        error = LodestarError(line, print_on_this_rank=prints)
-        error.exit_code = code
-        self._exit(error)
-
-    def _exit(self, error: LodestarError) -> NoReturn:
-        """End this process from whatever thread."""
-        if error.print_on_this_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if prints:
+            _print(line)
         time.sleep(GRACE_SECONDS)
-        os._exit(error.exit_code)
+        os._exit(code)
 
     def _kill(self, peers: Sequence[Peer]) -> None:
         for peer in peers:
@@ -275,6 +269,10 @@ class _Watch:
                     file.write(f"{_phase}\n")
                     file.flush()
                     faulthandler.dump_traceback(file)
+
+
+def _print(error: object) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _explain(this: Peer, answers: Mapping[Peer, dict[str, Any] | None], folder: Path | None) -> str:

@@ -193,12 +193,14 @@ class StopHook(_NoOpHook):
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopHook:
-        """From here on SIGUSR1 stops the run after its first step; before training the other signals end it at once.
+        return self
 
-        Call it with the group of ranks complete: a rank that ends alone is missed by the others only from then on.
+    def ranks_have_met(self) -> None:
+        """From here on SIGUSR1 stops the run after its first step; the other signals end it at once before training.
+
+        Not earlier: while ranks wait for each other, one that is ended would be missed, and one that is not would wait.
         """
         self._listen(signal.SIGUSR1)
-        return self
 
     def before(self, progress: Progress) -> None:
         self._listen(signal.SIGTERM, signal.SIGINT)

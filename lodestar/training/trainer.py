@@ -50,10 +50,11 @@ def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
     folder = Path(recipe.run.output_dir)
     with (
         lasting_output(),
-        distributed_session(placement, minutes, recipe, folder / "stacks") as runtime,
         StopHook(placement.world_size) as stop,
+        distributed_session(placement, minutes, recipe, folder / "stacks") as runtime,
         ExitStack() as locks,
     ):
+        stop.ranks_have_met()
         on_main(lambda: _lock(folder, locks))
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, spec)

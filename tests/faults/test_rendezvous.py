@@ -55,7 +55,7 @@ def other_program() -> Iterator[str]:
 )
 def test_an_environment_in_which_ranks_cannot_meet_is_named(change: dict[str, str], told: str) -> None:
     env = {**GOOD, "MASTER_PORT": free_port(), **change}
-    with pytest.raises(LaunchError, match="environment: .* \\(.*\\)$") as raised:
+    with pytest.raises(LaunchError, match=r"environment: .* \(.*\)$") as raised:
         Placement.from_env(env).address(env)
     assert told in str(raised.value) and len(str(raised.value)) < 200
     assert raised.value.print_on_this_rank in (None, True)
@@ -71,9 +71,9 @@ def test_a_port_in_use_is_told_before_torch_is_loaded(folder: Path, other_progra
 
 
 def test_ranks_that_do_not_come_are_counted_and_named() -> None:
-    with pytest.raises(LaunchError, match="1 of 3 ranks came to 127.0.0.1:.* missing: 1, 2 \\("):
+    with pytest.raises(LaunchError, match=r"1 of 3 ranks came to 127.0.0.1:.* missing: 1, 2 \("):
         meet("127.0.0.1", int(free_port()), rank=0, world_size=3, serves=True, attempt="0", timeout_seconds=0.5)
-    with pytest.raises(LaunchError, match="no rank 0 at 127.0.0.1:.* \\(start it there"):
+    with pytest.raises(LaunchError, match=r"no rank 0 at 127.0.0.1:.* \(start it there"):
         meet("127.0.0.1", int(free_port()), rank=1, world_size=3, serves=False, attempt="0", timeout_seconds=0.5)
 
 
