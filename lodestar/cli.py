@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from lodestar.config import loader
 from lodestar.config.tree import COMMAND_LINE
 from lodestar.distributed.runtime import Placement, quiet_libraries
-from lodestar.errors import ConfigError, LodestarError, did_you_mean, shown
+from lodestar.errors import ConfigError, LodestarError, PeerLostError, did_you_mean, shown
 from lodestar.planning.cost_model import DEVICES
 from lodestar.planning.plan import in_words
 
@@ -47,6 +47,8 @@ def entry_point(
         quiet_libraries()
         options = _parse(argv, usage)
         recipe = loader.load(schema, options.config, options.overrides)
+        if options.plan is None:
+            placement.prepare()
         if options.plan is None and options.rehearse is not None:
             if rehearse is None:
                 raise ConfigError(f"{COMMAND_LINE}: --rehearse: only training has a dry run (leave it out)")
@@ -62,7 +64,7 @@ def entry_point(
     except LodestarError as error:
         if rank == 0 if error.print_on_this_rank is None else error.print_on_this_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
+        elif not isinstance(error, PeerLostError):
             time.sleep(5)  # launchers end all ranks when one exits: let rank 0 print first
         return error.exit_code
 

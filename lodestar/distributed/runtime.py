@@ -7,17 +7,22 @@ that errors in a recipe are printed at once, by one rank.
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from lodestar.distributed.launcher import stop_without_launcher
+from lodestar.distributed.rendezvous import meet, require_address
 from lodestar.errors import LaunchError
 
 if TYPE_CHECKING:
     import torch
+    from torch import distributed as dist
 
 _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -37,19 +42,66 @@ class Placement:
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Placement:
         """From RANK, WORLD_SIZE, LOCAL_RANK (torchrun, deepspeed) or srun's variables; without them a single process.
 
-        Raises LaunchError where a launcher's variables are incomplete.
+        Raises LaunchError where a launcher's variables are incomplete or contradict each other.
         """
         for launcher, names in _LAUNCHERS.items():
             absent = [name for name in names if name not in env]
             if launcher == "srun" and "SLURM_STEP_ID" not in env:
                 continue  # in a batch script SLURM's variables describe the job, not this process
             if not absent:
-                return cls(*(int(env[name]) for name in names))
+                return cls._checked(env, *names)
             if len(absent) < len(names):
                 raise LaunchError(
                     f"environment: {', '.join(absent)}: not set (start under {launcher}, or unset the rest)"
                 )
         return cls(rank=0, world_size=1, local_rank=0)
+
+    @classmethod
+    def _checked(cls, env: Mapping[str, str], rank: str, world_size: str, local_rank: str) -> Placement:
+        """From the variables of these names."""
+        size = _number(env, world_size, least=1)
+        return cls(_number(env, rank, below=size), size, _number(env, local_rank, below=size))
+
+    def address(self, env: Mapping[str, str] = os.environ) -> tuple[str, int]:
+        """Host and port of the store at which ranks meet; LaunchError where they cannot meet there."""
+        host = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
+        # One process of each node prints, as each may have an environment of its own.
+        prints = self.rank == 0 or self.local_rank == 0
+        try:
+            if host is None:
+                raise LaunchError(
+                    "environment: MASTER_ADDR: not set (export the first node's address, and MASTER_PORT)"
+                )
+            job = env.get("SLURM_JOB_ID", "0")
+            port = env.get("MASTER_PORT") or str(29500 + (int(job) if job.isdigit() else 0) % 1000)
+            return host, require_address(host, port, serves=self.rank == 0 and not _launcher_serves(env))
+        except LaunchError as error:
+            error.print_on_this_rank = prints
+            raise
+
+    def prepare(self) -> None:
+        """Before torch is loaded: LaunchError where ranks cannot meet; and end with the launcher from here on."""
+        stop_without_launcher(started_by_launcher="TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ)
+        if not self.is_alone():
+            self.address()
+
+    def is_alone(self, env: Mapping[str, str] = os.environ) -> bool:
+        """Whether no other process needs to find this one, a launcher's included."""
+        return self.world_size == 1 and not _launcher_serves(env)
+
+
+def _number(env: Mapping[str, str], name: str, *, least: int = 0, below: int = 10**6) -> int:
+    text = env[name].strip()
+    if text.isascii() and text.isdigit() and least <= int(text[:9]) < below:
+        return int(text)
+    limits = f"from {least} to {below - 1}" if below < 10**6 else f"of at least {least}"
+    problem = f"environment: {name}: {text[:40]!r} is not a number {limits}"
+    raise LaunchError(f"{problem} (start under torchrun, deepspeed or srun, or unset it)")
+
+
+def _launcher_serves(env: Mapping[str, str]) -> bool:
+    """Whether torchrun has the store, not rank 0."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 @dataclass(frozen=True)
@@ -126,14 +178,17 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks compete for cores
     torch.set_flush_denormal(True)  # softmax gradients have many denormals, which make products on CPUs 60 times slower
     _complete_environment(placement)
-    dist.init_process_group(
-        # gloo beside NCCL is for the few numbers on the CPU
-        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        rank=placement.rank,
-        world_size=placement.world_size,
-        timeout=timedelta(minutes=timeout_minutes),
-        init_method=init_method or _rendezvous(placement),
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    with _interruptible(placement):
+        dist.init_process_group(
+            # gloo beside NCCL is for the few numbers on the CPU
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=placement.rank,
+            world_size=placement.world_size,
+            timeout=timeout,
+            init_method=init_method,
+            store=None if init_method else _store(placement, timeout),
+        )
     try:
         yield Runtime(placement.rank, placement.world_size, placement.local_rank, device)
     finally:
@@ -183,16 +238,38 @@ def _complete_environment(placement: Placement) -> None:
         os.environ.setdefault(name, str(value))
 
 
-def _rendezvous(placement: Placement) -> str:
-    """The init_method of torch.distributed; LaunchError where the address of the first node is not known."""
-    if placement.world_size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        # Port 0: a free port, as no other process must know it. Not under torchrun, whose agent serves the meeting
-        # point even for a single process: there torch would only connect, to port 0, and wait.
-        return "tcp://127.0.0.1:0"
-    host = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
-    if host is None:
-        raise LaunchError("environment: MASTER_ADDR: not set (export the first node's address, and MASTER_PORT)")
-    port = os.environ.get("MASTER_PORT") or str(29500 + int(os.environ.get("SLURM_JOB_ID", "0")) % 1000)
+def _store(placement: Placement, timeout: timedelta) -> dist.Store:
+    """The store of a process group whose ranks have all come; LaunchError where they do not."""
+    from torch.distributed import HashStore
+
+    if placement.is_alone():
+        return HashStore()
+    host, port = placement.address()
     os.environ.setdefault("MASTER_ADDR", host)
-    os.environ.setdefault("MASTER_PORT", port)
-    return "env://"
+    os.environ.setdefault("MASTER_PORT", str(port))
+    try:
+        return meet(
+            host,
+            port,
+            rank=placement.rank,
+            world_size=placement.world_size,
+            serves=placement.rank == 0 and not _launcher_serves(os.environ),
+            attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            timeout_seconds=timeout.total_seconds(),
+        )
+    except LaunchError as error:
+        error.print_on_this_rank = placement.rank == 0 or placement.local_rank == 0
+        raise
+
+
+@contextmanager
+def _interruptible(placement: Placement) -> Iterator[None]:
+    """Ctrl-C ends a process that waits for others inside of a library, where Python would not see it."""
+    if placement.world_size == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous_handler)

@@ -1,15 +1,20 @@
-"""The process group of one run, with equal recipes on all ranks and a watchdog."""
+"""The process group of one run, with equal code and recipes on all ranks and a watchdog."""
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 
 import datasets
 from pydantic import BaseModel
 from transformers.utils import logging as transformers_logging
 
+import lodestar
 from lodestar.config import loader
 from lodestar.distributed.collectives import require_same
 from lodestar.distributed.runtime import Placement, Runtime, joined
@@ -17,15 +22,29 @@ from lodestar.distributed.watchdog import watchdog
 
 
 @contextmanager
-def distributed_session(placement: Placement, timeout_minutes: float, recipe: BaseModel) -> Iterator[Runtime]:
-    """Join the group of all ranks, under a watchdog; ConfigError where ranks have different recipes.
+def distributed_session(
+    placement: Placement, timeout_minutes: float, recipe: BaseModel, stacks: Path | None = None
+) -> Iterator[Runtime]:
+    """Join the group of all ranks, under a watchdog; ConfigError where ranks have different code or recipes.
 
     Libraries print on rank 0 only.
+    stacks   a folder for the stacks of ranks where one hangs
     """
     quiet(placement.rank == 0)
-    with joined(placement, timeout_minutes=timeout_minutes) as runtime, watchdog(runtime, timeout_minutes):
+    with joined(placement, timeout_minutes=timeout_minutes) as runtime, watchdog(runtime, timeout_minutes, stacks):
+        require_same(_code(), "code")
         require_same(loader.flat(recipe, without=["data.cache_dir"]), "recipe")
         yield runtime
+
+
+def _code() -> dict[str, str]:
+    """Versions of what computes, and a hash of our own sources: nodes may have environments of their own."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(lodestar.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    packages = ("lodestar-embeddings", "torch", "transformers", "tokenizers", "deepspeed")
+    python = platform.python_version()
+    return {"python": python, **{name: version(name) for name in packages}, "sources of lodestar": digest.hexdigest()}
 
 
 def quiet(main: bool) -> None:

@@ -15,10 +15,12 @@ from pydantic import BaseModel
 
 from lodestar.config import loader
 from lodestar.config.schema import TrackConfig
-from lodestar.errors import ConfigError
+from lodestar.errors import ConfigError, first_line
 from lodestar.files import NO_SUCH_FILE, file_problem, write_text
 
 METRICS = "metrics.jsonl"
+WANDB_SECONDS = 8.0
+"""How long the start of a run waits for wandb."""
 
 
 class Tracker:
@@ -137,8 +139,30 @@ def _start(name: str, output_dir: Path, track: TrackConfig, run_name: str, env: 
     if name == "tensorboard":
         tracker: GeneralTracker = TensorBoardTracker(run_name, logging_dir=str(output_dir / "tensorboard"))
     else:
-        is_configured = "WANDB_MODE" in env or "WANDB_API_KEY" in env
-        mode = {} if is_configured else {"mode": "offline"}
-        tracker = WandBTracker(track.project, name=run_name, dir=str(output_dir), **mode)
+        return _start_wandb(output_dir, track, run_name, env)
     tracker.start()
     return tracker
+
+
+def _start_wandb(output_dir: Path, track: TrackConfig, run_name: str, env: Mapping[str, str]) -> GeneralTracker:
+    """Offline where it is not configured, or cannot be reached now: training does not wait for it."""
+
+    def start(**mode: str) -> GeneralTracker:
+        settings = {"init_timeout": WANDB_SECONDS}
+        tracker = WandBTracker(track.project, name=run_name, dir=str(output_dir), settings=settings, **mode)
+        tracker.start()
+        return tracker
+
+    is_configured = "WANDB_MODE" in env or "WANDB_API_KEY" in env
+    if not is_configured:
+        return start(mode="offline")
+    try:
+        return start()
+    except Exception as error:  # wandb's errors have no common class; the library is accelerate's to import
+        print(
+            f"warning: track.to: wandb cannot be reached: {first_line(error)} (the run goes on, with its metrics in "
+            f"{output_dir}/wandb: wandb sync them later)",
+            file=sys.stderr,
+            flush=True,
+        )
+        return start(mode="offline")

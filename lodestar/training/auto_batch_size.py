@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lodestar.config import loader
 from lodestar.config.schema import AUTO, BatchPlan, TrainingRecipe
 from lodestar.distributed.collectives import gather_counts, on_main
 from lodestar.distributed.runtime import Runtime
-from lodestar.errors import ConfigError
+from lodestar.errors import ConfigError, TrainingError
 from lodestar.training.engine import autocast
 from lodestar.training.synthetic import synthetic_task
 from lodestar.training.task import Recipe, TaskSpec, TrainingTask
@@ -105,9 +106,7 @@ def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[R
         del reserved, outputs
         return True
     except (RuntimeError, MemoryError) as error:
-        if not (
-            should_reduce_batch_size(error) or isinstance(error, MemoryError) or _ONEDNN_OUT_OF_MEMORY in str(error)
-        ):
+        if not _is_out_of_memory(error):
             raise
         return False
     finally:
@@ -115,6 +114,26 @@ def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[R
         gc.collect()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return should_reduce_batch_size(error) or isinstance(error, MemoryError) or _ONEDNN_OUT_OF_MEMORY in str(error)
+
+
+@contextmanager
+def out_of_memory_told(recipe: TrainingRecipe, runtime: Runtime) -> Iterator[None]:
+    """TrainingError with a smaller micro-batch size where this rank's memory does not suffice inside."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        size = min(recipe.batch.plan(runtime.world_size).micro_size, recipe.batch.global_size)
+        smaller = f"set batch.micro_size={size // 2}" if size > 1 else "set model.activation_checkpointing=true"
+        raise TrainingError(
+            f"batch.micro_size: rank {runtime.rank} is out of memory at {size} examples at a time ({smaller}, which "
+            "changes no result; the same command resumes the run)"
+        ) from None
 
 
 def _sum(outputs: Any) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lodestar.config.schema import CheckpointConfig
+from lodestar.distributed import watchdog
 from lodestar.distributed.collectives import gather_objects, max_over_ranks, on_main, sum_over_ranks
 from lodestar.errors import TrainingError, first_line
 from lodestar.reporting.throughput import Console, Throughput
@@ -144,6 +145,7 @@ class CheckpointHook(_NoOpHook):
     def _save(self, progress: Progress, most_failures: int) -> None:
         if self._saved == progress.step:
             return
+        watchdog.enter(watchdog.SAVING, progress.step)
         tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
         counts = {"skipped": int(progress.skipped), "masked": total_masked(progress)}
         values = {**counts, "engine": self._engine.values(), **self._identity}
@@ -209,6 +211,7 @@ class EvaluateHook(_NoOpHook):
             self._run(progress)
 
     def _run(self, progress: Progress) -> None:
+        watchdog.enter(watchdog.EVALUATING, progress.step)
         metrics = self._evaluate(progress.step)
         self._last = progress.step
         progress.final |= {key: value for key, value in metrics.items() if key != "evaluation"}
@@ -218,7 +221,7 @@ class EvaluateHook(_NoOpHook):
 
 
 class StopHook(_NoOpHook):
-    """SIGTERM, SIGINT or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint."""
+    """SIGTERM, SIGINT, SIGHUP or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint."""
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
@@ -226,12 +229,19 @@ class StopHook(_NoOpHook):
         self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopHook:
-        """From here on SIGUSR1 stops the run after its first step; before training the other signals end it at once."""
-        self._listen(signal.SIGUSR1)
         return self
+
+    def ranks_have_met(self) -> None:
+        """From here on SIGUSR1 stops the run after its first step; the other signals end it at once before training.
+
+        Not earlier: while ranks wait for each other, one that is ended would be missed, and one that is not would wait.
+        """
+        self._listen(signal.SIGUSR1)
 
     def before(self, progress: Progress) -> None:
         self._listen(signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            self._listen(signal.SIGHUP)
 
     def _listen(self, *numbers: signal.Signals) -> None:
         for number in numbers:

@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lodestar.distributed import watchdog
 from lodestar.training.engine import Engine, StepReport
 
 
@@ -113,7 +114,9 @@ def fit(
     for hook in hooks:
         hook.before(progress)
     while not progress.done and progress.stop is None:
+        watchdog.enter(watchdog.LOADING, progress.step + 1)
         batch = next(batches)
+        watchdog.enter(watchdog.COMPUTING, progress.step + 1)
         lr_factor = lr_factor_at(progress.step)
         scalars = stage.backward(batch, engine, progress.step)
         done = StepDone(batch, scalars, engine.step(lr_factor), lr_factor)
@@ -121,6 +124,7 @@ def fit(
         progress.skipped = progress.skipped + done.report.skipped
         if (masked := scalars.get("masked_false_negatives")) is not None:
             progress.masked = progress.masked + masked.detach().double()
+        watchdog.enter(watchdog.HOOKS, progress.step)
         for hook in hooks:
             hook.after_step(progress, done)
     for hook in hooks:

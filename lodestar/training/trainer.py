@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from lodestar.config import loader
 from lodestar.config.schema import AUTO, NEUTRAL
 from lodestar.distributed.collectives import agreed, from_main, on_main
+from lodestar.distributed.launcher import lasting_output
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
 from lodestar.distributed.session import distributed_session
 from lodestar.errors import CheckpointError, ConfigError, DataError, TrainingError, did_you_mean, first_line
@@ -27,7 +28,7 @@ from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.reporting.training_report import write_report
 from lodestar.training import checkpoint
-from lodestar.training.auto_batch_size import with_largest_micro_size
+from lodestar.training.auto_batch_size import out_of_memory_told, with_largest_micro_size
 from lodestar.training.build_engine import build
 from lodestar.training.crash_loop import CrashLoopHook
 from lodestar.training.engine import Engine, ResumeState
@@ -48,19 +49,22 @@ STOPPED = 3
 def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
     """Train to the end, or until a signal; returns the exit code."""
     minutes = recipe.engine.timeout_minutes
+    folder = Path(recipe.run.output_dir)
     with (
+        lasting_output(),
         StopHook(placement.world_size) as stop,
-        distributed_session(placement, minutes, recipe) as runtime,
+        distributed_session(placement, minutes, recipe, folder / "stacks") as runtime,
         ExitStack() as locks,
     ):
-        folder = Path(recipe.run.output_dir)
+        stop.ranks_have_met()
         on_main(lambda: _lock(folder, locks))
         if recipe.batch.micro_size == AUTO:
             recipe = with_largest_micro_size(recipe, runtime, spec)
         plan = on_main(lambda: spec.plan(recipe, runtime.world_size, None))
         if runtime.is_main:
             print(batch_in_words(plan), file=sys.stderr, flush=True)
-        return Trainer(recipe, runtime, in_words(plan)).run(spec.build_task, stop)
+        with out_of_memory_told(recipe, runtime):
+            return Trainer(recipe, runtime, in_words(plan)).run(spec.build_task, stop)
 
 
 def _lock(folder: Path, locks: ExitStack) -> None:
