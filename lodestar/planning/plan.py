@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
+from lodestar.models.folder_checks import check_model, read_config
 from lodestar.models.pooling_config import encoder_file, pooling_on_disk
+from lodestar.models.weight_files import ENCODER
 from lodestar.planning.cost_model import (
     BERT_BASE,
     DEVICES,
@@ -55,7 +57,7 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
         raise ConfigError(
             f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_config(path.parent, ENCODER, trust_remote_code=model.trust_remote_code)
     try:
         width = config["hidden_size"]
         return EncoderShape(
@@ -71,6 +73,7 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
 
 def _pooling(model: ModelConfig, warnings: PlanWarnings) -> str:
     """The pooling that a run would train, with a line for each warning of it."""
+    warnings.or_default(None, lambda: check_model(model), "a run would end with this error")
     choice = warnings.or_default(None, lambda: pooling_on_disk(model), "a run would end with this error")
     if choice is None:
         return model.pooling

@@ -12,6 +12,7 @@ from lodestar.commands import load
 from lodestar.config.loader import recipe_of
 from lodestar.config.schema import TrainingRecipe
 from lodestar.distributed.runtime import Placement
+from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.plan import Plan
 
@@ -37,13 +38,15 @@ class StageCommand(Generic[Recipe]):
         )
 
     def run(self, recipe: Recipe, placement: Placement) -> int:
-        pooling_on_disk(recipe.model)  # raises before torch is loaded
+        check_model(recipe.model)  # raises before torch is loaded
+        pooling_on_disk(recipe.model)
         from lodestar.training.trainer import train
 
         return train(recipe, placement, self._load())
 
     def rehearse(self, recipe: Recipe, placement: Placement, steps: int) -> int:
         """The dry run of `--rehearse`."""
+        check_model(recipe.model)
         pooling_on_disk(recipe.model)
         from lodestar.training.dry_run import rehearse
 
