@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contrastive.config import TILE_BYTES, FinetuneRecipe
+from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import DEVICES, EncoderShape, StepCost, activation_bytes, model_flops
 from lodestar.planning.encoder import check_encoder, encoder_shape
@@ -12,6 +13,7 @@ from retrieval.evaluation.beir import check_beir
 
 def check(recipe: FinetuneRecipe) -> None:
     """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
+    check_model(recipe.model)
     _check_model(recipe)
     pooling_on_disk(recipe.model)
     if recipe.evaluate.data:

@@ -27,7 +27,8 @@ from lodestar.data.training_examples import ROW_FEATURES, check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.load import find_folder, folder_prompts, load_encoder, load_tokenizer
+from lodestar.models.folder_checks import find_folder
+from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import StepCost, model_flops
 from lodestar.planning.encoder import check_encoder, encoder_shape
@@ -12,6 +13,7 @@ from retromae.config import HEAD_LOGITS, PretrainRecipe
 
 def check(recipe: PretrainRecipe) -> None:
     """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
+    check_model(recipe.model)
     check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
     pooling_on_disk(recipe.model)
     if recipe.evaluate.data:

@@ -23,7 +23,8 @@ from lodestar.data.token_cache import check_repeated, print_findings, tokenized
 from lodestar.distributed.collectives import agreed, on_main, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.load import find_folder, load_encoder, load_tokenizer
+from lodestar.models.folder_checks import find_folder
+from lodestar.models.load import load_encoder, load_tokenizer
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export

@@ -54,6 +54,10 @@ class ModelConfig(Section):
     """Start from the encoder's configuration alone, with random weights."""
     random_head: bool = False
     """The masked-language-model head may be missing from the encoder and start from random weights."""
+    allow_pickle: bool = False
+    """Open weights that are pickle only, pytorch_model.bin, by torch's loader for weights; false: they are refused."""
+    trust_remote_code: bool = False
+    """Run the Python code that the encoder's folder brings. Read it first: it can do whatever you can."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, same result."""
 

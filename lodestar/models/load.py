@@ -9,13 +9,12 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -23,7 +22,17 @@ from transformers.utils import logging as transformers_logging
 from lodestar import rng
 from lodestar.config.schema import ModelConfig, Pooling
 from lodestar.errors import ModelError, first_line
+from lodestar.models.folder_checks import (
+    TOKENIZER_FILES,
+    check_encoder,
+    check_tokenizer,
+    find_folder,
+    read_json,
+    read_prompts,
+    vocabulary_problem,
+)
 from lodestar.models.pooling_config import causal_decoder_error
+from lodestar.models.weight_files import ENCODER, FETCH, INDEX, weight_files
 
 
 @dataclass(frozen=True)
@@ -39,29 +48,9 @@ class LoadedEncoder:
         return f"{self.from_file} of {self.total} tensors from {self.source}"
 
 
-def find_folder(name: str) -> Path:
-    """`name` as a folder: itself, or the local copy of that repository of the hub; ModelError where there is none."""
-    if Path(name).is_dir():
-        return Path(name)
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
-        raise ModelError(
-            f"model.encoder: {name}: neither a folder nor a model of the hub or its cache (check the name)"
-        ) from None
-
-
 def folder_prompts(name: str) -> dict[str, str]:
     """The prompts by role in a sentence-transformers folder; empty for a plain transformers folder."""
-    path = find_folder(name) / "config_sentence_transformers.json"
-    try:
-        prompts = json.loads(path.read_text(encoding="utf-8")).get("prompts") or {}
-        return {str(role): str(prompt) for role, prompt in prompts.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError):
-        raise ModelError(f"{path}: damaged (delete it, or fetch the folder again)") from None
+    return read_prompts(find_folder(name), ENCODER)
 
 
 def load_tokenizer(model: ModelConfig, pooling: Pooling = "cls") -> PreTrainedTokenizerBase:
@@ -70,12 +59,11 @@ def load_tokenizer(model: ModelConfig, pooling: Pooling = "cls") -> PreTrainedTo
     It must be a fast tokenizer, because whole words are found by its word ids.
     Raises ModelError where it does not fit the encoder, or does not put the token there that the pooling reads.
     """
-    folder = find_folder(model.tokenizer or model.encoder)
-    if not any(path.name in TOKENIZER_FILES or path.suffix == ".model" for path in folder.iterdir()):
-        # transformers would create a tokenizer with five tokens
-        raise ModelError(f"model.tokenizer: {folder}: has no tokenizer files (name a folder that has, or add them)")
+    field = "model.tokenizer" if model.tokenizer else "model.encoder"
+    folder = find_folder(model.tokenizer or model.encoder, field, trust_remote_code=model.trust_remote_code)
+    check_tokenizer(folder, None, "model.tokenizer: ")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(
             f"model.tokenizer: {folder}: cannot be opened: {first_line(error)} (save it again with a tokenizer.json)"
@@ -90,9 +78,6 @@ def load_tokenizer(model: ModelConfig, pooling: Pooling = "cls") -> PreTrainedTo
         _add_end_token(tokenizer, folder)
     _check_fit(tokenizer, folder, model)
     return tokenizer
-
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tiktoken", "tekken.json")
 
 
 def _check_cls(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -134,19 +119,11 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: ModelConfig) -> None:
     """ModelError where token ids have another meaning to the encoder, as far as the encoder's folder shows."""
-    config, encoder = _config(model), find_folder(model.encoder)
+    config, encoder = _config(model), _encoder_folder(model)
     num_ids, num_embeddings = max(tokenizer.get_vocab().values()) + 1, getattr(config, "vocab_size", None)
     remedy = f"take the tokenizer of {encoder}"
-    if num_embeddings is not None and num_ids > num_embeddings:
-        raise ModelError(
-            f"model.tokenizer: {folder}: has {num_ids:,} tokens, but {encoder} embeds {num_embeddings:,} of them "
-            f"({remedy}, or enlarge its embeddings)"
-        )
-    if num_embeddings is not None and not model.random_weights and num_ids < SPARSE_VOCABULARY * num_embeddings:
-        raise ModelError(
-            f"model.tokenizer: {folder}: has {num_ids:,} tokens, but {encoder} embeds {num_embeddings:,}: another "
-            f"vocabulary ({remedy})"
-        )
+    if problem := vocabulary_problem(num_ids, num_embeddings, sparse=model.random_weights):
+        raise ModelError(f"model.tokenizer: {folder}: {problem} ({remedy})")
     pad_id = getattr(config, "pad_token_id", None)
     if pad_id is not None and tokenizer.pad_token_id is not None and pad_id != tokenizer.pad_token_id:
         raise ModelError(
@@ -154,15 +131,13 @@ def _check_fit(tokenizer: PreTrainedTokenizerBase, folder: Path, model: ModelCon
             f"another family ({remedy})"
         )
     if folder != encoder and any((encoder / name).is_file() for name in TOKENIZER_FILES):
-        encoder_vocabulary = AutoTokenizer.from_pretrained(encoder).get_vocab()
+        encoder_vocabulary = AutoTokenizer.from_pretrained(
+            encoder, trust_remote_code=model.trust_remote_code
+        ).get_vocab()
         if not encoder_vocabulary.items() <= tokenizer.get_vocab().items():
             raise ModelError(
                 f"model.tokenizer: {folder}: gives tokens other numbers than the encoder's tokenizer does ({remedy})"
             )
-
-
-SPARSE_VOCABULARY = 0.9
-"""Embeddings are often padded to a multiple; a tokenizer with a smaller fraction of their number does not fit."""
 
 
 def load_encoder(
@@ -176,18 +151,19 @@ def load_encoder(
     raises        ModelError where a tensor is missing, has another shape, or differs from the file, and for a causal
                   decoder without last_token pooling
     """
-    folder, config = find_folder(model.encoder), _config(model)
+    folder, config = _encoder_folder(model), _config(model)
     if model.dropout is not None:
         for name in _dropout_rates(config):
             setattr(config, name, model.dropout)
-    options = _without_pooler(auto_class, config)
+    options = _options(model, auto_class, config)
     rng.seed_everything(seed, "weights")
     if model.random_weights:
-        encoder = auto_class.from_config(config, dtype=torch.float32, **options)
+        encoder = _open(model, partial(auto_class.from_config, config, dtype=torch.float32, **options))
         total = len(list(encoder.parameters()))
         loaded = LoadedEncoder(encoder, 0, total, "nothing: randomly initialised (model.random_weights)")
     else:
-        loaded = _from_file(folder, config, auto_class, options, random_head)
+        open_file = partial(auto_class.from_pretrained, folder, config=config, dtype=torch.float32, **options)
+        loaded = _from_file(model, folder, partial(open_file, ignore_mismatched_sizes=True), random_head)
     _check_length(model, loaded.model)
     _check_direction(loaded.model, folder, pooling)
     if pooling == "last_token":
@@ -197,36 +173,40 @@ def load_encoder(
     return loaded
 
 
+def _encoder_folder(model: ModelConfig) -> Path:
+    return find_folder(model.encoder, "model.encoder", trust_remote_code=model.trust_remote_code)
+
+
 def _config(model: ModelConfig) -> PretrainedConfig:
     """The encoder's configuration; ModelError where it cannot be read."""
-    folder = find_folder(model.encoder)
+    folder = _encoder_folder(model)
+    check_encoder(folder, model)
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # each family checks its own values
         raise ModelError(
             f"model.encoder: {folder}: cannot be opened: {first_line(error)} (name a folder in transformers' format)"
         ) from None
 
 
-def _from_file(
-    folder: Path, config: PretrainedConfig, auto_class: Any, options: dict[str, Any], random_head: bool
-) -> LoadedEncoder:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise ModelError(
-            f"model.encoder: {folder}: has no weights (set model.random_weights: true to start randomly initialised)"
-        )
+def _open(model: ModelConfig, create: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model that transformers creates; ModelError for whatever it, or code of the folder, raises."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its warnings are errors below
     try:
-        encoder = auto_class.from_pretrained(
-            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **options
-        )
-        readers = _tensor_readers(files)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.encoder: {folder}: cannot be opened: {first_line(error)}") from None
+        return create()
+    except Exception as error:  # each family fails in its own way
+        raise ModelError(f"model.encoder: {model.encoder}: cannot be opened: {first_line(error)} ({FETCH})") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _from_file(
+    model: ModelConfig, folder: Path, create: Callable[[], PreTrainedModel], random_head: bool
+) -> LoadedEncoder:
+    index = read_json(folder / INDEX, dict)
+    files = weight_files(folder, index, ENCODER, allow_pickle=model.allow_pickle)
+    readers, encoder = _tensor_readers(files), _open(model, create)
     problems = _problems(encoder, readers)
     total = len(list(encoder.parameters()))
     base = {id(parameter) for parameter in encoder.base_model.parameters()}
@@ -255,6 +235,8 @@ def _problems(encoder: PreTrainedModel, readers: Mapping[str, Callable[[], Tenso
             problems[name] = "is missing"
         elif tensor.shape != parameter.shape:
             problems[name] = f"has shape {list(tensor.shape)}, not {list(parameter.shape)}"
+        elif not tensor.isfinite().all():
+            problems[name] = "holds NaN or infinite values"
         elif not torch.equal(tensor.to(parameter.dtype), parameter.detach()):
             problems[name] = "was not loaded"
     return problems
@@ -265,13 +247,24 @@ def _tensor_readers(files: list[Path]) -> dict[str, Callable[[], Tensor]]:
     readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         if file.suffix == ".bin":
-            for name, tensor in torch.load(file, weights_only=True, map_location="cpu", mmap=True).items():
+            for name, tensor in _read_pickle(file).items():
                 readers[name] = lambda tensor=tensor: tensor
         else:
             opened = safe_open(file, framework="pt")
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 readers[name] = lambda opened=opened, name=name: opened.get_tensor(name)
     return readers
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """By torch's loader for weights, which runs no code; ModelError for what is no mapping of tensors."""
+    try:
+        tensors = torch.load(file, weights_only=True, map_location="cpu")
+    except Exception:  # a damaged pickle raises anything
+        tensors = None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ModelError(f"model.encoder: {file}: is damaged, or holds more than weights ({FETCH})")
+    return tensors
 
 
 def parameter_aliases(model: nn.Module) -> dict[nn.Parameter, list[str]]:
@@ -290,9 +283,11 @@ def _read_tensor(name: str, prefix: str, readers: Mapping[str, Callable[[], Tens
     return next((readers[candidate]() for candidate in names if candidate in readers), None)
 
 
-def _without_pooler(auto_class: Any, config: PretrainedConfig) -> dict[str, Any]:
+def _options(model: ModelConfig, auto_class: Any, config: PretrainedConfig) -> dict[str, Any]:
     """Options to build the model without a pooler, whose parameters would have no gradient: [CLS] is the embedding."""
     model_class = auto_class._model_mapping.get(type(config), None)  # the keys would import all models: two seconds
+    if model.trust_remote_code and getattr(config, "auto_map", None):
+        return {"trust_remote_code": True}
     if model_class is None:
         raise ModelError(
             f"model.encoder: a {config.model_type} model cannot be opened by {auto_class.__name__} (name an encoder "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from huggingface_hub.errors import HFValidationError
 
 from lodestar.config.schema import AUTO, ModelConfig, Pooling
 from lodestar.errors import ModelError
+from lodestar.models.folder_checks import read_json
+from lodestar.models.weight_files import ENCODER
 
 POOLING_FILE = Path("1_Pooling") / "config.json"
 LEGACY_KEYS = {
@@ -62,7 +63,7 @@ def resolve_pooling(model: ModelConfig, folder: Path) -> PoolingChoice:
                 f"warning: model.pooling: {folder} embeds by {POOLINGS.get(own, own)} pooling; this run trains and "
                 f"saves {pooling} pooling",
             )
-    kind = _read_json(folder / "config.json")
+    kind = read_json(folder / "config.json", dict, ENCODER) or {}
     if pooling != "last_token" and _is_causal(kind):
         raise causal_decoder_error(folder, kind.get("model_type"))
     return PoolingChoice(pooling, reason, warnings)
@@ -95,7 +96,7 @@ def folder_pooling(folder: Path) -> str | None:
     """sentence-transformers' name of a folder's pooling, with what it adds to it; none where it says nothing."""
     if not (folder / POOLING_FILE).is_file():
         return None
-    values = _read_json(folder / POOLING_FILE)
+    values = read_json(folder / POOLING_FILE, dict, ENCODER) or {}
     modes = values.get("pooling_mode") or [mode for mode, key in LEGACY_KEYS.items() if values.get(key)] or "mean"
     name = modes if isinstance(modes, str) else " and ".join(modes)
     return name if values.get("include_prompt", True) else f"{name} (without the prompt)"
@@ -114,14 +115,3 @@ def _is_causal(config: dict[str, Any]) -> bool:
     if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
         return False
     return config.get("is_decoder") is True or config.get("model_type") in CAUSAL_DECODERS
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty where the file is absent."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):
-        raise ModelError(f"model.encoder: {path}: not valid JSON (fetch the folder again)")
-    return values

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from lodestar.config.schema import ModelConfig
 from lodestar.errors import ConfigError, ModelError, shown
+from lodestar.models.folder_checks import read_json
 from lodestar.models.pooling_config import encoder_file
+from lodestar.models.weight_files import ENCODER
 from lodestar.planning.cost_model import BERT_BASE, EncoderShape
 from lodestar.planning.plan import PlanWarnings
 
@@ -33,7 +34,7 @@ def check_encoder(model: ModelConfig, *, lengths: Mapping[str, int | None], widt
     path = encoder_file(model.encoder, "config.json")
     if path is None:
         return
-    config = _read(path)
+    config = read_json(path, dict, ENCODER) or {}
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int):
         is_after_padding = config.get("model_type") in _POSITIONS_AFTER_PADDING
@@ -56,7 +57,7 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
         raise ConfigError(
             f"model.encoder: {model.encoder}: no config.json there or in the hub's cache (check the name)"
         )
-    config = _read(path)
+    config = read_json(path, dict, ENCODER) or {}
     width = _size(path, config, "hidden_size")
     return EncoderShape(
         layers=_size(path, config, "num_hidden_layers"),
@@ -65,16 +66,6 @@ def _shape_in(model: ModelConfig) -> EncoderShape:
         vocabulary=_size(path, config, "vocab_size"),
         positions=_size(path, config, "max_position_embeddings", 0),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ModelError(f"model.encoder: {path}: not valid JSON (fetch the folder again)")
-    return cast(dict[str, Any], config)
 
 
 def _size(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import LodestarError
+from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import (
     DEVICES,
@@ -44,6 +45,7 @@ class PlanWarnings:
 
 def _pooling(model: ModelConfig, warnings: PlanWarnings) -> str:
     """The pooling that a run would train, with a line for each warning of it."""
+    warnings.or_default(None, lambda: check_model(model), "a run would end with this error")
     choice = warnings.or_default(None, lambda: pooling_on_disk(model), "a run would end with this error")
     if choice is None:
         return model.pooling

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from lodestar.cli import entry_point
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
+from lodestar.models.folder_checks import embedding_width
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import EncodeRecipe
 from retrieval.embedding.corpus import files_of
+from retrieval.embedding.model_folder import check_folder, check_width
 
 _BYTES_PER_DIMENSION = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
 
@@ -24,9 +25,10 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
     """What `--plan` prints."""
     missing = PlanWarnings()
     rows = missing.or_default(None, lambda: count_rows(find_sources(files_of(recipe), "texts")), "rows are not known")
-    width, config = recipe.output.width, Path(recipe.model) / "config.json"
-    if width is None and config.is_file():
-        width = json.loads(config.read_text(encoding="utf-8")).get("hidden_size")
+    missing.or_default(None, lambda: check_model(recipe), "it cannot be opened")
+    width = recipe.output.width
+    if width is None and not missing.lines and Path(recipe.model).is_dir():
+        width = embedding_width(Path(recipe.model))
     facts: dict[str, object] = {
         "model": recipe.model,
         "output_dir": recipe.output.dir,
@@ -41,7 +43,14 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
     return facts | {"missing": missing.lines}
 
 
+def check_model(recipe: EncodeRecipe) -> None:
+    """ModelError, or ConfigError for a width that the model does not have."""
+    check_folder(recipe.model)
+    check_width(recipe.model, recipe.output.width, "output.width")
+
+
 def run(recipe: EncodeRecipe, placement: Placement) -> int:
+    check_model(recipe)
     from lodestar.distributed.session import distributed_session
     from retrieval.embedding.encode import TIMEOUT_MINUTES, encode
 

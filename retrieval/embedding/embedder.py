@@ -21,6 +21,7 @@ from lodestar.errors import ConfigError
 from retrieval.embedding.config import Prompts, Role
 from retrieval.embedding.encode_texts import TextEmbeddings, encode_texts
 from retrieval.embedding.load_model import load_model
+from retrieval.embedding.model_folder import check_folder, check_width
 from retrieval.embedding.processes import Encode, worker_processes
 
 
@@ -45,10 +46,12 @@ class Embedder:
         batch_tokens  tokens of one batch on a device, padding included; none: 4,096 on a CPU, 65,536 on a GPU
         width         number of leading dimensions to keep, normalised again (Matryoshka); none: all
         prompts       replace the folder's own, as {"query": "Represent this sentence for searching ...: "}
-        Raises ModelError, or ConfigError for a device that does not exist.
+        Raises ModelError, or ConfigError for a device that does not exist and for a width beyond the model's.
         """
         self._devices = list(devices) if devices else visible_devices()
         check_devices(self._devices)
+        check_folder(path)
+        check_width(path, width, "width")
         encode = partial(encode_texts, batch_tokens=batch_tokens, precision=precision, width=width)
         self._resources = ExitStack()
         self._encode: Encode

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lodestar.distributed.collectives import rank
 from lodestar.errors import ModelError, first_line
+from lodestar.models.folder_checks import find_folder
 from lodestar.models.load import check_vocabulary
+from lodestar.models.weight_files import FETCH
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.known_models import resolve_prompts
 from retrieval.embedding.model_folder import check_folder
@@ -26,15 +28,14 @@ def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | 
 
     prompts   by role, replace the folder's own; none: those of the model card, where `known_models` has it
     """
-    folder = check_folder(path)
+    folder = find_folder(path, "")
+    check_folder(folder, finite=True)
     prompts = announce_prompts(path, prompts)
     try:
         with _quiet_transformers():
-            model = SentenceTransformer(str(path), device=str(device)).eval()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{path}: cannot be opened: {first_line(error)} (check the name; offline, name a folder)"
-        ) from None
+            model = SentenceTransformer(str(folder), device=str(device), trust_remote_code=False).eval()
+    except Exception as error:  # each kind of module fails in its own way
+        raise ModelError(f"{path}: cannot be opened: {first_line(error)} ({FETCH})") from None
     check_vocabulary(model.tokenizer, str(path))
     model.prompts |= prompts
     if missing := _missing_parameters(model, folder):

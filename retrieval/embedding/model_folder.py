@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from lodestar.data.readers import Source
-from lodestar.errors import ModelError
+from lodestar.errors import ConfigError, ModelError
+from lodestar.models.folder_checks import check_embedding_model, embedding_width, local_folder
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.known_models import resolve_prompts
 
 
-def check_folder(path: str | Path) -> Path:
-    """ModelError if the folder does not exist or is not in sentence-transformers' format; hub names pass."""
-    folder = Path(path)
-    is_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1  # hub names: one /
-    if is_local and not (folder / "modules.json").is_file():
+def check_folder(path: str | Path, *, finite: bool = False) -> None:
+    """ModelError if a folder does not exist, is damaged, or is not in sentence-transformers' format; hub names pass.
+
+    finite   also read all weights, for NaN
+    """
+    folder = local_folder(path, remedy="name a sentence-transformers folder, as model/ of a run")
+    if folder is None:
+        return
+    if not os.path.lexists(folder / "modules.json"):
         # Without this check sentence-transformers adds mean pooling to a bare encoder and goes on.
-        problem = "no modules.json there" if folder.exists() else "no such folder"
         raise ModelError(
-            f"{path}: {problem} (name a sentence-transformers folder, as model/ of a run; docs/models.md says how a "
-            "bare encoder becomes one)"
+            f"{path}: no modules.json there (name a sentence-transformers folder, as model/ of a run; docs/models.md "
+            "says how a bare encoder becomes one)"
         )
-    return folder
+    check_embedding_model(folder, finite=finite)
+
+
+def check_width(path: str | Path, width: int | None, field: str) -> None:
+    """ConfigError where a folder's embeddings have fewer dimensions than are to be kept."""
+    full_width = embedding_width(Path(path)) if width and Path(path).is_dir() else None
+    if full_width is not None and width is not None and width > full_width:
+        raise ConfigError(f"{field}: {width}: {path} gives only {full_width} dimensions (lower it, or leave it out)")
 
 
 def fingerprint(model: str, prompts: Prompts | None = None) -> str:

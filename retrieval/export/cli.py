@@ -10,7 +10,8 @@ from lodestar.cli import entry_point
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import LaunchError
 from lodestar.files import check_absent, make_folder
-from retrieval.export.compatibility import check_mergeable, read_headers
+from retrieval.embedding.model_folder import check_folder
+from retrieval.export.compatibility import check_mergeable, check_tensors, is_averaged
 from retrieval.export.config import FP32_FILE, INFO_FILE, INT8_FILE, ExportRecipe, MergeRecipe
 from retrieval.export.libraries import require_onnx
 
@@ -28,6 +29,7 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def export_plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     check_absent(recipe.output)
+    check_folder(recipe.model)
     weights = sum(file.stat().st_size for file in Path(recipe.model).rglob("*.safetensors"))
     files = [FP32_FILE, *([INT8_FILE] if recipe.int8 else []), "tokenizer.json", INFO_FILE]
     return {
@@ -40,6 +42,7 @@ def export_plan(recipe: ExportRecipe, world_size: int, device: str | None = None
 
 def export_run(recipe: ExportRecipe, placement: Placement) -> int:
     _prepare_output(recipe.output, placement)
+    check_folder(recipe.model)
     require_onnx()
     from retrieval.export.onnx import export_onnx
 
@@ -72,8 +75,8 @@ def merge_plan(recipe: MergeRecipe, world_size: int, device: str | None = None) 
     return {
         "models": " + ".join(f"{weight:.4g} x {model.path}" for weight, model in models),
         "output": recipe.output,
-        "averaged_tensors": sum(header.is_averaged for header in headers),
-        "copied_tensors": sum(not header.is_averaged for header in headers),
+        "averaged_tensors": sum(is_averaged(header) for header in headers),
+        "copied_tensors": sum(not is_averaged(header) for header in headers),
         "parameters": sum(math.prod(header.shape) for header in headers),
         "missing": missing,
     }
@@ -82,8 +85,7 @@ def merge_plan(recipe: MergeRecipe, world_size: int, device: str | None = None) 
 def merge_run(recipe: MergeRecipe, placement: Placement) -> int:
     _prepare_output(recipe.output, placement)
     folders = [Path(model.path) for model in recipe.models]
-    for folder in folders:
-        read_headers(folder)  # damaged files are told before torch is loaded
+    check_tensors(folders)  # damaged files are told before torch is loaded
     from retrieval.export.merge import merge
 
     merge(folders, recipe.weights, recipe.output, prompts=recipe.prompts)

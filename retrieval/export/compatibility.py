@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from safetensors import SafetensorError, safe_open
 
 from lodestar.errors import ModelError, first_line
+from lodestar.models.weight_files import FETCH, TensorHeader, read_headers
+from retrieval.embedding.model_folder import check_folder
 
 NEUTRAL_FIELDS = {
     "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range", "id2label",
@@ -22,18 +21,9 @@ NEUTRAL_FIELDS = {
 REMEDY = "merge only models that were trained from one model"
 
 
-class TensorHeader(NamedTuple):
-    """What a file says about one of its tensors."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: list[int]
-
-    @property
-    def is_averaged(self) -> bool:
-        """Not integers, as positions, nor the pooler, which [CLS] does not need: they stay the first model's."""
-        return self.dtype.startswith(("F", "BF")) and not self.name.startswith("pooler.")
+def is_averaged(header: TensorHeader) -> bool:
+    """Not integers, as positions, nor the pooler, which [CLS] does not need: they stay the first model's."""
+    return header.dtype.startswith(("F", "BF")) and not header.name.startswith("pooler.")
 
 
 Headers = dict[str, TensorHeader]
@@ -43,25 +33,35 @@ Headers = dict[str, TensorHeader]
 def check_mergeable(folders: Sequence[Path]) -> list[Headers]:
     """The tensors of each folder, by the headers of its files.
 
-    Raises ModelError, naming what differs, if a folder does not hold the first one's architecture and vocabulary.
+    Raises ModelError, naming what differs, if a folder does not hold the first one's architecture and vocabulary, and
+    for a folder that is damaged or holds NaN.
     """
-    headers = [read_headers(folder) for folder in folders]
+    headers = check_tensors(folders)
     settings = [_settings(folder) for folder in folders]
     for i in range(1, len(folders)):
-        _compare_tensors(folders[0], headers[0], folders[i], headers[i])
         _compare_settings(folders[0], settings[0], folders[i], settings[i])
+    return headers
+
+
+def check_tensors(folders: Sequence[Path]) -> list[Headers]:
+    """As `check_mergeable`, without the settings; loads without torch."""
+    headers = [read_folder(folder) for folder in folders]
+    for folder, others in zip(folders[1:], headers[1:], strict=True):
+        _compare_tensors(folders[0], headers[0], folder, others)
+    for folder in folders:
+        check_folder(folder, finite=True)
     return headers
 
 
 def _compare_tensors(first: Path, first_headers: Headers, other: Path, other_headers: Headers) -> None:
     for name in sorted(first_headers.keys() | other_headers.keys()):
         a, b = first_headers.get(name), other_headers.get(name)
-        if a and b and (a.shape, a.is_averaged) != (b.shape, b.is_averaged):
+        if a and b and (a.shape, is_averaged(a)) != (b.shape, is_averaged(b)):
             difference = f"is {b.dtype} {b.shape}, but {a.dtype} {a.shape} in {first}"
             raise ModelError(f"{other}: {name}: {difference} ({REMEDY})")
-        if a and not b and a.is_averaged:
+        if a and not b and is_averaged(a):
             raise ModelError(f"{other}: {name}: is missing, but in {first} ({REMEDY})")
-        if b and not a and b.is_averaged:
+        if b and not a and is_averaged(b):
             raise ModelError(f"{first}: {name}: is missing, but in {other} ({REMEDY})")
 
 
@@ -74,22 +74,18 @@ def _compare_settings(
             raise ModelError(f"{other}: {name}: is {b!r}, but {a!r} in {first} ({REMEDY})")
 
 
-def read_headers(folder: Path) -> Headers:
+def read_folder(folder: Path) -> Headers:
     """ModelError for a folder that is not in sentence-transformers' format, or whose files cannot be read."""
     if not (folder / "modules.json").is_file():
         problem = "no modules.json there" if folder.is_dir() else "no such folder"
         raise ModelError(f"{folder}: {problem} (name a sentence-transformers folder, as model/ of a run)")
-    headers: Headers = {}
-    for file in sorted(folder.rglob("*.safetensors")):
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensor = tensors.get_slice(name)
-                    full_name = (file.parent.relative_to(folder) / name).as_posix()
-                    headers[full_name] = TensorHeader(file, name, tensor.get_dtype(), tensor.get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file}: cannot be read: {error}") from None
+    headers = {
+        (file.parent.relative_to(folder) / name).as_posix(): header
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, header in read_headers(file).items()
+    }
     if not headers:
+        check_folder(folder)  # tells of pickle
         raise ModelError(f"{folder}: holds no *.safetensors (open it with sentence-transformers and save it once)")
     return headers
 
@@ -107,8 +103,8 @@ def _settings(folder: Path) -> dict[str, object]:
         types = [module["type"].rpartition(".")[2] for module in modules]
         subfolders = [module["path"] for module, type_ in zip(modules, types, strict=True) if type_ == "Pooling"]
         pooling = [Pooling.load_config(str(folder), subfolder=name)["pooling_mode"] for name in subfolders]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: cannot be opened: {first_line(error)}") from None
+    except Exception as error:  # each family checks its own values
+        raise ModelError(f"{folder}: cannot be opened: {first_line(error)} ({FETCH})") from None
     fields = {
         name: value
         for name, value in config.items()

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lodestar.files import check_absent, replacing
+from lodestar.models.weight_files import TensorHeader
 from retrieval.embedding.load_model import load_model
-from retrieval.export.compatibility import TensorHeader, check_mergeable
+from retrieval.export.compatibility import check_mergeable, is_averaged
 
 NOT_COPIED = ("*.safetensors", "*.bin", "*.onnx*", "onnx", "openvino", ".*", "README.md")
 """Files of the first model's folder that are not copied: weights in any form, and the description of the model."""
@@ -55,7 +56,7 @@ def merge(
 def _mean(first: TensorHeader, others: Sequence[TensorHeader | None], weights: Sequence[float]) -> Tensor:
     """A tensor of the first model's dtype; the first model's own if it is not averaged."""
     tensor = _read(first)
-    if not first.is_averaged:
+    if not is_averaged(first):
         return tensor
     total = tensor.double() * weights[0]
     for header, weight in zip(others, weights[1:], strict=True):

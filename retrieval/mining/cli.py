@@ -11,6 +11,7 @@ from lodestar.config.loader import recipe_of
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import require
+from lodestar.models.folder_checks import check_plain_model, local_folder
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.corpus import files_of
 from retrieval.embedding.model_folder import check_folder
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     """What `--plan` prints."""
     corpus, missing = recipe.corpus_recipe, PlanWarnings()
-    missing.or_default(None, partial(check_folder, recipe.model), "it cannot be opened")
+    missing.or_default(None, partial(check_models, recipe), "it cannot be opened")
 
     def count(files: Sequence[str], field: str) -> int | None:
         return missing.or_default(None, lambda: count_rows(find_sources(files, field)), "rows are not known")
@@ -57,9 +58,16 @@ def plan(recipe: MineRecipe, world_size: int, device: str | None = None) -> dict
     }
 
 
+def check_models(recipe: MineRecipe) -> None:
+    """ModelError for a folder that cannot be opened."""
+    check_folder(recipe.model)
+    if recipe.cross_encoder and (folder := local_folder(recipe.cross_encoder, "cross_encoder")):
+        check_plain_model(folder, "cross_encoder: ")
+
+
 def run(recipe: MineRecipe, placement: Placement) -> int:
     require("faiss", field="mine", extra="mine")
-    check_folder(recipe.model)
+    check_models(recipe)
     check_files(recipe)
     from lodestar.distributed.session import distributed_session
     from retrieval.embedding.encode import TIMEOUT_MINUTES

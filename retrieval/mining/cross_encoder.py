@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers import CrossEncoder
 
 from lodestar.errors import ModelError, first_line
+from lodestar.models.folder_checks import check_plain_model, find_folder
+from lodestar.models.weight_files import FETCH
 
 
 def load_cross_encoder(name: str, device: torch.device) -> CrossEncoder:
     """ModelError for one that cannot be opened, or that does not give one score for a pair."""
+    folder = find_folder(name, "cross_encoder")
+    check_plain_model(folder, "cross_encoder: ", finite=True)
     try:
-        model = CrossEncoder(name, device=str(device))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cross_encoder: {name}: cannot be opened: {first_line(error)} (check the name)") from None
+        model = CrossEncoder(str(folder), device=str(device), trust_remote_code=False)
+    except Exception as error:  # each family fails in its own way
+        raise ModelError(f"cross_encoder: {name}: cannot be opened: {first_line(error)} ({FETCH})") from None
     if model.num_labels != 1:
         raise ModelError(f"cross_encoder: {name}: gives {model.num_labels} scores for a pair (take one that gives one)")
     return model

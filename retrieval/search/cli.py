@@ -23,7 +23,7 @@ from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.evaluation.beir import Document, read_corpus
 from retrieval.search.config import IndexRecipe
 from retrieval.search.corpus import cache_file, check_where, corpus_of_run, find_corpus
-from retrieval.search.index import index, work_folder
+from retrieval.search.index import check_model, index, work_folder
 from retrieval.search.store_record import check_record, find_table, read_record
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def index_plan(recipe: IndexRecipe, world_size: int, device: str | None = None) 
     missing = PlanWarnings()
     rows = missing.or_default(None, lambda: count_rows(find_corpus(recipe.corpus)), "rows are not known")
     record = missing.or_default(None, lambda: read_record(recipe.store), "a new table is assumed")
+    missing.or_default(None, lambda: check_model(recipe), "nothing can be embedded")
     if record is not None:
         check_record(recipe.store, record, recipe.model, fingerprint(recipe.model, recipe.prompts))
     return {

@@ -18,7 +18,7 @@ from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Runtime, choose_device
 from lodestar.files import make_folder
 from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig
-from retrieval.embedding.model_folder import fingerprint
+from retrieval.embedding.model_folder import check_folder, check_width, fingerprint
 from retrieval.embedding.shards import read_embeddings, read_manifest
 from retrieval.search.config import IndexRecipe
 from retrieval.search.corpus import find_corpus, read_chunks
@@ -46,6 +46,7 @@ def index(
     what is missing. Raises ConfigError, DataError (before anything is embedded) or ModelError.
     """
     recipe = recipe_of(IndexRecipe, recipe, overrides)
+    check_model(recipe)
     sources, store = find_corpus(recipe.corpus), recipe.store
     identity, record = fingerprint(recipe.model, recipe.prompts), read_record(store)
     if record is not None:
@@ -70,6 +71,12 @@ def index(
         documents = database.count()
     shutil.rmtree(work)
     return IndexSummary(num_rows, manifest["truncated"], documents)
+
+
+def check_model(recipe: IndexRecipe) -> None:
+    """ModelError, or ConfigError for a width that the model does not have."""
+    check_folder(recipe.model)
+    check_width(recipe.model, recipe.encode.width, "encode.width")
 
 
 def work_folder(recipe: IndexRecipe) -> Path:

@@ -18,7 +18,7 @@ from lodestar.distributed.runtime import local_environment
 from lodestar.errors import ConfigError
 from lodestar.files import make_folder, write_text
 from retrieval.embedding.config import Prompts
-from retrieval.embedding.model_folder import fingerprint
+from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.search.config import IndexRecipe, StoreConfig
 from retrieval.search.vector_stores import STORES, Location, ServerStore, Store, StoreKind, store_class
 
@@ -156,6 +156,7 @@ def find_table(source: IndexRecipe | Mapping[str, object] | str | Path, model: s
         model = model or recipe.model
         if record is None:
             raise ConfigError(f"{_name(store)}: no such index (lodestar index creates it from the recipe)")
+    check_folder(model)
     check_record(store, record, model, fingerprint(model, record.prompts))
     return IndexedTable(store, record, model, precision)
 

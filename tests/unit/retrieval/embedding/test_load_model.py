@@ -44,7 +44,7 @@ def test_a_folder_without_its_tokenizers_files_is_an_error(model_folder: Path, t
     shutil.copytree(model_folder, tmp_path / "model")
     for path in (tmp_path / "model").glob("*token*"):
         path.unlink()
-    with pytest.raises(ModelError, match=r"no token but special ones|cannot be opened"):
+    with pytest.raises(ModelError, match="has no tokenizer files"):
         load_model(tmp_path / "model", "cpu")
 
 

@@ -144,7 +144,7 @@ def other_ends(folder: Path) -> None:
     ("spoil", "complaint"),
     [
         (put(WORD, lambda tensor: tensor[:-1].clone()), rf"b: {WORD}: is F32 \[97, 32\], but F32 \[98, 32\] in "),
-        (put(WORD, lambda tensor: tensor.to(torch.int8)), rf"b: {WORD}: is I8 \[98, 32\], but F32 "),
+        (put(WORD, lambda tensor: tensor.to(torch.int8)), rf"b/{WEIGHTS}: {WORD}: has dtype I8"),
         (drop(WORD), rf"b: {WORD}: is missing, but in .*/a "),
         (lambda folder: drop(WORD)(folder.parent / "a"), rf"a: {WORD}: is missing, but in .*/b "),
         (other_word, "b: vocabulary: 'z': is None, but "),
@@ -152,10 +152,14 @@ def other_ends(folder: Path) -> None:
         (config("1_Pooling/config.json", pooling_mode="mean"), r"b: pooling: is \['mean'\], but \['cls'\] in "),
         (config("1_Pooling/config.json", pooling_mode="lasttoken"), r"b: pooling: is \['lasttoken'\], but "),
         (other_ends, r"b: token ids of 'a': is "),
+        (put(WORD, lambda tensor: tensor.index_fill(0, torch.tensor(3), torch.nan)), f"b/{WEIGHTS}: {WORD}: holds NaN"),
         (lambda folder: (folder / "modules.json").unlink(), "b: no modules.json there"),
-        (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 100), f"b/{WEIGHTS}: cannot be read"),
-        (lambda folder: (folder / WEIGHTS).unlink(), r"b: holds no \*.safetensors"),
-        (lambda folder: (folder / "config.json").write_text("{"), "b: cannot be opened: "),
+        (
+            lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 100),
+            f"b/{WEIGHTS}: is damaged: its header does not fit its 100 bytes",
+        ),
+        (lambda folder: (folder / WEIGHTS).unlink(), r"b: has no weights: holds no \*.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "b/config.json: not valid JSON"),
     ],
 )
 def test_what_differs_is_named_and_nothing_is_written(
