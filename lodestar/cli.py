@@ -97,8 +97,6 @@ def _parse(argv: Sequence[str] | None, usage: str) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     if options.plan is None and (lone := "--json" if options.json else "--device" if options.device else None):
         raise ConfigError(f"{COMMAND_LINE}: {lone}: only with --plan (add that, or leave it out)")
-    if options.plan is not None and options.rehearse is not None:
-        raise ConfigError(f"{COMMAND_LINE}: --rehearse: not with --plan (leave one of the two out)")
     return options
 
 

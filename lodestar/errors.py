@@ -73,7 +73,7 @@ def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 def shown(value: object) -> str:
     """A value in one short line, for a message; secrets are hidden before it is cut."""
     try:
-        text = hidden(json.dumps(value, ensure_ascii=True, default=str))
+        text = hidden(json.dumps(value, ensure_ascii=True, default=str)[:2000])
     except (ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -17,15 +17,15 @@ _TOKEN_OF_TEXT = re.compile(
 _SHAPE = re.compile(
     r"\bsk-[\w-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bgh[a-z]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|"
     r"\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b|\bAIza[\w-]{30,}|\bwandb_v\d_\w{16,}|"
-    r"\beyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[^-]|-(?!-----))*|"
+    r"\beyJ[\w-]{6,300}\.[\w-]{6,3000}\.[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[^-]|-(?!-----)){0,20000}|"
     r"(?<=\bBearer )(?=\S*\d)[\w.+/=~-]{12,}|"
-    r"(?<=://)(?!USER:PASSWORD@)[^\s/@:]*:[^\s@]*(?=@)"
+    r"(?<=://)(?!USER:PASSWORD@)[^\s/@:]{0,200}:[^\s@]{0,200}(?=@)"
 )
-"""Keys of known services, and user:password of a URL."""
+"""Keys of known services, and user:password of a URL. All lengths are bounded: long texts must not take long."""
 _QUERY = re.compile(r"([?&](?:\w*password|api[-_]?key|(?:\w*_)?token|sig(?:nature)?|secret)=)[^&\s]+", re.IGNORECASE)
 _WANDB_KEY = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 """The shape of a hash too: a key only where wandb is meant."""
-_ASSIGNMENT = re.compile(r"""([\w.-]+)(=|["']\s*:\s*["']?)([^\s"',;)}\]]+)""")
+_ASSIGNMENT = re.compile(r"""(?<![\w.-])([\w.-]{1,200})(=|["']\s*:\s*["']?)([^\s"',;)}\]]+)""")
 
 _CHECKED_BY_SCHEMA = ("store.url", "store.url_env", "store.api_key_env")
 """Whose own check knows the key to use instead."""

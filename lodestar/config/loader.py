@@ -41,6 +41,7 @@ def recipe_of(
     if isinstance(source, str | Path):
         return load(schema, source, overrides)
     if isinstance(source, schema) and not overrides:
+        from_values(source.model_dump(mode="json")).check_values()
         return source
     values = source if isinstance(source, Mapping) else source.model_dump(mode="json")
     return _check(schema, from_values(values), IN_PYTHON, overrides)

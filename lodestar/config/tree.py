@@ -306,8 +306,8 @@ def _plain(value: Any, path: str, places: dict[str, str], depth: int = 1) -> Any
         value = value.model_dump(mode="json")
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value).items()
-        if bad := [key for key, _ in items if not isinstance(key, str)]:
-            raise ConfigError(f"{at}: the key {shown(bad[0])} is not a text (write it as one)")
+        if bad := [key for key, _ in items if not isinstance(key, str) or not 0 < len(key) <= _MAX_KEY]:
+            raise ConfigError(f"{at}: the key {shown(bad[0])} is no name (write it as a short text)")
         return {key: _plain(inner, f"{path}.{key}" if path else key, places, depth + 1) for key, inner in items}
     if isinstance(value, list | tuple):
         sequence = cast(list[Any], value)

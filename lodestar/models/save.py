@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -87,6 +88,7 @@ def save_model(
 def model_card(title: str, recipe: BaseModel, results: Mapping[str, Any], pooling: Pooling) -> str:
     """README.md of a model folder: usage, results of the training run, and its recipe."""
     values = json.dumps({key: value for key, value in results.items() if value is not None}, indent=2)
+    values, recipe_text = (html.escape(text, quote=False) for text in (values, dump(recipe)))
     return (
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, lodestar]\n---\n\n"
@@ -95,5 +97,6 @@ def model_card(title: str, recipe: BaseModel, results: Mapping[str, Any], poolin
         'model = SentenceTransformer("path/to/this/folder")\n'
         'queries = model.encode_query(["a question"])  # the query prompt is applied\n'
         'passages = model.encode_document(["a passage"])\n```\n\n'
-        f"## Training\n\n```json\n{values}\n```\n\n```yaml\n{dump(recipe)}```\n"
+        # Not between backticks, which a text of the recipe may hold too.
+        f"## Training\n\n<pre>\n{values}\n</pre>\n\n<pre>\n{recipe_text}</pre>\n"
     )

@@ -27,6 +27,7 @@ from lodestar.planning.plan import batch_in_words, in_words
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.reporting.training_report import write_report
+from lodestar.secrets import hidden_arguments
 from lodestar.training import checkpoint
 from lodestar.training.auto_batch_size import out_of_memory_told, with_largest_micro_size
 from lodestar.training.build_engine import build
@@ -390,7 +391,7 @@ def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
         "world_size": runtime.world_size,
         "threads": torch.get_num_threads(),
         "git_commit": _commit(),
-        "command": sys.argv,
+        "command": hidden_arguments(sys.argv),
         "output_dir": output_dir,
     }
 

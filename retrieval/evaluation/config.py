@@ -107,7 +107,7 @@ class EvaluateRecipe(Section):
     """By a model's label (or name); replace the prompts of its folder."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Retrieval on one BEIR folder."""
-    tasks: dict[Name, TaskConfig] = {}
+    tasks: dict[Label, TaskConfig] = {}
     """More tasks, each under a label."""
     bm25: bool = True
     """Add BM25 to each retrieval task, and its fusion with the last model."""
@@ -130,20 +130,18 @@ class EvaluateRecipe(Section):
                 f"evaluate.{min(training_only)}: only for training (leave it out: here batch_tokens bounds memory)"
             )
         if not self.all_tasks:
-            raise ValueError("evaluate.data: not set, and no tasks either (name a BEIR folder, or tasks)")
+            raise ValueError("needs evaluate.data or tasks (name a BEIR folder)")
         if len(self.all_tasks) == len(self.tasks) and self.evaluate.data:
             raise ValueError(
                 f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
             )
         if unknown := sorted(self.prompts.keys() - self.labelled_models.keys()):
             raise ValueError(
-                f"prompts.{unknown[0]}: no model has that label (take one of: {', '.join(self.labelled_models)})"
+                f"prompts.{unknown[0]}: no model has that label (known: {', '.join(self.labelled_models)})"
             )
         known = ["BM25"] * self.bm25 + list(self.labelled_models)
         if unknown := sorted(set(self.bootstrap.baselines) - set(known)):
-            raise ValueError(
-                f"bootstrap.baselines: {unknown[0]}: no row has that label (take one of: {', '.join(known)})"
-            )
+            raise ValueError(f"bootstrap.baselines: {unknown[0]}: no row has that label (known: {', '.join(known)})")
         return self
 
     @property

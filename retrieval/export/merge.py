@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import shutil
@@ -77,7 +78,8 @@ def _write_prompts(file: Path, prompts: Mapping[str, str]) -> None:
 
 
 def _model_card(paths: Sequence[Path], weights: Sequence[float]) -> str:
-    table = "\n".join(f"| {path} | {weight:.4g} |" for path, weight in zip(paths, weights, strict=True))
+    names = [html.escape(str(path)).replace("|", "&#124;").replace("`", "&#96;") for path in paths]
+    table = "\n".join(f"| {name} | {weight:.4g} |" for name, weight in zip(names, weights, strict=True))
     return (
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, lodestar, merge]\n---\n\n"

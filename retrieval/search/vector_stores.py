@@ -10,14 +10,13 @@ Shape suffixes: N documents, D embedding width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Protocol
 
 from pydantic import AfterValidator
 
-from lodestar.errors import require
+from lodestar.errors import require, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +106,7 @@ class ServerStore(Store, Protocol):
 def _check_kind(kind: str) -> str:
     if kind not in STORES:
         known = ", ".join(f"'{name}'" for name in STORES)
-        raise ValueError(f"must be one of {known}, got {json.dumps(kind, ensure_ascii=False)}")
+        raise ValueError(f"must be one of {known}, got {shown(kind)} (take one of them)")
     return kind
 
 

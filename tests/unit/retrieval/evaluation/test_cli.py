@@ -93,7 +93,7 @@ def test_prompts_stand_in_for_a_models_own_by_its_label(model_folder, beir_folde
     ("values", "complaint"),
     [
         ({"models": []}, "evaluate.yaml:1: models: must"),
-        ({"evaluate": {}}, "needs evaluate.data (name a BEIR folder)"),
+        ({"evaluate": {}}, "needs evaluate.data or tasks (name a BEIR folder)"),
         ({"models": ["./absent"]}, "./absent: no such folder (name a sentence-transformers folder"),
         ({"bootstrap": {"baselines": ["old"]}}, "bootstrap.baselines: old: no row has that label (known: ./absent)"),
         ({"models": ["runs/absent/model"]}, "runs/absent/model: no such folder"),
@@ -156,8 +156,8 @@ def test_the_command_puts_all_tasks_into_one_table_and_one_json(model_folder, da
             "tasks.mine.scor: unknown key (did you mean 'score'?)",
         ),
         ({"kind": "sts"}, "tasks.mine.data: not set (it has no default: add it)"),
-        ({"kind": "stss", "data": "x"}, "tasks.mine: kind: must be one of 'retrieval', 'classification', 'clustering'"),
-        ({"data": "x"}, "tasks.mine: kind: not set"),
+        ({"kind": "stss", "data": "x"}, "tasks.mine.kind: must be one of retrieval, classification, clustering"),
+        ({"data": "x"}, "tasks.mine.kind: not set"),
         ({"kind": "clustering", "data": "absent.jsonl"}, "tasks.mine.data: absent.jsonl: no such file"),
         (
             {"kind": "clustering", "data": "{}/pairs.jsonl", "text": "sentence1", "label": "score"},

@@ -10,6 +10,7 @@ import torch
 
 from retrieval.embedding.exact_search import search
 from retrieval.evaluation.beir import read_beir
+from retrieval.evaluation.config import METRICS
 from retrieval.evaluation.metrics import as_run, evaluate_run, metrics, trec_order
 from tests.unit.retrieval.embedding.test_exact_search import small_integers
 from tests.unit.retrieval.evaluation.test_beir import write_beir
@@ -99,3 +100,7 @@ def test_minus_infinity_stands_for_no_document(tmp_path):
     scores, rows = torch.tensor([[2.0, -math.inf], [-math.inf, -math.inf]]), torch.tensor([[0, 1], [0, 1]])
     assert as_run(beir, scores, rows) == {"q1": {"d1": 2.0}, "q2": {}}
     assert evaluate_run(beir, scores, rows)["recall_at_10"] == (1 / 2 + 0) / 2
+
+
+def test_the_names_that_a_recipe_may_use_are_those_of_the_metrics():
+    assert set(metrics({"q": ["d"]}, {"q": {"d": 1}})) == set(METRICS)
