@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import ConfigError, LodestarError
+from lodestar.files import read_object
 from lodestar.models.pooling_config import encoder_file, pooling_on_disk
 from lodestar.planning.cost_model import (
     BERT_BASE,
@@ -81,8 +82,10 @@ def _pooling(model: ModelConfig, warnings: PlanWarnings) -> str:
 def state_of(output_dir: str) -> str:
     """new | unfinished | stopped (by a signal; the same command resumes) | finished, by the files of the run folder."""
     folder = Path(output_dir)
-    summary = folder / "summary.json"
-    values: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    try:
+        values = read_object(folder / "summary.json")
+    except ValueError:  # a run tells of a damaged one
+        values = {}
     if values.get("finished") or values.get("stopped_by"):
         return "finished" if values.get("finished") else "stopped"
     return "unfinished" if values or (folder / "checkpoints").is_dir() else "new"
