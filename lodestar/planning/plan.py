@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import LodestarError
+from lodestar.files import read_object
 from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import (
@@ -58,15 +58,12 @@ def state_of(output_dir: str) -> str:
     folder = Path(output_dir)
     summary = folder / "summary.json"
     try:
-        values = cast(Any, json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {})
-    except (OSError, ValueError):
-        values = None
-    if not isinstance(values, dict):  # damaged: a run says so
+        values = read_object(summary) if summary.exists() else {}
+    except ValueError:  # damaged: a run says so
         return "unfinished"
-    state = cast(dict[str, Any], values)
-    if state.get("finished") or state.get("stopped_by"):
-        return "finished" if state.get("finished") else "stopped"
-    return "unfinished" if state or (folder / "checkpoints").is_dir() else "new"
+    if values.get("finished") or values.get("stopped_by"):
+        return "finished" if values.get("finished") else "stopped"
+    return "unfinished" if values or (folder / "checkpoints").is_dir() else "new"
 
 
 def describe(

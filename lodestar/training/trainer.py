@@ -166,6 +166,7 @@ class Trainer(Generic[Recipe]):
             self._update_folder(task, progress)
 
     def _update_folder(self, task: TrainingTask, progress: Progress) -> None:
+        make_folder(self.checkpoints, "run.output_dir")
         restore(self.folder / "model")
         for name in checkpoint.archive(self.checkpoints, progress.step):
             self._print(

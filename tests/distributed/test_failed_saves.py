@@ -32,7 +32,8 @@ def trouble(kind: str, disk: Path, on: bool) -> None:
     elif kind == "read-only":
         folder = str(disk / "run/checkpoints")
         options = (["--bind", folder, folder], ["-o", "remount,bind,ro", folder]) if on else ([folder],)
-        for arguments in options if on != os.path.ismount(folder) else ():
+        is_on = f" {folder} " in Path("/proc/self/mounts").read_text()
+        for arguments in options if on != is_on else ():
             subprocess.run(["mount" if on else "umount", *arguments], check=True, timeout=20)
     elif not on:
         (disk / "ballast").unlink(missing_ok=True)

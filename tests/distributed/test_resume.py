@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from lodestar.distributed.runtime import Placement
 from lodestar.distributed.testing import run_world
+from lodestar.training.build_engine import build
+from lodestar.training.loop import Progress
 from lodestar.training.trainer import Trainer
 from tests import tiny
 from tests.distributed import steps
@@ -76,3 +78,73 @@ def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, opt
         [json.loads(line)["loss"] for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, parts)
     ]
     assert losses[0] == losses[1] and len(losses[0]) == TOTAL
+
+
+ENGINES = {
+    "ddp": ("engine.kind=ddp",),
+    **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
+}
+ELASTIC = 20
+"""Steps after the resume; the run has two before."""
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "size", "after"),
+    [
+        ("finetune", "ddp", 3, "ddp"),
+        pytest.param("finetune", "zero1", 1, "zero3", marks=pytest.mark.slow),
+        pytest.param("finetune", "zero3", 3, "zero2", marks=pytest.mark.slow),
+        pytest.param("pretrain", "ddp", 3, "zero1", marks=pytest.mark.slow),
+        pytest.param("pretrain", "zero2", 1, "ddp", marks=pytest.mark.slow),
+        pytest.param("pretrain", "zero0", 3, "zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_resumed_on_other_ranks_and_engine_goes_on_with_the_same_examples_and_losses(
+    stage: str, before: str, size: int, after: str, tmp_path: Path
+) -> None:
+    """Saved by two ranks. Without dropout, which depends on the rank."""
+    steps.recipe(stage, tmp_path)
+    common = (f"schedule.steps={CUT + ELASTIC}", "track.log_every=1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_world(train, 2, stage, tmp_path, (*common, *ENGINES[before], f"run.output_dir={whole}"), None)
+    run_world(train, 2, stage, tmp_path, (*common, *ENGINES[before], f"run.output_dir={parts}"), CUT)
+    run_world(train, size, stage, tmp_path, (*common, *ENGINES[after], f"run.output_dir={parts}"), None)
+    expected, actual = metrics(whole), metrics(parts)
+    assert [line["examples"] for line in actual] == [line["examples"] for line in expected]
+    assert len({line["examples"] for line in actual}) == CUT + ELASTIC  # each batch is another
+    assert [line["loss"] for line in actual] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+    other = tmp_path / "other"  # a control: another seed, another order
+    run_world(train, 2, stage, tmp_path, (*common, "run.seed=7", f"run.output_dir={other}"), CUT)
+    assert not {line["examples"] for line in metrics(other)} & {line["examples"] for line in expected}
+
+
+def saved_again(rank: int, size: int, stage: str, folder: Path, saved: Path, engines: list[str]) -> list[bool]:
+    """Whether weights and optimizer state of a checkpoint are equal once loaded into each engine."""
+    equal: list[bool] = []
+    for name in engines:
+        recipe = steps.recipe(stage, folder, *ENGINES[name], f"checkpoint.resume={saved}", "schedule.steps=4")
+        task, runtime = steps.built_task(recipe, rank, size)
+        state = Trainer(recipe, runtime)._find_checkpoint(task, Progress(task.total_steps))
+        assert state is not None
+        engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
+        engine.resume(state)
+        for now, then in ((engine.weights(), state.weights), (engine.optimizer_state(), state.optimizer)):
+            equal.append(now.keys() == then.keys() and all(now[key].equal(then[key]) for key in now))
+    return equal
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("before", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_checkpoint_is_the_same_to_the_last_bit_after_any_engine_loaded_it(
+    before: str, size: int, tmp_path: Path
+) -> None:
+    steps.recipe("finetune", tmp_path)
+    options = (*ENGINES[before], "schedule.steps=4")
+    run_world(train, 2, "finetune", tmp_path, options, CUT)
+    saved = tmp_path / f"runs/finetune/checkpoints/step-{CUT:08d}"
+    for equal in run_world(saved_again, size, "finetune", tmp_path, saved, list(ENGINES)):
+        assert equal == [True] * 2 * len(ENGINES)
