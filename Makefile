@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
 .PHONY: help install install-all test test-slow test-all test-minimum test-pythons slurm browser lint types check bench \
-	conformance docs reference demo demo-ablation demo-pretrained clean
+	soak conformance docs reference demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -69,7 +69,7 @@ TORCH_FREE := $(addprefix tests/unit/,test_architecture.py lodestar/config lodes
 test-pythons: ## run what needs no torch on several Pythons, PYTHONS="python3.10 python3.13"
 	set -e; new=$(PYTHON_VENV)/bin/python; for python in $(PYTHONS); do \
 		$$python -m venv --clear $(PYTHON_VENV); \
-		$$new -m pip install --quiet huggingface_hub pyarrow pydantic pytest pyyaml rich safetensors; \
+		$$new -m pip install --quiet huggingface_hub psutil pyarrow pydantic pytest pyyaml rich safetensors; \
 		$$new -m compileall -qf contrastive examples launch lodestar retrieval retromae tests; \
 		$$new -m pytest $(TORCH_FREE); \
 		$$new -m lodestar pretrain --config configs/pretrain/24gpu.yaml --plan 24 > /dev/null; \
@@ -105,6 +105,9 @@ demo-pretrained: install ## the same from a small pre-trained encoder, all-MiniL
 
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
+
+soak: install-all ## kill and stop runs at random moments: 20 kills and 5 stops of each of four kinds, an hour
+	PYTHONPATH=. $(RUN)/python benchmarks/soak.py $(SOAK_OPTIONS)
 
 conformance: install-all $(if $(PEERS),$(PEERS_VENV)/installed) ## losses beside other packages'; PEERS=1 adds FlagEmbedding
 	PYTHONPATH=. $(RUN)/python -m tests.conformance.table $(if $(PEERS),$(PEERS_VENV)/bin/python)

@@ -55,7 +55,7 @@ def test_ranks_save_and_stop_once_their_launcher_is_gone(
     runs.wait_for_steps(run_folder, started)
     family = psutil.Process(started.pid).children(recursive=True)
     send(started, number)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    alive = runs.left(family, limit_s=20)
     assert not alive
     processes.finish(started, limit_s=10)
     summary = json.loads((run_folder / "summary.json").read_text())
@@ -94,7 +94,7 @@ def test_ctrl_c_saves_though_it_ends_what_reads_the_output(folder: Path) -> None
     started.stderr.close()
     runs.to_group(started, signal.SIGINT)
     started.wait(60)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    alive = runs.left(family, limit_s=20)
     summary = json.loads((run_folder / "summary.json").read_text())
     assert not alive and summary["stopped_by"] and summary["steps"] >= 3
     assert list((run_folder / "checkpoints").iterdir())
@@ -111,7 +111,7 @@ def test_a_signal_at_the_start_ends_all_ranks(launcher: str, number: signal.Sign
         time.sleep(wait)
         family = psutil.Process(started.pid).children(recursive=True)
         os.killpg(started.pid, number)
-        _, alive = psutil.wait_procs(family, timeout=40)
+        alive = runs.left(family, limit_s=40)
         processes.finish(started, limit_s=10)
         assert not alive and started.returncode != 0
 
