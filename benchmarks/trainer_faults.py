@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -91,7 +92,8 @@ class Bench:
         left = runs.left(family, limit_s=limit_s)
         seconds, said = time.monotonic() - start, processes.stop(process)
         for each in left:
-            each.kill()
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         names = "rank" if "rank      : 1" in said.replace("\t", " ") else "nothing"
         return (
             f"{len(left)} processes left after {seconds:.0f} s; step {self.step(name)}, saved {self.saved(name)}; "

@@ -183,22 +183,26 @@ class _Watch:
             now, phase = time.monotonic(), _phase
             deadlines = [last_answer + self.limit] + [phase.since + self.limit] * (phase.name in _OF_A_STEP)
             due = [deadline - now for deadline in deadlines if deadline > now]
-            time.sleep(min([5.0, self.limit / 4, *due]))
+            time.sleep(min([1.0, self.limit / 4, *due]))
             if (answer := self.neighbour.ask()) is not None:
                 last_answer, self._last_seen = time.monotonic(), answer["at"]
             is_late = phase is _phase and phase.name in _OF_A_STEP and time.monotonic() - phase.since > self.limit
-            if time.monotonic() - last_answer > self.limit or (is_late and self._others_differ()):
+            is_silent = time.monotonic() - last_answer > self.limit
+            if is_silent or (is_late and self._others_differ()):
                 self.claim()
-                os._exit(self.end_others().exit_code)
+                os._exit(self.end_others(self.neighbour if is_silent else None).exit_code)
 
     def _others_differ(self) -> bool:
         """Whether ranks wait for others: a step in which all take their time is a long one."""
         answers = self._ask_all().values()
         return len({answer["at"] if answer else None for answer in answers}) > 1
 
-    def _ask_all(self, **request: Any) -> dict[Peer, dict[str, Any] | None]:
+    def _ask_all(self, known_silent: Peer | None = None) -> dict[Peer, dict[str, Any] | None]:
+        def ask(peer: Peer) -> dict[str, Any] | None:
+            return None if peer is known_silent else peer.ask()
+
         with ThreadPoolExecutor(32) as pool:
-            return dict(zip(self.peers, pool.map(lambda peer: peer.ask(**request), self.peers), strict=True))
+            return dict(zip(self.peers, pool.map(ask, self.peers), strict=True))
 
     # --- the end ---
 
@@ -213,7 +217,7 @@ class _Watch:
         if self.rank and error.print_on_this_rank is None:
             error.print_on_this_rank = 0 not in told
 
-    def end_others(self) -> PeerLostError:
+    def end_others(self, known_silent: Peer | None = None) -> PeerLostError:
         """End all ranks but this one, those that hang on this host too; returns the error of this one, already printed.
 
         Where one hangs, those that can write their stacks.
@@ -225,7 +229,7 @@ class _Watch:
                 "other ranks ended; the same command resumes the run)",
                 print_on_this_rank=True,
             )
-        answers = self._ask_all()
+        answers = self._ask_all(known_silent)
         silent = [peer for peer, answer in answers.items() if answer is None]
         alive = [peer for peer, answer in answers.items() if answer is not None]
         folder = self.stacks if not silent or any(peer.hangs() for peer in silent) else None

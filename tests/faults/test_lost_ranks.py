@@ -40,6 +40,7 @@ def test_a_stopped_rank_is_named_with_step_and_phase_and_ended(engine: str, hung
     minutes = f"engine.timeout_minutes={LIMIT_SECONDS / 60}"
     started = runs.by_hand("finetune", folder, runs.FOREVER, minutes, f"engine.kind={engine}")
     runs.wait_for_steps(folder / "runs/finetune", *started)
+    time.sleep(2)  # of steps: until the other has asked where it is
     started[hung].send_signal(signal.SIGSTOP)
     start = time.monotonic()
     said = runs.finish_all(started, limit_s=LIMIT_SECONDS + 20)
@@ -88,5 +89,5 @@ def test_a_killed_loader_worker_is_told_once_by_rank_0(folder: Path) -> None:
     psutil.Process(started[1].pid).children()[0].kill()
     said = runs.finish_all(started, limit_s=20)
     (line,) = [line for text in said for line in runs.errors(text)]
-    assert line.startswith("error: data.workers: rank 1: DataLoader worker (pid "), said
+    assert line.startswith("error: data.workers: rank 1: DataLoader worker (pid"), said
     assert [process.returncode for process in started] == [2, 2]
