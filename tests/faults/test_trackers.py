@@ -22,7 +22,7 @@ def test_a_run_does_not_wait_for_wandb(
     start = time.monotonic()
     track = TrackConfig.model_validate({"to": ["wandb"]})
     tracker = Tracker.open(tmp_path / "run", track, "run", track, env)
-    assert time.monotonic() - start < 20  # 8 of wandb's own, and its process on a busy machine
+    assert time.monotonic() - start < 60  # 8 of wandb's own, and its processes on a busy machine
     tracker.log({"step": 1, "loss": 1.0})
     tracker.close()
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
