@@ -128,8 +128,7 @@ class Soak:
             self.kill(process, family)
         else:
             self.stop(process)
-        # A launcher gives its ranks half a minute.
-        _, alive = psutil.wait_procs(family[1:], timeout=40)
+        alive = runs.left(family[1:], limit_s=40)  # a launcher gives its ranks half a minute
         seconds = time.monotonic() - start
         self.counts["left"] += len(alive)
         for each in alive:

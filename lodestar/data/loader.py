@@ -8,13 +8,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
+
+from lodestar.errors import LodestarError, TrainingError, first_line
 
 StepBatch = TypeVar("StepBatch")
 Item = TypeVar("Item")
@@ -33,7 +36,10 @@ class _Steps(TorchDataset[Any]):
         self.collate = collate
 
     def __getitem__(self, step: int) -> Any:
-        return self.collate(step)
+        try:
+            return self.collate(step)
+        except LodestarError as error:  # to be raised in the rank: torch would put a traceback into its message
+            return error
 
 
 def step_batches(
@@ -54,7 +60,24 @@ def step_batches(
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-    yield from batches  # closing this generator ends the workers
+    for batch in batches:  # closing this generator ends the workers
+        if isinstance(batch, LodestarError):
+            raise batch
+        yield batch
+
+
+@contextmanager
+def lost_workers_told(rank: int) -> Iterator[None]:
+    """TrainingError where a worker ends inside: torch raises its own wherever the rank is at that moment."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"data.workers: rank {rank}: {first_line(error).rstrip('. ')} (if the host ran out of memory, lower "
+            "data.workers; the same command resumes the run)"
+        ) from None
 
 
 def _begin_worker(worker: int) -> None:

@@ -84,6 +84,16 @@ class Peer:
         except (OSError, ValueError):
             return None
 
+    def hangs(self) -> bool:
+        """Of a rank that does not answer: whether its process, or its host, is still there or cannot be asked."""
+        try:
+            socket.create_connection((self.address, self.port), timeout=PATIENCE_SECONDS).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True
+        return True
+
     def kill(self) -> None:
         """End its process where that runs on this host."""
         with suppress(psutil.Error):
@@ -126,7 +136,7 @@ def watchdog(runtime: Runtime, timeout_minutes: float, stacks: Path | None = Non
             if not is_broken(error):
                 raise
             watch.claim()
-            raise watch.end_others(dump=False) from error
+            raise watch.end_others() from error
         finally:
             watch.claim()
 
@@ -173,22 +183,26 @@ class _Watch:
             now, phase = time.monotonic(), _phase
             deadlines = [last_answer + self.limit] + [phase.since + self.limit] * (phase.name in _OF_A_STEP)
             due = [deadline - now for deadline in deadlines if deadline > now]
-            time.sleep(min([5.0, self.limit / 4, *due]))
+            time.sleep(min([1.0, self.limit / 4, *due]))
             if (answer := self.neighbour.ask()) is not None:
                 last_answer, self._last_seen = time.monotonic(), answer["at"]
             is_late = phase is _phase and phase.name in _OF_A_STEP and time.monotonic() - phase.since > self.limit
-            if time.monotonic() - last_answer > self.limit or (is_late and self._others_differ()):
+            is_silent = time.monotonic() - last_answer > self.limit
+            if is_silent or (is_late and self._others_differ()):
                 self.claim()
-                os._exit(self.end_others(dump=True).exit_code)
+                os._exit(self.end_others(self.neighbour if is_silent else None).exit_code)
 
     def _others_differ(self) -> bool:
         """Whether ranks wait for others: a step in which all take their time is a long one."""
         answers = self._ask_all().values()
         return len({answer["at"] if answer else None for answer in answers}) > 1
 
-    def _ask_all(self, **request: Any) -> dict[Peer, dict[str, Any] | None]:
+    def _ask_all(self, known_silent: Peer | None = None) -> dict[Peer, dict[str, Any] | None]:
+        def ask(peer: Peer) -> dict[str, Any] | None:
+            return None if peer is known_silent else peer.ask()
+
         with ThreadPoolExecutor(32) as pool:
-            return dict(zip(self.peers, pool.map(lambda peer: peer.ask(**request), self.peers), strict=True))
+            return dict(zip(self.peers, pool.map(ask, self.peers), strict=True))
 
     # --- the end ---
 
@@ -203,10 +217,10 @@ class _Watch:
         if self.rank and error.print_on_this_rank is None:
             error.print_on_this_rank = 0 not in told
 
-    def end_others(self, *, dump: bool) -> PeerLostError:
+    def end_others(self, known_silent: Peer | None = None) -> PeerLostError:
         """End all ranks but this one, those that hang on this host too; returns the error of this one, already printed.
 
-        dump   the stacks of those that can
+        Where one hangs, those that can write their stacks.
         """
         if not self.reachable:
             this = self.peers[self.rank]
@@ -215,10 +229,10 @@ class _Watch:
                 "other ranks ended; the same command resumes the run)",
                 print_on_this_rank=True,
             )
-        answers = self._ask_all()
+        answers = self._ask_all(known_silent)
         silent = [peer for peer, answer in answers.items() if answer is None]
         alive = [peer for peer, answer in answers.items() if answer is not None]
-        folder = self.stacks if dump or not silent else None
+        folder = self.stacks if not silent or any(peer.hangs() for peer in silent) else None
         error = PeerLostError(_explain(self.peers[self.rank], answers, folder), print_on_this_rank=False)
         first_of_hosts = list({peer.address: peer.rank for peer in reversed(alive)}.values())
         others = [peer for peer in alive if peer.rank != self.rank]
@@ -245,8 +259,7 @@ class _Watch:
             ending = {"line": str(error), "code": error.exit_code, "prints": peer.rank in printing}
             return peer.ask(end={**ending, "silent": list(silent), "folder": folder and str(folder)}) is not None
 
-        with ThreadPoolExecutor(32) as pool:
-            return {peer.rank for peer, told in zip(peers, pool.map(tell, peers), strict=True) if told}
+        return {peer.rank for peer in peers if tell(peer)}  # without threads: this rank may have no memory for them
 
     def _obey(self, *, line: str, code: int, prints: bool, silent: Sequence[int], folder: str | None) -> None:
         self.claim()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from lodestar.config import loader
 from lodestar.config.schema import AUTO, NEUTRAL
+from lodestar.data.loader import lost_workers_told
 from lodestar.distributed.collectives import agreed, from_main, on_main
 from lodestar.distributed.launcher import lasting_output
 from lodestar.distributed.runtime import Placement, Runtime, local_environment
@@ -64,7 +65,7 @@ def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
         plan = on_main(lambda: spec.plan(recipe, runtime.world_size, None))
         if runtime.is_main:
             print(batch_in_words(plan), file=sys.stderr, flush=True)
-        with out_of_memory_told(recipe, runtime):
+        with out_of_memory_told(recipe, runtime), lost_workers_told(runtime.rank):
             return Trainer(recipe, runtime, in_words(plan)).run(spec.build_task, stop)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -90,8 +91,19 @@ def finish_all(started: Sequence[subprocess.Popen[str]], *, limit_s: float) -> l
             process.kill()
 
 
-def alive(pids: Sequence[int]) -> list[int]:
-    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+def left(family: Sequence[psutil.Process], *, limit_s: float) -> list[psutil.Process]:
+    """Those that still run at the limit; zombies, which nobody has waited for, do not."""
+    deadline = time.monotonic() + limit_s
+    while (alive := [process for process in family if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return alive
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def to_group(process: subprocess.Popen[str], number: int) -> None:
