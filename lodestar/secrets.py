@@ -15,7 +15,7 @@ _TOKEN_OF_TEXT = re.compile(
     r"(?:bos|cls|end|eod|eos|first|last|mask|next|pad|padding|prefix|sep|special|start|suffix|unk)_token$"
 )
 _SHAPE = re.compile(
-    r"\bsk-[\w-]{16,}|\bhf_[A-Za-z0-9]{16,}|\bgh[a-z]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|"
+    r"\bsk-[\w-]{0,60}?[A-Za-z0-9]{16,}[\w-]*|\bhf_[A-Za-z0-9]{16,}|\bgh[a-z]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|"
     r"\bxox[a-z]-[\w-]{10,}|\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b|\bAIza[\w-]{30,}|\bwandb_v\d_\w{16,}|"
     r"\beyJ[\w-]{6,300}\.[\w-]{6,3000}\.[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[^-]|-(?!-----)){0,20000}|"
     r"(?<=\bBearer )(?=\S*\d)[\w.+/=~-]{12,}|"

@@ -30,6 +30,7 @@ _WORDS = {
     "bool_parsing": ("be true or false", "write one of the two, without quotes"),
     "string_type": ("be a text", "write one, in quotes where it looks like something else"),
     "string_too_short": ("not be empty", "write a text, or leave the key out"),
+    "string_too_long": ("have at most {max_length} characters", "shorten it"),
     "string_pattern_mismatch": ("match {pattern}", "rename it"),
     "list_type": _LIST,
     "tuple_type": _LIST,
@@ -79,8 +80,8 @@ def _key(tree: Tree, detail: ErrorDetails) -> tuple[str, ...]:
     names = list[str]()
     loc = detail["loc"]
     for i, part in enumerate(loc):
-        absent = detail["type"] == "missing" and i == len(loc) - 1 and isinstance(part, str)
-        if absent or ".".join([*names, str(part)]) in tree.places:
+        is_key = detail["type"] in ("missing", "extra_forbidden") and i == len(loc) - 1 and isinstance(part, str)
+        if is_key or ".".join([*names, str(part)]) in tree.places:
             names.append(str(part))
     if detail["type"].startswith("union_tag"):
         names.append("kind")

@@ -52,7 +52,7 @@ class Tree:
 
     def check_values(self) -> None:
         """ConfigError for what no field may hold: text that is none, numbers without end, secrets."""
-        lines = [f"{self.places[key]}: {key}: {problem}" for key, value in _leaves(self.values, "") if
+        lines = [f"{self.places.get(key, IN_PYTHON)}: {key}: {problem}" for key, value in _leaves(self.values, "") if
                  (problem := _problem(key, value))]  # fmt: skip
         if lines:
             raise ConfigError("\nerror: ".join(lines[:20]))

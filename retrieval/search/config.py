@@ -36,7 +36,7 @@ class StoreConfig(Section, hide_input_in_errors=True):
     """The environment variable that holds the URL, which may have a password (pgvector)."""
     api_key_env: Variable | None = None
     """The environment variable that holds the API key (qdrant, with url)."""
-    table: Annotated[str, Field(pattern=r"^\w[\w-]*$")] = "documents"
+    table: Annotated[str, Field(pattern=r"^\w[\w-]*$", max_length=100)] = "documents"
     """Qdrant calls it a collection."""
 
     @property

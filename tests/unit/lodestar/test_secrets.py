@@ -82,7 +82,7 @@ def test_what_has_the_name_of_a_secret_is_refused(field: str, value: object, var
         ("data.query_instruction", "Answer the question: what is the password? "),
         ("store.url", "http://localhost:6333"),
         ("store.api_key_env", "QDRANT_API_KEY"),
-        ("run.name", "sk-learn-baseline"),
+        ("run.name", "sk-learn-baseline-model-v2-of-2026"),
         ("track.project", "retrieval"),
         ("model.encoder", "https://host:8080/a/b"),
         ("password", None),

@@ -176,6 +176,7 @@ def test_a_nul_in_the_path_is_told() -> None:
         ("evaluate.dta=x", "evaluate.dta: unknown key (did you mean 'data'?)"),  # in a section that the file lacks
         ("foo.bar=1", "foo: unknown key (known here: run, model"),
         ("optim..lr=1", "optim..lr=1: not an override (write KEY=VALUE"),
+        ("run=1", "run: must be a section, got 1 ("),
         ("=1", "=1: not an override (write KEY=VALUE"),
         ("a" + ".a" * 5000 + "=1", "...: not an override (write KEY=VALUE"),
         ("run.name=[[", 'run.name: cannot read the value "[[" (quote it)'),
@@ -313,3 +314,8 @@ def test_a_bomb_takes_little_time_and_memory(tmp_path: Path) -> None:
     )
     done = processes.run([sys.executable, "-c", code, "--config", str(path)], limit_s=30)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and int(done.stdout) < 200_000  # KiB
+
+
+def test_an_override_over_a_key_with_a_dot_is_told_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.b: unknown key"):
+        loader.load(FinetuneRecipe, _written(tmp_path, RECIPE + "a.b: 1\n"), ["a=1"])
