@@ -113,6 +113,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         bench, report = Bench(Path(name)), {}
         bench.finish("whole")
+        bench.finish("again")
+        same = bench.weights("again") == bench.weights("whole")
+        report["none, twice"] = f"bit-identical: {same}"
         report["SIGTERM to all"] = bench.fault("term", lambda process: runs.to_group(process, signal.SIGTERM), 40)
         report["kill -9 of a rank"] = bench.fault("kill", lambda process: runs.ranks_of(process)[1].kill(), 40)
         report["kill -9 of the launcher"] = bench.fault("launcher", lambda process: process.kill(), 1.5)

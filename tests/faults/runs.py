@@ -46,11 +46,11 @@ def by_hand(
     stage: str, folder: Path, *overrides: str, ranks: Sequence[int] = (0, 1), size: int = 2, **env: str
 ) -> list[subprocess.Popen[str]]:
     """Ranks that no launcher ends."""
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(size), **env}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(size)}
     return [
         processes.start(
             [sys.executable, *command(stage, folder, *overrides)],
-            {**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            {**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), **env},
         )
         for rank in ranks
     ]

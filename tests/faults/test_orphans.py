@@ -118,8 +118,8 @@ def test_a_signal_at_the_start_ends_all_ranks(
 
 @pytest.mark.slow
 def test_one_rank_that_a_signal_ends_at_the_start_is_missed_by_the_other(folder: Path) -> None:
-    """Started by hand: no launcher ends the other."""
-    started = runs.by_hand("pretrain", folder, runs.FOREVER, "engine.timeout_minutes=0.1")
+    """Started by hand, as on two nodes: no launcher ends the other."""
+    started = runs.by_hand("pretrain", folder, runs.FOREVER, "engine.timeout_minutes=0.1", LOCAL_RANK="0")
     time.sleep(0.5)
     started[0].send_signal(signal.SIGUSR1)
     said = runs.finish_all(started, limit_s=120)
