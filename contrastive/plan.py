@@ -13,8 +13,8 @@ from retrieval.evaluation.beir import check_beir
 
 def check(recipe: FinetuneRecipe) -> None:
     """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
-    check_model(recipe.model)
     _check_model(recipe)
+    check_model(recipe.model)
     pooling_on_disk(recipe.model)
     if recipe.evaluate.data:
         check_beir(recipe.evaluate.data, recipe.evaluate.split)

@@ -13,8 +13,8 @@ from retromae.config import HEAD_LOGITS, PretrainRecipe
 
 def check(recipe: PretrainRecipe) -> None:
     """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
-    check_model(recipe.model)
     check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
+    check_model(recipe.model)
     pooling_on_disk(recipe.model)
     if recipe.evaluate.data:
         check_beir(recipe.evaluate.data, recipe.evaluate.split)

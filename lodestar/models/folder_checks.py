@@ -85,20 +85,25 @@ def _prefix(field: str) -> str:
 # --- the folder of an encoder ----------------------------------------------------------------
 
 
-def check_model(model: ModelConfig) -> None:
-    """ModelError for what is wrong with the folders of a training recipe; names of the hub pass until they are here."""
+def check_model(model: ModelConfig, *, finite: bool = False) -> None:
+    """ModelError for what is wrong with the folders of a training recipe; names of the hub pass until they are here.
+
+    finite   also read all weights, for NaN
+    """
     encoder = local_folder(model.encoder, "model.encoder")
     tokenizer = encoder if model.tokenizer is None else local_folder(model.tokenizer, "model.tokenizer")
-    config: dict[str, Any] = {} if encoder is None else check_encoder(encoder, model)
+    config: dict[str, Any] = {} if encoder is None else check_encoder(encoder, model, finite=finite)
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.get("vocab_size"), "model.tokenizer: ", sparse=model.random_weights)
 
 
-def check_encoder(folder: Path, model: ModelConfig) -> dict[str, Any]:
+def check_encoder(folder: Path, model: ModelConfig, *, finite: bool = False) -> dict[str, Any]:
     """The configuration in the folder of a recipe's encoder; ModelError for what is wrong with its files."""
     config = read_config(folder, ENCODER, trust_remote_code=model.trust_remote_code)
     if not model.random_weights:
-        _check_weights(folder, config, ENCODER, allow_pickle=model.allow_pickle)
+        headers = _check_weights(folder, config, ENCODER, allow_pickle=model.allow_pickle)
+        if finite:
+            check_finite(headers, ENCODER)
     _check_sentence_transformers_files(folder, config, ENCODER)
     return config
 

@@ -12,7 +12,7 @@ from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import LodestarError
 from lodestar.files import read_object
 from lodestar.models.folder_checks import check_model
-from lodestar.models.pooling_config import pooling_on_disk
+from lodestar.models.pooling_config import PoolingChoice, pooling_on_disk
 from lodestar.planning.cost_model import (
     DEVICES,
     RUNTIME_BYTES,
@@ -45,12 +45,16 @@ class PlanWarnings:
 
 def _pooling(model: ModelConfig, warnings: PlanWarnings) -> str:
     """The pooling that a run would train, with a line for each warning of it."""
-    warnings.or_default(None, lambda: check_model(model), "a run would end with this error")
-    choice = warnings.or_default(None, lambda: pooling_on_disk(model), "a run would end with this error")
+    choice = warnings.or_default(None, lambda: _checked_pooling(model), "a run would end with this error")
     if choice is None:
         return model.pooling
     warnings.lines += [line.removeprefix("warning: ") for line in choice.warnings]
     return choice.pooling
+
+
+def _checked_pooling(model: ModelConfig) -> PoolingChoice | None:
+    check_model(model)
+    return pooling_on_disk(model)
 
 
 def state_of(output_dir: str) -> str:

@@ -29,6 +29,8 @@ CHECKS = {
     "evaluate": "retrieval.check.other:check_evaluate",
     "encode": "retrieval.check.other:check_encode",
     "index": "retrieval.check.other:check_index",
+    "export": "retrieval.check.other:check_export",
+    "merge": "retrieval.check.other:check_merge",
 }
 """Command -> the check of its recipe: (recipe, world size) -> report. The first that fits a recipe is taken."""
 _BINS = 60

@@ -9,6 +9,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from tokenizers import Tokenizer
 from lodestar.config.schema import ModelConfig, TrainingDataConfig, TrainingRecipe
 from lodestar.data.readers import Source, find_sources
 from lodestar.data.training_examples import content_hash
-from lodestar.errors import ConfigError, LodestarError, first_line
+from lodestar.errors import ConfigError, LodestarError, shown
+from lodestar.models.folder_checks import check_model, read_prompts
 from lodestar.models.pooling_config import encoder_file
 from lodestar.planning.plan import Plan
 from retrieval.check.inspection import Inspection, Texts, inspect
@@ -62,13 +64,14 @@ class CheckReport:
 def check_training(recipe: TrainingRecipe, data: TrainingDataConfig, training: TrainingTexts) -> CheckReport:
     """Read everything that the recipe names."""
     report = CheckReport()
+    report.attempt(partial(check_model, recipe.model, finite=True))
     for line in training.plan["missing"]:
         problem, _, _ = line.rpartition("; ")  # what a plan assumes instead is of no interest here
-        if problem.endswith(")") and not problem.startswith("data."):
+        if problem.endswith(")") and not problem.startswith("data.") and problem not in report.errors:
             report.warnings.append(f"warning: {problem}")
-    _check_encoder(recipe.model, report)
-    tokenizer = _check_tokenizer(recipe.model, report)
-    _check_output(recipe, training.plan, report)
+    add_prompts(recipe.model.encoder, report)
+    tokenizer = _find_tokenizer(recipe.model, report)
+    _check_run_folder(recipe, training.plan, report)
     beir = _read_evaluation(recipe, report)
     sources: list[Source] = []
     for path in training.paths:
@@ -85,17 +88,17 @@ def check_training(recipe: TrainingRecipe, data: TrainingDataConfig, training: T
     return report
 
 
-def _check_encoder(model: ModelConfig, report: CheckReport) -> None:
-    """The folder and its weights are there; nothing is said of a hub name."""
-    folder = Path(model.encoder)
-    if not folder.is_dir():
-        if model.encoder.startswith((".", "/", "~")) or model.encoder.count("/") > 1:
-            report.errors.append(f"model.encoder: {folder}: no such folder (check the path)")
-    elif not model.random_weights and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        report.errors.append(f"model.encoder: {folder}: holds no weights (fetch the folder again)")
+def add_prompts(model: str, report: CheckReport) -> None:
+    """The prompts in a model's folder, as a fact."""
+    if Path(model).is_dir():
+        with suppress(LodestarError):  # told by the check of the folder
+            prompts = {role: prompt for role, prompt in read_prompts(Path(model)).items() if prompt}
+            report.facts["prompts"] = (
+                ", ".join(f"{role}: {shown(prompt)}" for role, prompt in prompts.items()) or "none"
+            )
 
 
-def _check_tokenizer(model: ModelConfig, report: CheckReport) -> Path | None:
+def _find_tokenizer(model: ModelConfig, report: CheckReport) -> Path | None:
     """The tokenizer.json, if there is one that opens."""
     name = model.tokenizer or model.encoder
     path = encoder_file(name, "tokenizer.json")
@@ -104,26 +107,33 @@ def _check_tokenizer(model: ModelConfig, report: CheckReport) -> Path | None:
         return None
     try:
         report.facts["vocabulary"] = Tokenizer.from_file(str(path)).get_vocab_size()
-    except Exception as error:  # the library raises Exception itself
-        problem = f"cannot be opened: {first_line(error)}"
-        report.errors.append(f"model.tokenizer: {path}: {problem} (fetch it again)")
+    except Exception:  # the library raises Exception itself
+        if not Path(name).is_dir():  # else told by the check of the folder
+            report.errors.append(f"model.tokenizer: {path}: is no tokenizer that tokenizers can read (fetch it again)")
         return None
     return path
 
 
-def _check_output(recipe: TrainingRecipe, plan: Plan, report: CheckReport) -> None:
-    """The run folder can be written to, and the disk holds its checkpoints."""
-    folder = Path(recipe.run.output_dir).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+def check_output(
+    output: str | Path, field: str, report: CheckReport, needed_bytes: int = 0, remedy: str = "make room"
+) -> bool:
+    """Whether a folder can be written to, and its disk holds what will be written."""
+    folder = Path(output).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        report.errors.append(f"run.output_dir: {folder}: {existing} cannot be written to (name another folder)")
-        return
-    free, count = shutil.disk_usage(existing).free, recipe.checkpoint.keep + 1
-    needed = count * plan["checkpoint_bytes"]
-    report.facts |= {"output": f"{folder}, {plan['state']}", "free_bytes": free, "checkpoints_bytes": needed}
-    if free < needed:
-        problem = f"{free / 2**30:.1f} GiB are free, {count} checkpoints take {needed / 2**30:.1f}"
-        report.errors.append(f"run.output_dir: {folder}: {problem} (make room, or lower checkpoint.keep)")
+        report.errors.append(f"{field}: {folder}: {existing} cannot be written to (name another folder)")
+        return False
+    report.facts["free_bytes"] = free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        problem = f"{free / 2**30:.1f} GiB are free, {needed_bytes / 2**30:.1f} are needed"
+        report.errors.append(f"{field}: {folder}: {problem} ({remedy}, or name another disk)")
+    return True
+
+
+def _check_run_folder(recipe: TrainingRecipe, plan: Plan, report: CheckReport) -> None:
+    folder, needed = Path(recipe.run.output_dir).absolute(), (recipe.checkpoint.keep + 1) * plan["checkpoint_bytes"]
+    if check_output(folder, "run.output_dir", report, needed, "make room, lower checkpoint.keep"):
+        report.facts |= {"output": f"{folder}, {plan['state']}", "checkpoints_bytes": needed}
     report.facts["gpus"] = len(glob.glob("/dev/nvidia[0-9]*"))
 
 

@@ -14,7 +14,7 @@ from retrieval.embedding.config import EncodeRecipe
 from retrieval.embedding.corpus import files_of
 from retrieval.embedding.model_folder import check_folder, check_width
 
-_BYTES_PER_DIMENSION = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
+BYTES_PER_DIMENSION = {"float32": 4.0, "float16": 2.0, "int8": 1.0, "binary": 1 / 8}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def plan(recipe: EncodeRecipe, world_size: int, device: str | None = None) -> di
         "width": width,
     }
     if rows is not None and width is not None:
-        facts["output_bytes"] = int(rows * width * _BYTES_PER_DIMENSION[recipe.output.dtype])
+        facts["output_bytes"] = int(rows * width * BYTES_PER_DIMENSION[recipe.output.dtype])
     return facts | {"missing": missing.lines}
 
 

@@ -23,7 +23,6 @@ def export_main(argv: Sequence[str] | None = None) -> int:
         schema=ExportRecipe,
         plan=export_plan,
         run=export_run,
-        has_check=False,
     )
 
 
@@ -62,7 +61,6 @@ def merge_main(argv: Sequence[str] | None = None) -> int:
         schema=MergeRecipe,
         plan=merge_plan,
         run=merge_run,
-        has_check=False,
     )
 
 

@@ -13,20 +13,37 @@ from pathlib import Path
 import faiss
 import numpy as np
 
+from lodestar.errors import ConfigError
 from lodestar.files import replacing_file
 from retrieval.search.vector_stores import Location, Row, SearchHit
+
+LOCK_SECONDS = 5.0
+"""How long to wait for another process that writes."""
+
+
+def _gone(absent: Path, present: Path) -> ConfigError:
+    return ConfigError(f"{absent}: is gone, but {present.name} is there (restore it, or delete both and index again)")
 
 
 class FaissStore:
     def __init__(self, location: Location, table: str, dimension: int) -> None:
         self._path = Path(location.path) / f"{table}.faiss"
-        self._rows = sqlite3.connect(self._path.with_suffix(".sqlite"))
+        rows_path = self._path.with_suffix(".sqlite")
+        if self._path.exists() and not rows_path.exists():
+            raise _gone(rows_path, self._path)
+        self._rows = sqlite3.connect(rows_path, LOCK_SECONDS)
         self._rows.execute("CREATE TABLE IF NOT EXISTS rows (number INTEGER PRIMARY KEY, id TEXT UNIQUE, row TEXT)")
         if self._path.is_file():
             self._index = faiss.read_index(str(self._path))
             # A kill between the two files of a close leaves vectors without rows.
             with_row = faiss.IDSelectorBatch(self._numbers("SELECT number FROM rows"))
             self._index.remove_ids(faiss.IDSelectorNot(with_row))
+            if self._index.d != dimension or self._index.ntotal != self.count():
+                vectors = f"{self._index.ntotal:,} vectors of width {self._index.d}"
+                problem = f"has {vectors} for {self.count():,} rows of width {dimension}"
+                raise ConfigError(f"{self._path}: {problem} (restore a copy, or delete both files and index again)")
+        elif self.count():
+            raise _gone(self._path, rows_path)
         else:
             self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
         self._changed = False

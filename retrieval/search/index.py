@@ -7,15 +7,17 @@ Shape suffixes: N rows of a chunk, D embedding width.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Runtime, choose_device
+from lodestar.errors import ConfigError, DataError, LodestarError
 from lodestar.files import make_folder
 from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig
 from retrieval.embedding.model_folder import check_folder, check_width, fingerprint
@@ -54,16 +56,18 @@ def index(
     num_rows = sum(len(chunk) for chunk in read_chunks(sources, recipe.encode.shard_rows))
     if store.path is not None:
         make_folder(store.path, "store.path")
-    work = work_folder(recipe)
+    work = make_folder(work_folder(recipe), "work")
     _embed_corpus(recipe, work)
     manifest = read_manifest(work)
+    if manifest["rows"] != num_rows:
+        raise DataError(f"corpus: {recipe.corpus}: has changed since it was embedded (start again)")
     record = new_record(store, recipe.model, identity, manifest["width"], recipe.prompts)
     with (
         closing(open_store(store, record)) as database,
         tqdm(total=num_rows, unit="row", disable=not progress) as bar,
     ):
         chunks = read_chunks(sources, recipe.encode.shard_rows)
-        for chunk, (_, vectors_ND) in zip(chunks, read_embeddings(work), strict=True):
+        for chunk, (_, vectors_ND) in zip(chunks, _embeddings(work), strict=True):
             last_of_id = {row["id"]: i for i, row in enumerate(chunk)}
             indices = list(last_of_id.values())
             database.upsert(vectors_ND[indices], [chunk[i] for i in indices])
@@ -82,6 +86,16 @@ def check_model(recipe: IndexRecipe) -> None:
 def work_folder(recipe: IndexRecipe) -> Path:
     """Where the embeddings are until the table has them all."""
     return Path(recipe.work) if recipe.work else Path(recipe.store.path or "") / f"{recipe.store.table}.work"
+
+
+def _embeddings(work: Path) -> Iterator[tuple[list[str], np.ndarray]]:
+    """As `read_embeddings`; ConfigError where a file is damaged, which the libraries tell in many ways."""
+    try:
+        yield from read_embeddings(work)
+    except LodestarError:
+        raise
+    except Exception:
+        raise ConfigError(f"work: {work}: is damaged (delete it: the next run embeds again)") from None
 
 
 def _embed_corpus(recipe: IndexRecipe, folder: Path) -> None:

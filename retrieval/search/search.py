@@ -12,15 +12,16 @@ from pathlib import Path
 from sentence_transformers import SentenceTransformer
 
 from lodestar.distributed.runtime import choose_device
+from lodestar.errors import ConfigError
 from retrieval.embedding.cache import load_or_compute
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.embedder import Embedder, check_devices
 from retrieval.embedding.exact_search import search
 from retrieval.evaluation.beir import Document
+from retrieval.search.checked_store import CheckedStore
 from retrieval.search.config import IndexRecipe
 from retrieval.search.corpus import check_where
 from retrieval.search.store_record import IndexedTable, find_table, open_store
-from retrieval.search.vector_stores import Store
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Searcher:
 class StoreSearcher:
     """A vector database and the model that embedded its documents; also a context manager."""
 
-    def __init__(self, embedder: Embedder, store: Store, where: Mapping[str, object] | None = None) -> None:
+    def __init__(self, embedder: Embedder, store: CheckedStore, where: Mapping[str, object] | None = None) -> None:
         """where   only documents with these values, as {"lang": "en"}; ConfigError for what cannot be a field"""
         self.embedder, self.store, self.where = embedder, store, check_where(where or {})
 
@@ -100,7 +101,11 @@ def table_searcher(
     """As `open_searcher`, for a table that was found before."""
     record, device = table.record, device or str(choose_device(0))
     check_devices([device], "device")
+    store = open_store(table.store, record)  # before the model: it takes longer
+    if not store.count():
+        store.close()
+        raise ConfigError(f"{table.store.place}: {table.store.table}: holds no document (lodestar index fills it)")
     embedder = Embedder(
         table.model, [device], precision=table.precision, width=record.dimension, prompts=record.prompts
     )
-    return StoreSearcher(embedder, open_store(table.store, record), where)
+    return StoreSearcher(embedder, store, where)

@@ -6,21 +6,23 @@ Loads without torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from lodestar.config.loader import Section, recipe_of
-from lodestar.config.schema import Precision
+from lodestar.config.schema import Count, Precision
 from lodestar.distributed.runtime import local_environment
 from lodestar.errors import ConfigError
-from lodestar.files import make_folder, write_text
+from lodestar.files import NO_SUCH_FILE, file_problem, make_folder, write_text
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.model_folder import check_folder, fingerprint
+from retrieval.search.checked_store import CheckedStore
 from retrieval.search.config import IndexRecipe, StoreConfig
-from retrieval.search.vector_stores import STORES, Location, ServerStore, Store, StoreKind, store_class
+from retrieval.search.vector_stores import STORES, Location, StoreKind
 
 SUFFIX = ".store.json"
 
@@ -32,7 +34,7 @@ class StoreRecord(Section):
     table: str
     model: str
     fingerprint: str
-    dimension: int
+    dimension: Count
     prompts: Prompts = {}
 
 
@@ -52,18 +54,33 @@ def new_record(
 
 def read_record(store: StoreConfig) -> StoreRecord | None:
     """None if the table does not exist; ConfigError also for a server that cannot be reached."""
-    if store.path is None:
-        text = cast(type[ServerStore], store_class(store.kind)).read_record(_locate(store), store.table)
-    else:
-        text = path.read_text(encoding="utf-8") if (path := _record_path(store)).is_file() else None
-    return None if text is None else _parse(text, _name(store))
+    if store.path is not None:
+        if os.path.lexists(store.path) and not Path(store.path).is_dir():
+            raise ConfigError(f"store.path: {store.path}: is no folder (name another folder)")
+        return _read_file(_record_path(store))
+    text = CheckedStore.read_record(store.kind, _locate(store), store.table)
+    return None if text is None else _parse(text, store.table, _name(store))
 
 
-def _parse(text: str, name: str) -> StoreRecord:
+def _read_file(path: Path) -> StoreRecord | None:
+    problem = file_problem(path)
+    if problem == NO_SUCH_FILE:
+        return None
     try:
-        return StoreRecord.model_validate_json(text)
+        text = path.read_text(encoding="utf-8") if problem is None else ""
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    return _parse(text, path.name.removesuffix(SUFFIX), str(path))
+
+
+def _parse(text: str, table: str, name: str) -> StoreRecord:
+    try:
+        record = StoreRecord.model_validate_json(text)
     except ValidationError:
-        raise ConfigError(f"{name}: cannot be read (delete the table, and index again)") from None
+        record = None
+    if record is None or record.table != table:
+        raise ConfigError(f"{name}: cannot be read (delete the table, and index again)")
+    return record
 
 
 def check_record(
@@ -84,21 +101,21 @@ def check_record(
         raise ConfigError(f"{name}: model: embedded by {record.model}, which is not {model} as it is now ({remedy})")
 
 
-def open_store(store: StoreConfig, record: StoreRecord) -> Store:
+def open_store(store: StoreConfig, record: StoreRecord) -> CheckedStore:
     """The table, created with this record if it does not exist; ConfigError if it has another one, or rows and none."""
     existing = read_record(store)
     if existing is not None:
         check_record(store, existing, record.model, record.fingerprint, record.dimension)
     if store.path is not None:
         make_folder(store.path, "store.path")
-    database = store_class(store.kind)(_locate(store), store.table, record.dimension)
+    database = CheckedStore(store.kind, _locate(store), store.table, record.dimension)
     if existing is None:
         if database.count():
             database.close()
             raise ConfigError(f"{store.place}: table: lodestar did not create {store.table} (take another store.table)")
         text = record.model_dump_json(indent=2) + "\n"
         if store.path is None:
-            cast(ServerStore, database).write_record(text)
+            database.write_record(text)
         else:
             write_text(_record_path(store), text)
     return database
@@ -166,5 +183,6 @@ def _only_table(folder: str | Path) -> tuple[StoreConfig, StoreRecord]:
     if len(paths) != 1:
         problem = f"{len(paths)} tables (name the recipe)" if paths else "no index (lodestar index creates one)"
         raise ConfigError(f"{folder}: holds {problem}")
-    record = _parse(paths[0].read_text(encoding="utf-8"), str(paths[0]))
+    record = _read_file(paths[0])
+    assert record is not None, "it was listed"
     return StoreConfig(kind=record.kind, path=str(folder), table=record.table), record

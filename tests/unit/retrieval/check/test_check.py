@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from retrieval.check import inspection
 from retrieval.check.cli import main
@@ -109,6 +113,45 @@ def test_pretraining_encoding_and_evaluation_have_their_checks(
     code, facts = check(capsys, str(config))
     assert code == 2 and ["none/none/none: no such folder" in facts["errors"][0], len(facts["errors"])] == [True, 2]
     assert facts["errors"][1].startswith(f"{texts}:41: _id: must be text or a whole number, got true (")
+
+
+def test_merging_exporting_indexing_and_mining_have_their_checks_and_read_all_weights(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.trained(tmp_path / "model", tmp_path / "plain")
+    other = shutil.copytree(model, tmp_path / "other")
+    data, db = tiny.finetune_file(tmp_path / "train.jsonl", 4), {"kind": "faiss", "path": str(tmp_path / "db")}
+    recipes: dict[str, dict[str, Any]] = {
+        "merge": {"models": [{"path": str(other)}, {"path": str(model)}], "output": str(tmp_path / "merged")},
+        "index": {"model": str(other), "corpus": str(folder / "beir"), "store": db},
+        "mine": {"model": str(other), "data": [str(data)], "output": str(tmp_path / "mined.jsonl")},
+        "evaluate": {"models": [str(other)], "evaluate": {"data": str(folder / "beir")}},
+    }
+    if importlib.util.find_spec("onnxscript"):
+        recipes["export"] = {"model": str(other), "output": str(tmp_path / "onnx")}
+    for name, values in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
+        code, facts = check(capsys, str(tmp_path / f"{name}.yaml"))
+        assert code == 0 and facts["errors"] == [] and facts.get("prompts", 'query: "search "') == 'query: "search "'
+    tensors = load_file(other / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"][0] = torch.nan
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for name in recipes:
+        code, facts = check(capsys, str(tmp_path / f"{name}.yaml"))
+        expected = f"{other}/model.safetensors: embeddings.LayerNorm.bias: holds NaN (take an earlier checkpoint)"
+        assert code == 2 and facts["errors"] == [expected]
+
+
+def test_a_damaged_encoder_is_one_finding(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = shutil.copytree(folder / "encoder", tmp_path / "encoder")
+    config = recipe(folder, tmp_path, tiny.finetune_file(tmp_path / "train.jsonl", 4))
+    for name, content in (("config.json", "[]"), ("tokenizer.json", "{}")):
+        kept = (encoder / name).read_text()
+        (encoder / name).write_text(content)
+        code, facts = check(capsys, config, f"model.encoder={encoder}")
+        assert code == 2 and len(facts["errors"]) == 1 and f"{encoder}/{name}: " in facts["errors"][0]
+        assert not any(name in line for line in facts["warnings"])
+        (encoder / name).write_text(kept)
 
 
 def test_torch_is_not_loaded(folder: Path, tmp_path: Path) -> None:
