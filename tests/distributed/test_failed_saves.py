@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from lodestar.distributed.testing import run_world
 from lodestar.errors import LodestarError
 from lodestar.training import checkpoint
+from tests import processes
 from tests.distributed import steps
 
 TOTAL = 7
@@ -76,10 +76,10 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         yield place
         return
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=20).returncode:
+    if os.geteuid() != 0 or processes.run(mount, limit_s=20).returncode:
         pytest.skip("needs to mount a disk, as root may")
     yield place
-    subprocess.run(["umount", "-l", str(place)], check=True, timeout=20)
+    processes.run(["umount", "-l", str(place)], limit_s=20)
 
 
 KINDS = ["limit", pytest.param("full", marks=pytest.mark.slow)]
