@@ -14,10 +14,10 @@ from retrieval.evaluation.beir import check_beir
 def check(recipe: FinetuneRecipe) -> None:
     """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
     _check_model(recipe)
-    check_model(recipe.model)
-    pooling_on_disk(recipe.model)
     if recipe.evaluate.data:
         check_beir(recipe.evaluate.data, recipe.evaluate.split)
+    check_model(recipe.model)
+    pooling_on_disk(recipe.model)
 
 
 def _check_model(recipe: FinetuneRecipe) -> None:

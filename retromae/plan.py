@@ -14,10 +14,10 @@ from retromae.config import HEAD_LOGITS, PretrainRecipe
 def check(recipe: PretrainRecipe) -> None:
     """Raises for what cannot work, as far as the recipe and small files say it: before torch is loaded."""
     check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
-    check_model(recipe.model)
-    pooling_on_disk(recipe.model)
     if recipe.evaluate.data:
         check_beir(recipe.evaluate.data, recipe.evaluate.split)
+    check_model(recipe.model)
+    pooling_on_disk(recipe.model)
 
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:

@@ -7,10 +7,12 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lodestar.config.loader import load
+from lodestar.errors import DataError
 from retrieval.embedding import distributed_embed
 from retrieval.evaluation.cli import main
 from retrieval.evaluation.config import BootstrapConfig, EvaluateRecipe
@@ -48,28 +50,29 @@ def test_the_command_prints_a_table_and_writes_one_json(model_folder, beir_folde
 def test_an_interrupted_run_goes_on_with_the_embeddings_it_has(
     model_folder, beir_folder, tmp_path, monkeypatch, capsys
 ):
-    damaged = tmp_path / "damaged"
-    shutil.copytree(model_folder, damaged)
-    (damaged / "config.json").write_text((damaged / "config.json").read_text() + " ")  # else it is the same model
-    weights = (damaged / "model.safetensors").read_bytes()
-    (damaged / "model.safetensors").write_bytes(weights[:99])
-    models = {"first": str(model_folder), "second": str(damaged)}
+    second = tmp_path / "second"
+    shutil.copytree(model_folder, second)
+    (second / "config.json").write_text((second / "config.json").read_text() + " ")  # else it is the same model
+    models = {"first": str(model_folder), "second": str(second)}
     config = recipe(tmp_path, models=models, evaluate={"data": str(beir_folder)}, device="cpu")
     options = ["--config", config, f"output_dir={tmp_path / 'out'}"]
-    assert main(options) == 2
-    assert len(list(tmp_path.glob("out/embeddings.work/*/*.safetensors"))) == 2  # queries and documents of the first
-
-    (damaged / "model.safetensors").write_bytes(weights)
     embedded, really = [], distributed_embed.encode_texts
-    monkeypatch.setattr(
-        distributed_embed, "encode_texts", lambda *args, **options: embedded.append(args) or really(*args, **options)
-    )
+
+    def encode_texts(*args: Any, **more: Any) -> Any:
+        embedded.append(args)
+        if len(embedded) == 3:
+            raise DataError("second: interrupted")
+        return really(*args, **more)
+
+    monkeypatch.setattr(distributed_embed, "encode_texts", encode_texts)
+    assert main(options) == 2 and "second: interrupted" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("out/embeddings.work/*/*.safetensors"))) == 2  # queries and documents of the first
+    embedded[:] = [()] * 3
     assert main(options) == 0
-    assert len(embedded) == 2  # of the second
+    assert len(embedded) == 3 + 2  # those of the second
     rows = json.loads((tmp_path / "out/evaluation.json").read_text())["rows"]
     assert {**rows[1], "model": ""} == {**rows[2], "model": ""}
     assert not (tmp_path / "out/embeddings.work").exists()
-    assert "damaged: cannot be opened" in capsys.readouterr().err
 
 
 def test_a_plan_counts_texts_and_opens_no_model(beir_folder, tmp_path, capsys):

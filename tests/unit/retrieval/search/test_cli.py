@@ -147,7 +147,7 @@ def test_a_plan_counts_the_documents_and_says_where_embeddings_are_cached(model_
     before, after = json.loads(outputs[0]), json.loads(outputs[2])
     assert before["documents"] == after["documents"] == 2
     assert before["embeddings"].startswith("to be computed, then cached in")
-    (cache,) = (model_folder.parent / "search_cache").iterdir()
+    (cache,) = (model_folder.parent / "search_cache").glob("[!.]*")
     assert after["embeddings"] == f"cached in {cache}"
     assert search_main([*options, "--plan"]) == 0
     assert "documents              2" in capsys.readouterr().out
