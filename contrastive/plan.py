@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from contrastive.config import TILE_BYTES, FinetuneRecipe
+from lodestar.errors import ModelError
 from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import DEVICES, EncoderShape, StepCost, activation_bytes, model_flops
@@ -32,7 +35,8 @@ def _check_model(recipe: FinetuneRecipe) -> None:
 
 def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
     """The plan of a fine-tuning run, as `--plan` prints it."""
-    _check_model(recipe)
+    with suppress(ModelError):  # a damaged folder is a warning, below
+        _check_model(recipe)
     warnings = PlanWarnings()
     if recipe.evaluate.data:
         section = recipe.evaluate

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from lodestar.errors import ModelError
 from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
 from lodestar.planning.cost_model import StepCost, model_flops
@@ -22,7 +25,8 @@ def check(recipe: PretrainRecipe) -> None:
 
 def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     """The plan of a pre-training run, as `--plan` prints it."""
-    check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
+    with suppress(ModelError):  # a damaged folder is a warning, below
+        check_encoder(recipe.model, lengths={"model.max_length": recipe.model.max_length})
     warnings = PlanWarnings()
     if recipe.evaluate.data:
         section = recipe.evaluate

@@ -10,6 +10,7 @@ from lodestar.cli import entry_point
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import LaunchError
 from lodestar.files import check_absent, make_folder
+from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.model_folder import check_folder
 from retrieval.export.compatibility import check_mergeable, check_tensors, is_averaged
 from retrieval.export.config import FP32_FILE, INFO_FILE, INT8_FILE, ExportRecipe, MergeRecipe
@@ -28,7 +29,8 @@ def export_main(argv: Sequence[str] | None = None) -> int:
 
 def export_plan(recipe: ExportRecipe, world_size: int, device: str | None = None) -> dict[str, object]:
     check_absent(recipe.output)
-    check_folder(recipe.model)
+    missing = PlanWarnings()
+    missing.or_default(None, lambda: check_folder(recipe.model), "nothing can be exported")
     weights = sum(file.stat().st_size for file in Path(recipe.model).rglob("*.safetensors"))
     files = [FP32_FILE, *([INT8_FILE] if recipe.int8 else []), "tokenizer.json", INFO_FILE]
     return {
@@ -36,6 +38,7 @@ def export_plan(recipe: ExportRecipe, world_size: int, device: str | None = None
         "output": recipe.output,
         "files": ", ".join(files),
         "weights_megabytes": round(weights / 1e6),
+        "missing": missing.lines,
     }
 
 
