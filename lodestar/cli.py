@@ -31,14 +31,12 @@ def entry_point(
     plan: Callable[[AnyRecipe, int, str | None], dict[str, Any]],
     run: Callable[[AnyRecipe, Placement], int],
     rehearse: Callable[[AnyRecipe, Placement, int], int] | None = None,
-    has_check: bool = True,
 ) -> int:
     """Parse the options, load the recipe, then plan, run or rehearse; returns the exit code, 2 after a user's error.
 
     usage      the text of --help
     plan       (recipe, world size, device) -> the plan, ready for JSON
     rehearse   (recipe, placement, steps) -> exit code; none for a command without a dry run
-    has_check  whether `lodestar check` reads its recipes
     """
     rank = 0
     try:
@@ -58,7 +56,7 @@ def entry_point(
         values = plan(recipe, options.plan or placement.world_size, options.device)
         if rank == 0:
             print(json.dumps(values) if options.json else in_words(values))
-            if has_check and not options.json:
+            if not options.json:
                 print(f"{'to check all files':<22} lodestar check --config {options.config}")
         return 0
     except LodestarError as error:

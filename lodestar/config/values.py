@@ -24,22 +24,18 @@ Processes = Annotated[int, Field(ge=1, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def _check_name(name: str) -> str:
-    if not re.fullmatch(r"[\w-][\w.-]*", name) or len(name.encode()) > 100:
-        raise ValueError(
-            f"must consist of letters, digits, '_', '-' and '.', not begin with '.', and have at most 100 bytes, got "
-            f"{shown(name)} (rename it)"
-        )
-    return name
+def _short_text(pattern: str, characters: str) -> AfterValidator:
+    """Of up to 100 bytes; `characters` says in a message what the pattern allows."""
 
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text) or len(text.encode()) > 100:
+            raise ValueError(
+                f"must consist of {characters}, not begin with '.', and have at most 100 bytes, got {shown(text)} "
+                "(rename it)"
+            )
+        return text
 
-def _check_label(label: str) -> str:
-    if not re.fullmatch(r"[\w(+-][\w .,()+-]*", label) or len(label.encode()) > 100:
-        raise ValueError(
-            f"must consist of letters, digits, spaces and any of _-.,()+, not begin with '.', and have at most 100 "
-            f"bytes, got {shown(label)} (rename it)"
-        )
-    return label
+    return AfterValidator(check)
 
 
 def _check_path(path: str) -> str:
@@ -51,9 +47,9 @@ def _check_path(path: str) -> str:
     return expanded
 
 
-Name = Annotated[str, AfterValidator(_check_name)]
+Name = Annotated[str, _short_text(r"[\w-][\w.-]*", "letters, digits, '_', '-' and '.'")]
 """What becomes the name of a file or of a run."""
-Label = Annotated[str, AfterValidator(_check_label)]
+Label = Annotated[str, _short_text(r"[\w(+-][\w .,()+-]*", "letters, digits, spaces and any of _-.,()+")]
 """What is shown beside results."""
 Location = Annotated[str, AfterValidator(_check_path)]
 """A file, folder, glob or hub name; a leading `~/` is the home folder."""

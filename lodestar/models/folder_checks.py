@@ -38,8 +38,15 @@ Json = TypeVar("Json", dict[str, Any], list[Any])
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tiktoken", "tekken.json")
 SPARSE_VOCABULARY = 0.9
 """Embeddings are often padded to a multiple; a tokenizer with a smaller fraction of their number does not fit."""
-POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
-"""sentence-transformers' names."""
+LEGACY_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+"""sentence-transformers' names of poolings -> their switches in folders written before its version 5.4."""
 _MAX_JSON_BYTES = 1 << 29
 _OPENED = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*/*.json", "*/*.safetensors", "*/*.bin")
 """What libraries may open in a folder."""
@@ -362,8 +369,8 @@ def _check_sentence_transformers_files(folder: Path, config: Mapping[str, Any], 
     pooling = read_json(path, dict, prefix) or {}
     modes = pooling.get("pooling_mode", "mean")
     for mode in modes if isinstance(modes, list) and modes else [modes]:
-        if mode not in POOLINGS:
-            known = ", ".join(POOLINGS)
+        if mode not in LEGACY_KEYS:
+            known = ", ".join(LEGACY_KEYS)
             raise ModelError(f"{prefix}{path}: pooling_mode: must be one of {known}, got {shown(mode)} ({FETCH})")
     width = _WIDTH.of(config)[1]
     for key in ("word_embedding_dimension", "embedding_dimension"):

@@ -11,19 +11,10 @@ from huggingface_hub.errors import HFValidationError
 
 from lodestar.config.schema import AUTO, ModelConfig, Pooling
 from lodestar.errors import ModelError
-from lodestar.models.folder_checks import read_json
+from lodestar.models.folder_checks import LEGACY_KEYS, read_json
 from lodestar.models.weight_files import ENCODER
 
 POOLING_FILE = Path("1_Pooling") / "config.json"
-LEGACY_KEYS = {
-    "cls": "pooling_mode_cls_token",
-    "max": "pooling_mode_max_tokens",
-    "mean": "pooling_mode_mean_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
-"""sentence-transformers' names of poolings -> their switches in folders written before its version 5.4."""
 POOLINGS: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last_token"}
 """sentence-transformers' names -> ours."""
 CAUSAL_DECODERS = frozenset({

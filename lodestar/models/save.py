@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lodestar.config.loader import dump
 from lodestar.config.schema import Pooling
 from lodestar.files import write_json
+from lodestar.models.folder_checks import LEGACY_KEYS
 from lodestar.models.load import parameter_aliases
-from lodestar.models.pooling_config import LEGACY_KEYS, POOLINGS
+from lodestar.models.pooling_config import POOLINGS
 
 IN_WORDS: dict[Pooling, str] = {
     "cls": "[CLS] vector",

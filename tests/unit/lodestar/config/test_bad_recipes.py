@@ -231,15 +231,15 @@ def test_a_stream_without_steps_and_muon_under_zero_3_are_found_in_the_recipe(tm
 def test_a_path_below_the_home_folder_is_expanded_whatever_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     overrides = [f"{key}=~/x" for key in ("run.output_dir", "model.encoder", "checkpoint.resume", "evaluate.data")]
     recipe = loader.load(FinetuneRecipe, _written(tmp_path, RECIPE), [*overrides, "data.train=[~/a, {path: ~/b}]"])
     paths = (recipe.run.output_dir, recipe.model.encoder, recipe.checkpoint.resume, recipe.evaluate.data)
-    assert set(paths) == {"/home/me/x"} and [dataset.path for dataset in recipe.data.sets] == [
-        "/home/me/a",
-        "/home/me/b",
+    assert set(paths) == {f"{tmp_path}/x"} and [dataset.path for dataset in recipe.data.sets] == [
+        f"{tmp_path}/a",
+        f"{tmp_path}/b",
     ]
-    assert recipe.data.cache_dir == "/home/me/.cache/lodestar"  # the default too
+    assert recipe.data.cache_dir == f"{tmp_path}/.cache/lodestar"  # the default too
 
 
 def _circular() -> dict[str, object]:
