@@ -23,7 +23,7 @@ from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, Source, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, check_repeated, print_findings, tokenized
-from lodestar.data.training_examples import ROW_FEATURES, check_row
+from lodestar.data.training_examples import check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
@@ -126,7 +126,6 @@ def _tokenized_datasets(
             settings=settings(tokenize),
             tokenize=tokenize,
             check=check_row,
-            row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
             strict=data.strict,

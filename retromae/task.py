@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from lodestar.config.schema import BatchPlan
+from lodestar.data.lines import Place
 from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, Source, find_sources, stream_rows
 from lodestar.data.sampler import MakeSampler, ShuffledSampler
@@ -38,7 +39,7 @@ from retromae.plan import plan
 from retromae.stage import PretrainStage
 from retromae.stream import SequentialSampler, StreamWindow
 from retromae.text_check import TextCheck
-from retromae.tokenization import FEATURES, ROW_FEATURES, Tokenize, settings
+from retromae.tokenization import FEATURES, Tokenize, settings
 
 
 def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
@@ -120,7 +121,7 @@ def _streamed_data(
     def batches(start: int) -> Generator[StepBatch]:
         check, tokenize = TextCheck(recipe.data.field), _tokenize(recipe, tokenizer)
         counts.clear()
-        window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed, counts)
+        window = StreamWindow(lambda: _rows(sources), check, tokenize, size, seed, counts)
         collate = Collate(window, SequentialSampler(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
         return window.batches(collate, start, total_steps)
 
@@ -128,6 +129,10 @@ def _streamed_data(
     samples = on_main(lambda: [source.sample_fingerprint for source in sources])
     sizes = [source.size_bytes for source in sources]
     return _TrainingData(sizes, total_steps, batches, counts=counts, samples=samples)
+
+
+def _rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:
+    return ((where, row) for source in sources for _, where, row in stream_rows(source, Place()))
 
 
 def _cached_data(
@@ -145,7 +150,6 @@ def _cached_data(
             settings=settings(data, tokenizer, recipe.model.max_length),
             tokenize=_tokenize(recipe, tokenizer),
             check=TextCheck(data.field),
-            row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
             version=Tokenize.version,
@@ -180,7 +184,8 @@ def _example_names(
     sources: Sequence[Source], check: TextCheck, table: datasets.Dataset, rows: Sequence[int]
 ) -> list[str]:
     """FILE:LINE of the text of each row of the token cache; the number of the row where a text gave no row."""
-    text_of_row = (np.asarray(table["part"]) == 0).cumsum() - 1
+    part: np.ndarray = table.data.column("part").to_numpy()
+    text_of_row = (part == 0).cumsum() - 1
     found, count = places(sources, check, {int(text_of_row[row]) for row in rows})
     if count != text_of_row[-1] + 1:
         return [f"row {row} of the token cache" for row in rows]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
+from lodestar.data.file_record import FileRecord
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import LodestarError
 from lodestar.files import read_object
@@ -76,6 +77,7 @@ def describe(
     device: str | None,
     *,
     train: Sequence[str],
+    cache_dir: str,
     cost: StepCost,
     tokens_per_example: int,
     negatives_per_query: int,
@@ -86,7 +88,8 @@ def describe(
     plan = batch.plan(world_size)
     if batch.micro_size == AUTO:
         warnings.lines.append(f"batch.micro_size: auto: measured when a run starts; planned with {plan.micro_size}")
-    rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
+    record = FileRecord(Path(cache_dir))
+    rows = warnings.or_default(None, lambda: count_rows(find_sources(train), record), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)
     device_memory = memory(cost, recipe, world_size)
     on_device: Plan = {}

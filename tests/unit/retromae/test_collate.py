@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lodestar.config.schema import BatchPlan
-from lodestar.data.readers import find_sources, stream_rows
+from lodestar.data.readers import find_sources
 from lodestar.data.sampler import ShuffledSampler
 from lodestar.errors import DataError
 from retromae.collate import Collate, EncodedText, StepBatch, ordinary_ids
 from retromae.masks import IGNORED, decoder_visibility
 from retromae.stream import StreamWindow
+from retromae.task import _rows
 from retromae.text_check import TextCheck
 from retromae.tokenization import Tokenize
 from tests import tiny
@@ -195,7 +196,7 @@ def test_a_stream_reads_rows_whose_columns_come_late(tmp_path: Path) -> None:
 
     def read() -> list[Any]:
         tokenize = Tokenize(tiny.tokenizer("bert"), max_length=64, split=False)
-        stream = StreamWindow(lambda: stream_rows(sources), TextCheck("text"), tokenize, 8, 1)
+        stream = StreamWindow(lambda: _rows(sources), TextCheck("text"), tokenize, 8, 1)
         return list(islice(stream._endless_texts(), len(rows)))
 
     assert len(read()) == len(rows)
