@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from lodestar.data.lines import Place
-from lodestar.data.loader import cut, padded, step_batches
+from lodestar.data.loader import cut, step_batches
+from lodestar.data.padding import padded
 from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.errors import DataError
