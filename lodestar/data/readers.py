@@ -76,6 +76,10 @@ class Source:
             digest.update(file.read())
         return digest.hexdigest()
 
+    def known_sample(self, record: FileRecord) -> str | None:
+        """`sample_fingerprint`; a file that has not changed since it was recorded is not read."""
+        return record.value(self.path, "sample", lambda: str(self.sample_fingerprint)) if self.is_file else None
+
     @property
     def size_bytes(self) -> int | None:
         """Of a file; none otherwise."""
@@ -142,8 +146,9 @@ def read_rows_from(source: Source, start: Place, on_error: OnError = fail) -> It
     elif source.kind == "parquet":
         yield from _numbered(source, _parquet_rows(source.path, start.line), start.line)
     else:
-        rows = _open(source)
-        yield from _numbered(source, iter(rows.select(range(start.line, len(rows)))), start.line)
+        table = _open(source)
+        rows = iter(table.select(range(start.line, len(table))) if start.line < len(table) else ())
+        yield from _numbered(source, rows, start.line)
 
 
 def _numbered(source: Source, rows: Iterator[Any], start: int) -> Iterator[tuple[Place, str, Row]]:
