@@ -63,6 +63,7 @@ def deal(lengths_N: npt.ArrayLike, plan: BatchPlan, *, packed: bool = False) -> 
     lengths_N = np.asarray(lengths_N, dtype=np.int64)
     by_length = np.argsort(-lengths_N, kind="stable")
     sorted_N, ranks = lengths_N[by_length], plan.world_size
+
     def cut(per_rank: int) -> Dealt:
         """Into so many for each rank."""
         parts = per_rank * ranks
