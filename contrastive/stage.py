@@ -19,6 +19,7 @@ from contrastive.gradcache import KeepGraph, Scalars, Temperature, gradcache_bac
 from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, matryoshka
 from contrastive.negatives import NegativeMask
 from lodestar import rng
+from lodestar.data.padding import TextShape
 from lodestar.distributed.collectives import gather_rows, rank
 from lodestar.training.engine import Engine
 
@@ -62,7 +63,8 @@ class FinetuneStage:
     def _embed(self, engine: Engine, ids_BL: Tensor) -> object:
         """Texts without padding, to measure the memory of their graph."""
         lengths_B = torch.full((len(ids_BL),), ids_BL.shape[1])
-        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), last=False)
+        shape = TextShape(ids_BL.shape[1], has_padding=False)
+        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), shape, last=False)
 
     def _scalars(self, batch: StepBatch, own_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
         """This rank's local loss and numbers to log, from the embeddings of its texts in the micro-batches' order."""
