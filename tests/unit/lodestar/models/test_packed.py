@@ -96,6 +96,8 @@ def test_padded_use_and_the_saved_folder_do_not_change(family: str, tmp_path: Pa
     with torch.no_grad():
         expected_BLD, _ = padded_hidden(plain, ids_T, LENGTHS)
         assert padded_hidden(model, ids_T, LENGTHS)[0].equal(expected_BLD)
+        ids_BL = ids_T[:40][None]  # without padding, and without a mask
+        assert distance(model(input_ids=ids_BL).last_hidden_state, plain(input_ids=ids_BL).last_hidden_state) < 1e-6
     plain.save_pretrained(tmp_path / "plain")
     model.save_pretrained(tmp_path / "packed")
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "packed")]
