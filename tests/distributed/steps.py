@@ -58,8 +58,8 @@ engine: {{kind: ddp, zero3_persistence_threshold: 0}}
     return loader.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
 
 
-def built_task(run_recipe: Any, rank: int, size: int) -> tuple[TrainingTask, Runtime]:
-    runtime = Runtime(rank, size, rank, torch.device("cpu"))
+def built_task(run_recipe: Any, rank: int, size: int, device: str = "cpu") -> tuple[TrainingTask, Runtime]:
+    runtime = Runtime(rank, size, rank, torch.device(device))
     build_task = build_pretrain_task if isinstance(run_recipe, PretrainRecipe) else build_finetune_task
     return build_task(run_recipe, runtime), runtime
 
@@ -74,14 +74,14 @@ def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Out
     return one_step(rank, size, recipe(stage, folder, *overrides))[0]
 
 
-def one_step(rank: int, size: int, run_recipe: Any) -> tuple[Outcome, dict[str, float]]:
+def one_step(rank: int, size: int, run_recipe: Any, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
     """A real step by `size` ranks, and the scalars of the global batch.
 
     AdamW's first moment after it is (1 - beta) times the gradient, under any engine.
     """
     from lodestar.distributed.collectives import sum_over_ranks
 
-    task, runtime = built_task(run_recipe, rank, size)
+    task, runtime = built_task(run_recipe, rank, size, device)
     engine = build(task.module, runtime, run_recipe.engine, run_recipe.optim, run_recipe.precision)
     engine.module.train()
     local_scalars = task.stage.backward(next(task.batches(0)), engine, 0)
