@@ -83,6 +83,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
         ),
         micro_batches=lambda plan: replace(collate, plan=plan, rank=0)(0).micro_batches,
         held_micro_batches=max(1, int(recipe.batch.keep_graph)),
+        counters={"masked": "masked_false_negatives"},
         identity={
             "stage": "finetune",
             "seed": seed,
