@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lodestar.config.explain import explain
-from lodestar.config.tree import IN_PYTHON, Tree, from_values, override, read_file
+from lodestar.config.tree import COMMAND_LINE, IN_PYTHON, Tree, from_values, override, read_file
 from lodestar.errors import ConfigError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -50,12 +50,26 @@ def recipe_of(
 def _check(schema: type[Recipe], tree: Tree, file: str, overrides: Sequence[str]) -> Recipe:
     for argument in overrides:
         override(tree, argument)
+    _leave_out_alternatives(schema, tree)
     tree.check_values()
     try:
         return schema.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         lines = explain(schema, tree, file, error.errors(include_url=False))
         raise ConfigError("\nerror: ".join(lines)) from None
+
+
+def _leave_out_alternatives(schema: type[BaseModel], tree: Tree) -> None:
+    """Where an override sets one of two keys that exclude each other, leave out the other one, which the file sets."""
+    for name, field in schema.model_fields.items():
+        one_of: Sequence[str] = getattr(field.annotation, "one_of", ())
+        if not one_of or not isinstance(tree.values.get(name), dict):
+            continue
+        section = cast(dict[str, Any], tree.values[name])
+        if any(section.get(key) is not None and tree.places.get(f"{name}.{key}") == COMMAND_LINE for key in one_of):
+            for key in one_of:
+                if tree.places.get(f"{name}.{key}") != COMMAND_LINE:
+                    section.pop(key, None)
 
 
 def dump(recipe: BaseModel) -> str:
