@@ -37,7 +37,9 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     shape = encoder.deeper(1)  # the decoder's layer; its embeddings and head are the encoder's
     # The head reads 0.3 of the encoder's and all of the decoder's positions.
     head_flops = 6 * examples * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
-    micro_tokens = -(-examples // batch.num_micro_batches) * length
+    micro_tokens = -(-examples // batch.num_micro_batches(length)) * length
+    if batch.micro_tokens is not None:
+        micro_tokens = min(micro_tokens, max(batch.micro_tokens, length))
     # Logits of one tile and, in half precision, their fp32 copy; gradients of the weight from both uses of the head.
     logit_bytes = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * (4 if recipe.precision == "fp32" else 6)
     return describe(

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lodestar.config.explain import explain
-from lodestar.config.tree import Tree, from_values, override, read_file
+from lodestar.config.tree import COMMAND_LINE, Tree, from_values, override, read_file
 from lodestar.errors import ConfigError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -38,6 +38,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
 
 def validate(schema: type[Recipe], tree: Tree) -> Recipe:
     """The recipe that a tree holds; raises as `load`."""
+    _leave_out_alternatives(schema, tree)
     tree.check_values()
     try:
         return schema.model_validate_json(json.dumps(tree.values), strict=True)
@@ -66,6 +67,19 @@ def _overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
     for argument in overrides:
         override(tree, argument)
     return tree
+
+
+def _leave_out_alternatives(schema: type[BaseModel], tree: Tree) -> None:
+    """Where an override sets one of two keys that exclude each other, leave out the other one, which the file sets."""
+    for name, field in schema.model_fields.items():
+        one_of: Sequence[str] = getattr(field.annotation, "one_of", ())
+        if not one_of or not isinstance(tree.values.get(name), dict):
+            continue
+        section = cast(dict[str, Any], tree.values[name])
+        if any(section.get(key) is not None and tree.places.get(f"{name}.{key}") == COMMAND_LINE for key in one_of):
+            for key in one_of:
+                if tree.places.get(f"{name}.{key}") != COMMAND_LINE:
+                    section.pop(key, None)
 
 
 def dump(recipe: BaseModel) -> str:

@@ -20,7 +20,7 @@ from lodestar.distributed.session import distributed_session
 from lodestar.planning.plan import in_words
 from lodestar.reporting.throughput import peak_memory_bytes
 from lodestar.training import checkpoint
-from lodestar.training.auto_batch_size import with_largest_micro_size
+from lodestar.training.auto_batch_size import with_measured_micro_tokens
 from lodestar.training.build_engine import build
 from lodestar.training.engine import Engine
 from lodestar.training.loop import Progress, StepDone, fit
@@ -31,10 +31,9 @@ from lodestar.training.task import Recipe, TaskSpec
 def rehearse(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe], steps: int) -> int:
     """Take `steps` steps on all ranks and print what they cost; nothing is left on the disk. Returns the exit code."""
     with distributed_session(placement, recipe.engine.timeout_minutes, recipe) as runtime:
-        if recipe.batch.micro_size == AUTO:
-            recipe = with_largest_micro_size(recipe, runtime, spec)
-        micro_size = recipe.batch.plan(1).micro_size
-        with synthetic_task(recipe, runtime, spec, micro_size=micro_size, steps=steps) as (_, task):
+        if recipe.batch.micro_tokens == AUTO:
+            recipe = with_measured_micro_tokens(recipe, runtime, spec)
+        with synthetic_task(recipe, runtime, spec, steps=steps) as (_, task):
             engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
             loader_timer = _LoaderTimer()
             step_timer = _StepTimer(runtime, loader_timer)

@@ -13,19 +13,24 @@ from lodestar.distributed import watchdog
 from lodestar.training.engine import Engine, StepReport
 
 
-class MicroBatch(Protocol):
-    """Examples that go through the model at once."""
-
-    def tensors(self, device: torch.device) -> list[Tensor]:
-        """The model's inputs, in the order of its forward."""
-        ...
-
-
 class Batch(Protocol):
     """The examples of one rank in one step."""
 
     @property
-    def micro_batches(self) -> Sequence[MicroBatch]: ...
+    def num_micro_batches(self) -> int: ...
+    @property
+    def keeps_all_graphs(self) -> bool:
+        """Whether the graphs of all micro-batches are in memory at once."""
+        ...
+
+    def inputs(self, index: int) -> list[Any]:
+        """The arguments of the model's forward for a micro-batch."""
+        ...
+
+    def to(self, device: torch.device) -> Batch:
+        """Its tensors on a device."""
+        ...
+
     @property
     def examples(self) -> int:
         """Number of this rank's examples."""

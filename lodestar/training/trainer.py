@@ -30,7 +30,7 @@ from lodestar.reporting.trackers import Tracker
 from lodestar.reporting.training_report import write_report
 from lodestar.secrets import hidden_arguments
 from lodestar.training import checkpoint
-from lodestar.training.auto_batch_size import out_of_memory_told, with_largest_micro_size
+from lodestar.training.auto_batch_size import out_of_memory_told, with_measured_micro_tokens
 from lodestar.training.build_engine import build
 from lodestar.training.crash_loop import CrashLoopHook
 from lodestar.training.engine import Engine, ResumeState
@@ -60,8 +60,8 @@ def train(recipe: Recipe, placement: Placement, spec: TaskSpec[Recipe]) -> int:
     ):
         stop.ranks_have_met()
         on_main(lambda: _lock(folder, locks))
-        if recipe.batch.micro_size == AUTO:
-            recipe = with_largest_micro_size(recipe, runtime, spec)
+        if recipe.batch.micro_tokens == AUTO:
+            recipe = with_measured_micro_tokens(recipe, runtime, spec)
         plan = on_main(lambda: spec.plan(recipe, runtime.world_size, None))
         if runtime.is_main:
             print(batch_in_words(plan), file=sys.stderr, flush=True)

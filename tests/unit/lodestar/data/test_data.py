@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from lodestar.data.findings import Findings
-from lodestar.data.loader import cut, padded, step_batches
+from lodestar.data.loader import cut, step_batches
+from lodestar.data.padding import padded
 from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
