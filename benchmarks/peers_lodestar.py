@@ -40,7 +40,9 @@ def train(stage: str, problem: dict[str, Any], folder: Path) -> Callable[[int], 
     lengths = {} if pretrains else {f"{role}_max_length": problem[f"{role}_tokens"] for role in ("query", "passage")}
     values = {
         "run": {"output_dir": str(folder / "run")},
-        "model": {"encoder": problem["encoder"], "max_length": problem["max_tokens"], "attention": problem["attention"]},
+        "model": {
+            "encoder": problem["encoder"], "max_length": problem["max_tokens"], "attention": problem["attention"],
+        },
         "data": {
             "train": [str(tiny.write_jsonl(folder / "train.jsonl", rows))], "cache_dir": str(folder / "cache"),
             "workers": 0, "processes": 1, **lengths,
