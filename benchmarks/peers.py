@@ -146,8 +146,10 @@ def in_turns(
     """Medians of the steps of all arms, which take turns; an arm is a package, or a package with a remark in (...)."""
     path = folder / "problem.json"
     path.write_text(json.dumps(values))
-    workers = {arm: Worker(arm.partition(" (")[0], command, path) for arm, command in arms.items()}
+    workers: dict[str, Worker] = {}
     try:
+        for arm, command in arms.items():
+            workers[arm] = Worker(arm.partition(" (")[0], command, path)
         steps: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
         for turn in range(repeats + 1):
             order = list(arms) if turn % 2 else list(arms)[::-1]
@@ -187,10 +189,10 @@ class Worker:
 
     def _answer(self) -> dict[str, float]:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args}: has ended with {self.process.wait()} (see its message above)")
-        return json.loads(line)
+        for line in self.process.stdout:
+            if line.startswith("{"):  # else a library prints while it is imported
+                return json.loads(line)
+        raise RuntimeError(f"{self.process.args}: has ended with {self.process.wait()} (see its message above)")
 
 
 def _environment(packages: str = "") -> dict[str, str]:

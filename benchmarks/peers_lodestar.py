@@ -20,7 +20,7 @@ from contrastive.config import FinetuneRecipe
 from contrastive.loss import contrastive_local_loss
 from contrastive.task import build_task as build_finetune_task
 from lodestar.config.loader import recipe_of
-from lodestar.distributed.runtime import Placement, joined
+from lodestar.distributed.runtime import Placement, Runtime, joined
 from lodestar.training.build_engine import build
 from retrieval.embedding.encode_texts import encode_texts
 from retrieval.embedding.load_model import load_model
@@ -31,7 +31,7 @@ from tests import tiny
 STAGES = {"pretrain": (PretrainRecipe, build_pretrain_task), "finetune": (FinetuneRecipe, build_finetune_task)}
 
 
-def train(stage: str, problem: dict[str, Any], folder: Path) -> Callable[[int], object]:
+def train(stage: str, problem: dict[str, Any], folder: Path, runtime: Runtime) -> Callable[[int], object]:
     """Steps on one process. The problem's examples are one global batch, in another order in each step."""
     pretrains = stage == "pretrain"
     rows = [{"text": text} for text in problem["texts"]] if pretrains else [
@@ -56,7 +56,6 @@ def train(stage: str, problem: dict[str, Any], folder: Path) -> Callable[[int], 
     }  # fmt: skip
     schema, build_task = STAGES[stage]
     recipe: Any = recipe_of(schema, values)
-    runtime = joined(Placement(0, 1, 0), init_method=f"file://{folder}/store").__enter__()  # until the process ends
     task: Any = build_task(recipe, runtime)
     engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
     engine.module.train()
@@ -109,7 +108,8 @@ def main() -> None:
     name, problem = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     with TemporaryDirectory() as folder:
         if name in STAGES:
-            serve(train(name, problem, Path(folder)))
+            with joined(Placement(0, 1, 0), init_method=f"file://{folder}/store") as runtime:
+                serve(train(name, problem, Path(folder), runtime))
         else:
             serve(encode(problem) if name == "encode" else losses(name, problem))
 
