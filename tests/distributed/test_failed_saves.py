@@ -29,6 +29,14 @@ def trouble(kind: str, disk: Path, on: bool) -> None:
     if kind == "limit":  # as a quota: no file larger than that
         size = 20_000 if on else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    elif kind == "read-only":  # the folder alone: a disk cannot turn so while files are open
+        checkpoints = disk / "run/checkpoints"
+        is_mounted = str(checkpoints) in Path("/proc/mounts").read_text()
+        if on and not is_mounted:
+            for options in (["--bind", str(checkpoints)], ["-o", "remount,bind,ro"]):
+                processes.run(["mount", *options, str(checkpoints)], limit_s=20).check_returncode()
+        elif not on and is_mounted:
+            processes.run(["umount", "-l", str(checkpoints)], limit_s=20).check_returncode()
     elif not on:
         (disk / "ballast").unlink(missing_ok=True)
     elif not (disk / "ballast").exists():
@@ -82,20 +90,20 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or processes.run(mount, limit_s=20).returncode:
         pytest.skip("needs to mount a disk, as root may")
     yield place
-    processes.run(["umount", "-l", str(place)], limit_s=20)
+    processes.run(["umount", "--recursive", "--lazy", str(place)], limit_s=20)
 
 
 KINDS = ["limit", pytest.param("full", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("read-only", marks=pytest.mark.slow)])
 def test_a_run_survives_two_failed_saves_in_a_row(kind: str, disk: Path, tmp_path: Path) -> None:
     steps.recipe("pretrain", tmp_path)
     (code, said), (other_code, other_said) = run_world(train, 2, tmp_path, disk, kind, (3, 4, 6))
     assert code == other_code == 0 and "not saved" not in other_said, said
     told = [line for line in said.splitlines() if "not saved" in line]
     assert [f"checkpoints: step {step}: " in line for step, line in zip((3, 4, 6), told, strict=True)] == [True] * 3
-    reason = {"limit": "File too large", "full": "No space left on device"}[kind]
+    reason = {"limit": "File too large", "full": "No space left on device", "read-only": "Read-only file system"}[kind]
     assert all(line.startswith("warning: ") and line.endswith(")") and reason in line for line in told), told
     folder = disk / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000007"]
