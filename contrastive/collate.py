@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -26,6 +25,9 @@ from lodestar.data.flat import FlatTensors
 from lodestar.data.micro_batches import Dealt, deal
 from lodestar.data.padding import TextShape, packed, padded
 from lodestar.data.sampler import DatasetMixture, Sampler, examples_hash
+
+if TYPE_CHECKING:
+    import datasets  # not needed to run: a bare GPU machine lacks it
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from contrastive.gradcache import KeepGraph, Scalars, Temperature, gradcache_bac
 from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, matryoshka
 from contrastive.negatives import NegativeMask
 from lodestar import rng
+from lodestar.data.padding import TextShape
 from lodestar.distributed.collectives import gather_rows, rank
 from lodestar.training.engine import Engine
 
@@ -62,7 +63,8 @@ class FinetuneStage:
     def _embed(self, engine: Engine, ids_BL: Tensor) -> object:
         """Texts without padding, to measure the memory of their graph."""
         lengths_B = torch.full((len(ids_BL),), ids_BL.shape[1])
-        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), last=False)
+        shape = TextShape(ids_BL.shape[1], has_padding=False)
+        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), shape, last=False)
 
     def _scalars(self, batch: StepBatch, own_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
         """This rank's local loss and numbers to log, from the embeddings of its texts in the micro-batches' order."""
@@ -116,7 +118,7 @@ class FinetuneStage:
         tensors, weights = batch.tensors, self._weights
         query_hash_Q = tensors["query_hash_Q"]
         passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])
-        positive_hash_Q, positive_QD = passage_hash_M[start_Q], p_MD[start_Q]
+        positive_hash_Q, positive_QD = (x.index_select(0, start_Q) for x in (passage_hash_M, p_MD))
         query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
         in_row_only_Q = torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
         of_passages = partial(
@@ -186,17 +188,13 @@ class FinetuneStage:
         """Local loss: the mean over the full width and each Matryoshka width, as FlagEmbedding's."""
         teacher_QK = batch.tensors["teacher_QK"]
         position_K = torch.arange(teacher_QK.shape[1], device=self._device)
-        passage_index_QK = start_Q[:, None] + position_K
+        passage_index_QK = (start_Q[:, None] + position_K).clamp(max=len(p_MD) - 1)
         valid_QK = position_K < batch.tensors["count_Q"][:, None]
         widths = self._widths(q_QD)
         losses: list[Tensor] = []
         for width in widths:
             short_QD, short_MD = (matryoshka(x, width) for x in (q_QD, p_MD))
-            group_QKD = (
-                short_MD[passage_index_QK.clamp(max=max(0, len(p_MD) - 1))]
-                if len(p_MD)
-                else short_MD.new_zeros(0, len(position_K), width)
-            )
+            group_QKD = short_MD.index_select(0, passage_index_QK.flatten()).unflatten(0, passage_index_QK.shape)
             losses.append(
                 distillation_local_loss(
                     short_QD,

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +24,9 @@ from lodestar.data.micro_batches import Indices, deal
 from lodestar.data.padding import TextShape, is_token, padded
 from lodestar.data.sampler import Sampler, examples_hash
 from retromae.masks import IGNORED, mask_tokens
+
+if TYPE_CHECKING:
+    import datasets  # not needed to run: a bare GPU machine lacks it
 
 
 class EncodedText(NamedTuple):

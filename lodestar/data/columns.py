@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import datasets  # not needed to run: a bare GPU machine lacks it
 
 Indices = npt.NDArray[np.int64]
 Values = npt.NDArray[Any]

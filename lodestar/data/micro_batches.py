@@ -63,19 +63,29 @@ def deal(lengths_N: npt.ArrayLike, plan: BatchPlan, *, packed: bool = False) -> 
     lengths_N = np.asarray(lengths_N, dtype=np.int64)
     by_length = np.argsort(-lengths_N, kind="stable")
     sorted_N, ranks = lengths_N[by_length], plan.world_size
-    limit = plan.micro_tokens
-    per_rank = plan.num_micro_batches() if limit is None else -(-(len(_cuts(sorted_N, limit, packed)) - 1) // ranks)
-    fits_at_once = per_rank <= 1
-    if fits_at_once:
-        per_rank = LENGTH_GROUPS if len(sorted_N) >= 8 * LENGTH_GROUPS * ranks and not packed else 1
-    parts = per_rank * ranks
-    if limit is None:
-        bounds = np.unique(np.arange(parts + 1) * len(sorted_N) // parts)
+
+    def cut(per_rank: int) -> Dealt:
+        """Into so many for each rank."""
+        parts = per_rank * ranks
+        if plan.micro_tokens is None or per_rank != needed:
+            bounds = np.unique(np.arange(parts + 1) * len(sorted_N) // parts)
+        else:
+            bounds = _balanced_cuts(sorted_N, plan.micro_tokens, parts, packed)
+        micro_batches = [by_length[start:end] for start, end in pairwise(bounds)]
+        costs = [_tokens(lengths_N[indices], packed) for indices in micro_batches]
+        return Dealt(*_dealt(micro_batches, costs, ranks, per_rank), fits_at_once=per_rank != needed or needed == 1)
+
+    if plan.micro_tokens is None:
+        needed = plan.num_micro_batches()
     else:
-        bounds = _balanced_cuts(sorted_N, limit, parts, packed)
-    micro_batches = [by_length[start:end] for start, end in pairwise(bounds)]
-    costs = [_tokens(lengths_N[indices], packed) for indices in micro_batches]
-    return Dealt(*_dealt(micro_batches, costs, ranks, per_rank), fits_at_once)
+        needed = -(-(len(_cuts(sorted_N, plan.micro_tokens, packed)) - 1) // ranks)
+    can_group = len(sorted_N) >= 8 * LENGTH_GROUPS * ranks and not packed
+    if can_group and (needed == 1 or plan.micro_tokens is not None):
+        grouped = cut(LENGTH_GROUPS)
+        most_tokens = max(map(sum, grouped.tokens_of_rank))
+        if needed == 1 or most_tokens <= (plan.micro_tokens or 0):
+            return grouped
+    return cut(needed)
 
 
 def _dealt(

@@ -65,7 +65,7 @@ def test_a_resumed_run_keeps_the_number(tmp_path: Path):
     recipe: Any = steps.recipe("finetune", tmp_path, *OVERRIDES)
     folder = Path(recipe.run.output_dir)
     folder.mkdir(parents=True)
-    update = {"batch": recipe.batch.model_copy(update={"micro_tokens": 7})}
+    update = {"batch": recipe.batch.model_copy(update={"micro_tokens": 77})}
     (folder / "config.yaml").write_text(loader.dump(recipe.model_copy(update=update)))
     runtime = Runtime(0, 1, 0, torch.device("cpu"))
-    assert with_measured_micro_tokens(recipe, runtime, SPECS["finetune"]).batch.micro_tokens == 7
+    assert with_measured_micro_tokens(recipe, runtime, SPECS["finetune"]).batch.micro_tokens == 77

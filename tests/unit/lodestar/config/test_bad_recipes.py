@@ -163,7 +163,7 @@ def test_a_nul_in_the_path_is_told() -> None:
         ("optim.betas=[0.9, 1]", "optim.betas.1: must be less than 1, got 1 (lower it)"),
         ("optim.betas=[0.9]", "optim.betas: must have one entry more, got [0.9] (add it)"),
         ("run.seed=-1", "run.seed: must be at least 0, got -1 (raise it)"),
-        ("batch.micro_tokens=x", 'batch.micro_tokens: must be an integer or auto, got "x" (write a whole number, as 16)'),
+        ("batch.micro_tokens=x", 'micro_tokens: must be an integer or auto, got "x" (write a whole number, as 16)'),
         ("batch.micro_tokens=1.5", "batch.micro_tokens: must be an integer or auto, got 1.5 ("),
         ("data.train=x", 'data.train: must be a list, got "x" (write it in brackets, as [a, b])'),
         ("data.train=[]", "data.train: must have at least 1 entry, got [] (add one)"),

@@ -23,7 +23,6 @@ from lodestar.data.padding import padded
 from lodestar.data.readers import count_rows, find_sources, read_rows, stream_rows
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.errors import DataError
-from lodestar.files import replacing
 from tests import processes, tiny
 
 
@@ -95,15 +94,6 @@ def test_rows_are_padded_to_a_multiple_of_8_and_cut_evenly() -> None:
     assert [len(part) for part in cut([1], 3)] == [0, 0, 1]
 
 
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    for content in ("old", "new"):
-        with replacing(folder) as tmp:
-            (tmp / "file").write_text(content)
-    with pytest.raises(ZeroDivisionError), replacing(folder) as tmp:
-        (tmp / "file").write_text("torn")
-        raise ZeroDivisionError
-    assert (folder / "file").read_text() == "new"
 
 
 LOADING = """
