@@ -89,7 +89,8 @@ print(json.dumps({"seconds": round(time.perf_counter() - start, 2), "read_mib": 
 def _measure_starts(rows: int) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        overrides = [*_prepare(folder, "pretrain"), "engine.kind=ddp", "data.processes=2", "schedule.steps=1"]
+        overrides = [override for override in _prepare(folder, "pretrain") if override != "data.processes=1"]
+        overrides += ["engine.kind=ddp", "data.processes=2", "schedule.steps=1"]
         corpus, texts = folder / "rows.jsonl", [json.dumps({"text": text}) for text in tiny.texts(10_000)]
         with corpus.open("w") as file:
             for start in range(0, rows, len(texts)):
