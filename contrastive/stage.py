@@ -108,9 +108,7 @@ class FinetuneStage:
         )
         weights, positive_hash_Q = self._weights, passage_hash_P[start_Q]
         query, positive = (query_hash_Q, q_QD), (positive_hash_Q, p_PD[start_Q])
-        mask = partial(
-            NegativeMask, in_row_only_B=torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
-        )
+        mask = partial(NegativeMask, in_row_only=not batch.in_batch_negatives)
         passages = self._candidates(
             passage_hash_P, p_PD, owner_P, start_Q, count_Q, partial(mask, same_query_B=query_hash_Q)
         )
