@@ -22,8 +22,9 @@ from contrastive.config import TILE_BYTES
 from contrastive.negatives import NegativeMask
 from lodestar.devices import can_read, tf32
 
-LEAST_ROWS = 64
-"""Anchors of a tile below which it costs less to compute the scores twice, in tiles of fewer candidates."""
+LEAST_ROWS, MOST_ROWS_ON_CPU = 96, 256
+"""Anchors of a tile: below the first it costs less to compute scores twice, in tiles of some candidates; a CPU gains
+nothing beyond the second."""
 
 
 def info_nce(
@@ -139,9 +140,11 @@ class _TileSums:
         self.value = a_BD.new_zeros(())
         self.masked, self.outside, self.correct = a_BD.new_zeros(3, dtype=torch.int64)
         rows = max_scores // max(1, len(d_MD))
-        self.max_rows = rows if rows >= min(LEAST_ROWS, len(a_BD)) else math.isqrt(max_scores)
-        self.max_rows = max(1, self.max_rows)
-        self.max_scores = max(self.max_rows, max_scores)
+        if rows < min(LEAST_ROWS, len(a_BD)):
+            rows = max(1, math.isqrt(max_scores))
+        elif a_BD.is_cpu:
+            rows = min(rows, MOST_ROWS_ON_CPU)
+        self.max_rows, self.max_scores = rows, max(rows, max_scores)
         self.buffer = a_BD.new_empty(0)
 
     def add(self, rows_T: Tensor, weight_T: Tensor, mask_equal: bool) -> None:

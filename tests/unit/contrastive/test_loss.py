@@ -106,7 +106,7 @@ def test_tiles_of_some_candidates_give_the_plain_loss_and_its_gradients(scores: 
 def test_scores_are_computed_once_where_a_tile_has_enough_rows(passages: int):
     q_BD, d_MD = unit(200, D, seed=0), unit(passages, D, seed=1)
     with Shapes() as shapes:
-        by_tiles(q_BD, d_MD, distinct(torch.arange(200) % 70, passages), rows=64)
+        by_tiles(q_BD, d_MD, distinct(torch.arange(200) % 70, passages), rows=loss.LEAST_ROWS)
     assert sum(rows * columns for rows, columns in shapes.of_products) == 200 * passages
 
 
