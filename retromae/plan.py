@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from lodestar.config.schema import HALF_PRECISIONS
 from lodestar.errors import ModelError
 from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
@@ -38,8 +39,9 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     # The head reads 0.3 of the encoder's and all of the decoder's positions.
     head_flops = 6 * examples * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
     micro_tokens = -(-examples // batch.num_micro_batches) * length
-    # Logits of one tile and, in half precision, their fp32 copy; gradients of the weight from both uses of the head.
-    logit_bytes = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * (4 if recipe.precision == "fp32" else 6)
+    # Logits of one tile; gradients of the weight from both uses of the head, and what one tile adds to them.
+    logits = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * encoder.vocabulary
+    logit_bytes = logits * (2 if recipe.precision in HALF_PRECISIONS else 4)
     return describe(
         recipe,
         world_size,
@@ -49,7 +51,7 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
             shape,
             held_tokens=micro_tokens,
             flops=model_flops(shape, examples * length, length, forwards=3) + head_flops,
-            loss_bytes=(logit_bytes + 2 * 4 * encoder.width) * encoder.vocabulary,
+            loss_bytes=logit_bytes + 3 * 4 * encoder.width * encoder.vocabulary,
         ),
         tokens_per_example=length,
         negatives_per_query=0,
