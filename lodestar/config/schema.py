@@ -233,6 +233,8 @@ class TrainingRecipe(Section):
             raise ValueError(
                 "engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)"
             )
+        if self.model.compile and stage == 3:
+            raise ValueError("model.compile: zero_stage 3 gathers weights inside the layers (use 0, 1 or 2, or false)")
         if self.precision == "fp16" and stage == 0:
             raise ValueError("engine.zero_stage: fp16 needs 1, 2 or 3 under deepspeed (or engine.kind: ddp)")
         return self
