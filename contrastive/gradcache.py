@@ -28,24 +28,26 @@ class KeepGraph:
         self._graph_bytes: tuple[float, float] | None = None
         """Bytes of a graph whatever its tokens, and bytes per token."""
 
-    def num_graphs(self, tokens: list[int], embed: Callable[[Tensor], object]) -> int:
+    def num_graphs(self, tokens_of_rank: Sequence[Sequence[int]], embed: Callable[[Tensor], object]) -> int:
         """The number of leading micro-batches that keep their graphs, the same on every rank.
 
-        tokens   of each micro-batch, padding included
-        embed    (B, L) ids -> embeddings; called once to measure a graph, on ids that are the same in a resumed run
+        tokens_of_rank   of each rank's micro-batches, padding included
+        embed            (B, L) ids -> embeddings; called once to measure a graph
         """
+        count = len(tokens_of_rank[0])
         if self._keep == 0 or self._keep >= 1:
-            return min(int(self._keep), len(tokens))
+            return min(int(self._keep), count)
         if self._graph_bytes is None:
             ids_BL = torch.ones(2, self._max_length, dtype=torch.int64)
             bytes_of_one = max(gather_counts(graph_bytes(lambda: embed(ids_BL[:1]))))
             bytes_of_two = max(gather_counts(graph_bytes(lambda: embed(ids_BL))))
             self._graph_bytes = 2 * bytes_of_one - bytes_of_two, (bytes_of_two - bytes_of_one) / self._max_length
         constant, per_token = self._graph_bytes
-        free_bytes, count = self._keep * self._memory_bytes, 0
-        while count < len(tokens) and (free_bytes := free_bytes - constant - tokens[count] * per_token) >= 0:
-            count += 1
-        return min(gather_counts(count))
+        most_tokens = [max(tokens) for tokens in zip(*tokens_of_rank, strict=True)]
+        free_bytes, kept = self._keep * self._memory_bytes, 0
+        while kept < count and (free_bytes := free_bytes - constant - most_tokens[kept] * per_token) >= 0:
+            kept += 1
+        return kept
 
 
 def graph_bytes(forward: Callable[[], object]) -> int:

@@ -10,6 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lodestar.config.schema import Pooling
+from lodestar.data.padding import TextShape, is_token
+from lodestar.models.hidden_states import hidden_states, offsets
+from lodestar.models.packed import pool_packed
 from lodestar.models.pooling import pool
 
 
@@ -26,10 +29,12 @@ class BiEncoder(nn.Module):
         # Its logarithm is learned, as in CLIP (Radford et al. 2021, section 2.5): the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learned else None
 
-    def forward(self, ids_BL: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor | float]:
-        """(B, L) ids and (B,) lengths in tokens -> (B, D) unit vectors, fp32; and the temperature."""
-        attention_mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
-        hidden_BLD = self.encoder(input_ids=ids_BL, attention_mask=attention_mask_BL.long()).last_hidden_state
+    def forward(self, ids: Tensor, lengths_B: Tensor, shape: TextShape | None = None) -> tuple[Tensor, Tensor | float]:
+        """(B, L) ids, or (T,) ids of packed texts -> (B, D) unit vectors, fp32; and the temperature."""
+        hidden = hidden_states(self.encoder, ids, lengths_B, shape)
+        if hidden.ndim == 3:
+            embedding_BD = pool(hidden, is_token(lengths_B, ids.shape[1]), self.pooling)
+        else:
+            embedding_BD = pool_packed(hidden, offsets(lengths_B), self.pooling)
         temperature = self.temperature if self.log_temperature is None else self.log_temperature.float().exp()[0]
-        embedding_BD = pool(hidden_BLD, attention_mask_BL, self.pooling)
         return F.normalize(embedding_BD.float(), dim=1), temperature

@@ -48,10 +48,13 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
     shape = encoder_shape(recipe.model, warnings)
     query_length, passage_length = (data.length(role, recipe.model.max_length) for role in ("query", "passage"))
     tokens_per_example = query_length + passages_per_query * passage_length
-    embeddings = queries * (1 + passages_per_query) + 2 * batch.global_size * passages_per_query
-    micro_queries = -(-queries // batch.num_micro_batches)
-    micro_tokens = micro_queries * (1 + passages_per_query) * max(query_length, passage_length)
-    num_graphs = min(_num_graphs(recipe, shape, micro_tokens, device, warnings), batch.num_micro_batches)
+    # Of this rank's texts; of all, and those that the loss reads; the last two with their gradients.
+    embeddings = queries * (1 + passages_per_query) + 2 * (batch.global_size * (1 + passages_per_query) + candidates)
+    count = batch.num_micro_batches(tokens_per_example)
+    micro_tokens = -(-queries // count) * (1 + passages_per_query) * max(query_length, passage_length)
+    if batch.micro_tokens is not None:
+        micro_tokens = min(micro_tokens, max(batch.micro_tokens, query_length, passage_length))
+    num_graphs = min(_num_graphs(recipe, shape, micro_tokens, device, warnings), count)
     return describe(
         recipe,
         world_size,
@@ -64,11 +67,11 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
                 shape,
                 queries * tokens_per_example,
                 passage_length,
-                forwards=3 if batch.num_micro_batches == 1 else 4,  # GradCache embeds twice
+                forwards=3 if count == 1 else 4,  # GradCache embeds twice
             ),
             embedding_bytes=4 * shape.width * embeddings,
             loss_bytes=min(TILE_BYTES, 4 * queries * candidates),
-            gathered_embeddings=candidates if share_negatives else 0,
+            gathered_embeddings=batch.global_size * (1 + passages_per_query),
             scored_pairs=queries * candidates,
         ),
         tokens_per_example=tokens_per_example,

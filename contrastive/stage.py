@@ -1,12 +1,13 @@
 """One step of fine-tuning: every query of the global batch against every passage of it, by GradCache.
 
 GradCache: Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup", 3.2.
-Shape suffixes: N texts, Q queries, P passages of this rank, M passages of all ranks, G passages of one query, D width.
+Shape suffixes: N texts, G queries of the global batch, Q queries of this rank's part, P their passages, M passages that
+they are scored against, K passages of one query, B texts of a micro-batch, L tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +19,8 @@ from contrastive.gradcache import KeepGraph, Scalars, Temperature, gradcache_bac
 from contrastive.loss import LocalLoss, contrastive_local_loss, distillation_local_loss, matryoshka
 from contrastive.negatives import NegativeMask
 from lodestar import rng
-from lodestar.distributed.collectives import gather_counts, gather_rows, rank
+from lodestar.data.padding import TextShape
+from lodestar.distributed.collectives import gather_rows, rank
 from lodestar.training.engine import Engine
 
 
@@ -40,35 +42,46 @@ class FinetuneStage:
         self._keep_graph = KeepGraph(keep_graph, memory_bytes, max_length)
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Scalars:
+        batch = batch.to(self._device)
+        count = batch.num_micro_batches
+
         def embed(i: int) -> tuple[Tensor, Temperature]:
-            """Embeddings of micro-batch i; dropout depends on step, rank and i alone: a second call gives the same."""
-            rng.seed_everything(self._seed, "dropout", step, rank(), i)
-            micro_batch = batch.micro_batches[i]
-            unit_BD, temperature = engine.run(*micro_batch.tensors(self._device), last=i == count - 1)
-            return unit_BD if micro_batch.is_real else unit_BD[:0], temperature
+            """Embeddings of micro-batch i; its dropout depends on nothing else: a second call gives the same."""
+            rng.seed_everything(self._seed, "dropout", step, batch.numbers[i])
+            unit_BD, temperature = engine.run(*batch.inputs(i), last=i == count - 1)
+            return unit_BD if batch.is_real[i] else unit_BD[:0], temperature
 
         def losses_of(sorted_ND: Tensor, temperature: Temperature) -> Scalars:
             return self._scalars(batch, sorted_ND, temperature)
 
-        count = len(batch.micro_batches)
-        if batch.keep_all_graphs:
+        if batch.keeps_all_graphs:
             num_graphs = count
         else:
-            tokens = [micro_batch.ids_BL.numel() for micro_batch in batch.micro_batches]
-            num_graphs = self._keep_graph.num_graphs(tokens, lambda ids_BL: self._embed(engine, ids_BL))
+            num_graphs = self._keep_graph.num_graphs(batch.tokens_of_rank, lambda ids_BL: self._embed(engine, ids_BL))
         return gradcache_backward(embed, count, num_graphs, losses_of, engine)
 
     def _embed(self, engine: Engine, ids_BL: Tensor) -> object:
         """Texts without padding, to measure the memory of their graph."""
         lengths_B = torch.full((len(ids_BL),), ids_BL.shape[1])
-        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), last=False)
+        shape = TextShape(ids_BL.shape[1], has_padding=False)
+        return engine.run(ids_BL.to(self._device), lengths_B.to(self._device), shape, last=False)
 
-    def _scalars(self, batch: StepBatch, sorted_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
-        """This rank's local loss and numbers to log, from its embeddings in the micro-batches' order."""
-        x_ND = torch.empty_like(sorted_ND).index_copy(0, batch.text_index_N.to(self._device), sorted_ND)
-        q_QD, p_PD = x_ND[: batch.examples], x_ND[batch.examples :]
+    def _scalars(self, batch: StepBatch, own_ND: Tensor, temperature: Temperature) -> dict[str, Tensor]:
+        """This rank's local loss and numbers to log, from the embeddings of its texts in the micro-batches' order."""
+        all_ND, tensors = gather_rows(own_ND, batch.texts_per_rank), batch.tensors
+        start, part = (
+            sum(batch.passages_per_rank[: rank()]),
+            slice(batch.first_query, batch.first_query + batch.examples),
+        )
+        candidates = slice(start, start + batch.passages_per_rank[rank()])
+        if self._loss.share_negatives:
+            start, candidates = 0, slice(None)
+        # One selection, so that its backward writes the gradient of all embeddings once.
+        places = tensors["query_place_G"][part], tensors["passage_place_M"][candidates]
+        q_QD, p_MD = all_ND.index_select(0, torch.cat(places)).tensor_split([batch.examples])
+        start_Q = tensors["start_Q"] - start
         scalars: dict[str, Tensor] = {}
-        for name, anchor_QD, candidate_MD, answer_QD, mask in self._directions(batch, q_QD, p_PD):
+        for name, anchor_QD, candidate_MD, answer_QD, mask in self._directions(batch, q_QD, p_MD, start_Q, all_ND):
             losses = self._local_losses(anchor_QD, candidate_MD, answer_QD, mask, temperature)
             scalars[f"{name}_loss"] = torch.stack([loss.value for loss in losses]).sum()
             if name == "query_to_passage":
@@ -78,7 +91,7 @@ class FinetuneStage:
                     "accuracy": losses[0].correct / self._global_size,
                 }
         if self._loss.distillation:
-            scalars["distillation_loss"] = self._distillation(batch, q_QD, p_PD, temperature)
+            scalars["distillation_loss"] = self._distillation(batch, q_QD, p_MD, start_Q, temperature)
         terms = [weight * scalars[f"{name}_loss"] for name, weight in self._weights.items()]
         scalars["loss"] = torch.stack(terms).sum()
         if isinstance(temperature, Tensor):
@@ -99,57 +112,62 @@ class FinetuneStage:
         return {name: weight for name, weight in weights.items() if weight}
 
     def _directions(
-        self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor
+        self, batch: StepBatch, q_QD: Tensor, p_MD: Tensor, start_Q: Tensor, all_ND: Tensor
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, NegativeMask]]:
-        """(name, anchors, candidates, answers, mask) of each loss term; gathers queries only if a term needs them."""
-        start_Q, count_Q, query_hash_Q, passage_hash_P, owner_P = (
-            x.to(self._device)
-            for x in (batch.start_Q, batch.count_Q, batch.query_hash_Q, batch.passage_hash_P, batch.owner_P)
-        )
-        weights, positive_hash_Q = self._weights, passage_hash_P[start_Q]
-        query, positive = (query_hash_Q, q_QD), (positive_hash_Q, p_PD[start_Q])
-        mask = partial(NegativeMask, in_row_only=not batch.in_batch_negatives)
-        passages = self._candidates(
-            passage_hash_P, p_PD, owner_P, start_Q, count_Q, partial(mask, same_query_B=query_hash_Q)
+        """(name, anchors, candidates, answers, mask) of each loss term."""
+        tensors, weights = batch.tensors, self._weights
+        query_hash_Q = tensors["query_hash_Q"]
+        passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])
+        positive_hash_Q, positive_QD = (x.index_select(0, start_Q) for x in (passage_hash_M, p_MD))
+        query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
+        of_passages = partial(
+            NegativeMask,
+            same_query_B=query_hash_Q,
+            candidate_M=passage_hash_M,
+            owner_M=owner_M,
+            positive_index_B=start_Q,
+            in_row_only=not batch.in_batch_negatives,
+            start_B=start_Q,
+            end_B=start_Q + tensors["count_Q"],
         )
         directions = [
-            ("query_to_passage", query, positive, passages),
-            ("passage_to_passage", positive, query, passages),
+            ("query_to_passage", query, positive, p_MD, of_passages),
+            ("passage_to_passage", positive, query, p_MD, of_passages),
         ]
         if weights.keys() & {"passage_to_query", "query_to_query"}:
-            index_Q, zero_Q = torch.arange(len(q_QD), device=self._device), torch.zeros_like(start_Q)
-            mask = partial(mask, same_query_B=positive_hash_Q)
-            queries = self._candidates(query_hash_Q, q_QD, positive_hash_Q, index_Q, zero_Q, mask)
+            queries_GD, index_Q = self._queries(batch, q_QD, all_ND)
+            queries_per_rank = batch.queries_per_rank
+            hash_G, owner_G = self._gathered(queries_per_rank, query_hash_Q, positive_hash_Q)
+            of_queries = partial(
+                NegativeMask,
+                same_query_B=positive_hash_Q,
+                candidate_M=hash_G,
+                owner_M=owner_G,
+                positive_index_B=index_Q,
+                in_row_only=not batch.in_batch_negatives,
+                start_B=index_Q,
+                end_B=index_Q,
+            )
             directions += [
-                ("passage_to_query", positive, query, queries),
-                ("query_to_query", query, positive, queries),
+                ("passage_to_query", positive, query, queries_GD, of_queries),
+                ("query_to_query", query, positive, queries_GD, of_queries),
             ]
-        for name, (anchor_hash_Q, anchor_QD), (answer_hash_Q, answer_QD), (candidate_MD, mask) in directions:
+        for name, (anchor_hash_Q, anchor_QD), (answer_hash_Q, answer_QD), candidate_MD, mask in directions:
             if name in weights:
                 yield name, anchor_QD, candidate_MD, answer_QD, mask(anchor_B=anchor_hash_Q, answer_B=answer_hash_Q)
 
-    def _candidates(
-        self,
-        hash_N: Tensor,
-        x_ND: Tensor,
-        owner_N: Tensor,
-        positive_index_Q: Tensor,
-        count_Q: Tensor,
-        mask: partial[NegativeMask],
-    ) -> tuple[Tensor, partial[NegativeMask]]:
-        """Embeddings of the candidates of all ranks, or of this rank only, and the mask without its anchors."""
-        if self._loss.share_negatives:
-            counts = gather_counts(len(owner_N))
-            hash_N, x_ND, owner_N = (gather_rows(x, counts) for x in (hash_N, x_ND, owner_N))
-            positive_index_Q = positive_index_Q + sum(counts[: rank()])
-        return x_ND, partial(
-            mask,
-            candidate_M=hash_N,
-            owner_M=owner_N,
-            positive_index_B=positive_index_Q,
-            start_B=positive_index_Q,
-            end_B=positive_index_Q + count_Q,
-        )
+    def _gathered(self, counts: Sequence[int], *hashes: Tensor) -> Sequence[Tensor]:
+        """Of the candidates of all ranks, or of this rank only."""
+        if not self._loss.share_negatives:
+            return hashes
+        return gather_rows(torch.stack(hashes, 1), counts).unbind(1)
+
+    def _queries(self, batch: StepBatch, q_QD: Tensor, all_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries as candidates, and the index of this rank's own among them."""
+        index_Q = torch.arange(batch.examples, device=self._device)
+        if not self._loss.share_negatives:
+            return q_QD, index_Q
+        return all_ND.index_select(0, batch.tensors["query_place_G"]), index_Q + batch.first_query
 
     def _local_losses(
         self, anchor_QD: Tensor, candidate_MD: Tensor, answer_QD: Tensor, mask: NegativeMask, temperature: Temperature
@@ -163,29 +181,27 @@ class FinetuneStage:
             losses.append(contrastive_local_loss(a_QD, d_MD, p_QD, mask, temperature=temperature, weight=weight))
         return losses
 
-    def _distillation(self, batch: StepBatch, q_QD: Tensor, p_PD: Tensor, temperature: Temperature) -> Tensor:
+    def _distillation(
+        self, batch: StepBatch, q_QD: Tensor, p_MD: Tensor, start_Q: Tensor, temperature: Temperature
+    ) -> Tensor:
         """Local loss: the mean over the full width and each Matryoshka width, as FlagEmbedding's."""
-        teacher_QG = batch.teacher_QG.to(self._device)
-        position_G = torch.arange(teacher_QG.shape[1], device=self._device)
-        passage_index_QG = batch.start_Q.to(self._device)[:, None] + position_G
-        valid_QG = position_G < batch.count_Q.to(self._device)[:, None]
+        teacher_QK = batch.tensors["teacher_QK"]
+        position_K = torch.arange(teacher_QK.shape[1], device=self._device)
+        passage_index_QK = (start_Q[:, None] + position_K).clamp(max=len(p_MD) - 1)
+        valid_QK = position_K < batch.tensors["count_Q"][:, None]
         widths = self._widths(q_QD)
         losses: list[Tensor] = []
         for width in widths:
-            short_QD, short_PD = (matryoshka(x, width) for x in (q_QD, p_PD))
-            group_QGD = (
-                short_PD[passage_index_QG.clamp(max=max(0, len(p_PD) - 1))]
-                if len(p_PD)
-                else short_PD.new_zeros(0, len(position_G), width)
-            )
+            short_QD, short_MD = (matryoshka(x, width) for x in (q_QD, p_MD))
+            group_QKD = short_MD.index_select(0, passage_index_QK.flatten()).unflatten(0, passage_index_QK.shape)
             losses.append(
                 distillation_local_loss(
                     short_QD,
-                    group_QGD,
-                    teacher_QG,
+                    group_QKD,
+                    teacher_QK,
                     temperature=temperature,
                     weight=1.0 / (self._global_size * len(widths)),
-                    valid_BG=valid_QG,
+                    valid_BG=valid_QK,
                 )
             )
         return torch.stack(losses).sum()

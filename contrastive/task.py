@@ -29,6 +29,7 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.folder_checks import find_folder
 from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
+from lodestar.models.packed import enable_packed
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
@@ -81,8 +82,9 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
         batches=lambda start: step_batches(
             collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
         ),
-        micro_batches=lambda plan: replace(collate, plan=plan, rank=0)(0).micro_batches,
+        first_batch=lambda plan: replace(collate, plan=plan, rank=0)(0),
         held_micro_batches=max(1, int(recipe.batch.keep_graph)),
+        counters={"masked": "masked_false_negatives"},
         identity={
             "stage": "finetune",
             "seed": seed,
@@ -158,6 +160,7 @@ def _collate(
         seed=seed,
         negatives=data.negatives_per_query,
         pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
+        packed=recipe.model.attention == "packed",
     )
 
 
@@ -186,6 +189,8 @@ def _model(recipe: FinetuneRecipe, runtime: Runtime, pooling: Pooling) -> BiEnco
     loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed, pooling=pooling)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
+    if recipe.model.attention == "packed":
+        enable_packed(loaded.model)
     full_width = loaded.model.config.hidden_size
     for width in recipe.loss.matryoshka:
         if width >= full_width:

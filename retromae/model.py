@@ -2,7 +2,7 @@
 
 Xiao et al. 2022, "RetroMAE: pre-training retrieval-oriented language models via masked auto-encoder", section 3;
 the bag-of-words term: Liu et al. 2023, "RetroMAE-2: duplex masked auto-encoder", section 3.2.
-Shape suffixes: B texts, L tokens (padded), N labelled positions, D width.
+Shape suffixes: B texts, L tokens (padded), T tokens of packed texts, N and M labels of encoder and decoder, D width.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lodestar.data.padding import TextShape
+from lodestar.models.hidden_states import first_tokens, hidden_states, unpacked
 from lodestar.models.pooling import cls_of
 from retromae.backbone import parts_of
 from retromae.config import DecoderConfig, MaskConfig
 from retromae.decoder import Decoder
 from retromae.loss import bag_of_words_nll, summed_nll
-from retromae.masks import IGNORED, decoder_visibility
+from retromae.masks import decoder_visibility
 
 
 class RetroMAE(nn.Module):
@@ -37,50 +39,53 @@ class RetroMAE(nn.Module):
 
     def forward(
         self,
-        masked_input_ids_BL: Tensor,
-        labels_BL: Tensor,
+        masked_input_ids: Tensor,
         input_ids_BL: Tensor,
         words_BL: Tensor,
         lengths_B: Tensor,
         rng_key_B: Tensor,
-        is_real_example_B: Tensor,
+        encoder_index_N: Tensor,
+        encoder_target_N: Tensor,
+        decoder_index_M: Tensor,
+        shape: TextShape,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sums of nats, (), fp32: of the encoder and the decoder over their labels, of the bag of words over texts.
 
-        The arguments are the fields of `retromae.collate.MicroBatch`.
+        masked_input_ids   the encoder's input: (B, L), or (T,) where texts are packed
+        input_ids_BL       clean ids
+        words_BL           index of each token's word, -1 where there is none
+        rng_key_B          int64, the counter-based key of each text, for the decoder's masks
+        encoder_index_N    places of the encoder's labels in `masked_input_ids`, flattened
+        decoder_index_M    places of the decoder's labels in `input_ids_BL`, flattened
         """
         parts = self._parts
         position_L = torch.arange(input_ids_BL.shape[1], device=input_ids_BL.device)
-        attention_mask_BL = position_L < lengths_B[:, None]
-        hidden_BLD = parts.base(
-            input_ids=masked_input_ids_BL, attention_mask=attention_mask_BL.long()
-        ).last_hidden_state
-        has_label_BL = labels_BL != IGNORED
-        encoder_nats = self._nats(hidden_BLD[has_label_BL], labels_BL[has_label_BL])
-
+        # Before the encoder: a GPU is then never without work while the host queues the many small steps of the masks.
         attention_mask_B1LL = decoder_visibility(
             words_BL, lengths_B, rng_key_B, self._mask.decoder, self._mask.decoder_sets
         )
-        decoded_BLD = self._decode(cls_of(hidden_BLD), input_ids_BL, position_L, attention_mask_B1LL)
-        has_decoder_label_BL = (position_L > 0) & (position_L < lengths_B[:, None] - 1) & is_real_example_B[:, None]
-        decoder_nats = self._nats(decoded_BLD[has_decoder_label_BL], input_ids_BL[has_decoder_label_BL])
+        hidden = hidden_states(parts.base, masked_input_ids, lengths_B, shape)
+        flat_hidden = hidden.flatten(0, -2)
+        encoder_nats = self._nats(flat_hidden.index_select(0, encoder_index_N), encoder_target_N)
 
+        first_B = first_tokens(lengths_B, None if hidden.ndim == 2 else hidden.shape[1])
+        decoded_BLD = self._decode(flat_hidden.index_select(0, first_B), input_ids_BL, position_L, attention_mask_B1LL)
+        decoder_nats = self._nats(
+            decoded_BLD.flatten(0, 1).index_select(0, decoder_index_M),
+            input_ids_BL.flatten().index_select(0, decoder_index_M),
+        )
         bag_nats = encoder_nats.new_zeros(())
         if self._bag_of_words:
             vocabulary = parts.vocabulary
+            hidden_BLD = hidden if hidden.ndim == 3 else unpacked(hidden, lengths_B, input_ids_BL.shape[1])
             bag_nats = bag_of_words_nll(
-                parts.head(hidden_BLD),
-                vocabulary.weight,
-                vocabulary.bias,
-                input_ids_BL,
-                (words_BL >= 0) & is_real_example_B[:, None],
+                parts.head(hidden_BLD), vocabulary.weight, vocabulary.bias, input_ids_BL, words_BL >= 0
             )
         return encoder_nats, decoder_nats, bag_nats
 
     def cls(self, ids_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """(B, D): the [CLS] vectors of unmasked texts."""
-        attention_mask_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device) < lengths_B[:, None]
-        return cls_of(self._parts.base(input_ids=ids_BL, attention_mask=attention_mask_BL.long()).last_hidden_state)
+        return cls_of(hidden_states(self._parts.base, ids_BL, lengths_B))
 
     def _decode(self, cls_BD: Tensor, input_ids_BL: Tensor, position_L: Tensor, attention_mask_B1LL: Tensor) -> Tensor:
         """(B, L, D): the decoder's hidden states."""

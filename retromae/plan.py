@@ -38,7 +38,9 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     shape = encoder.deeper(1)  # the decoder's layer; its embeddings and head are the encoder's
     # The head reads 0.3 of the encoder's and all of the decoder's positions.
     head_flops = 6 * examples * length * (recipe.mask.encoder + 1) * encoder.width * encoder.vocabulary
-    micro_tokens = -(-examples // batch.num_micro_batches) * length
+    micro_tokens = -(-examples // batch.num_micro_batches(length)) * length
+    if batch.micro_tokens is not None:
+        micro_tokens = min(micro_tokens, max(batch.micro_tokens, length))
     # Logits of one tile; gradients of the weight from both uses of the head, and what one tile adds to them.
     logits = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * encoder.vocabulary
     logit_bytes = logits * (2 if recipe.precision in HALF_PRECISIONS else 4)

@@ -16,19 +16,19 @@ from retromae.collate import StepBatch
 class PretrainStage:
     """loss = sum over terms of weight * nats / the term's labels in the global batch."""
 
-    def __init__(self, *, weights: Mapping[str, float], seed: int, rank: int, device: torch.device) -> None:
+    def __init__(self, *, weights: Mapping[str, float], seed: int, device: torch.device) -> None:
         """weights   of the sums that RetroMAE.forward returns, in its order; names as in StepBatch.label_counts"""
-        self._weights, self._seed, self._rank, self._device = weights, seed, rank, device
+        self._weights, self._seed, self._device = weights, seed, device
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
-        counts = torch.tensor([batch.label_counts[name] for name in self._weights], dtype=torch.float64)
-        counts = sum_over_ranks(counts).float().clamp(min=1).to(self._device)
+        batch = batch.to(self._device)
+        counts = sum_over_ranks(batch.tensors["label_counts"]).float().clamp(min=1)
         local_losses = torch.zeros(len(counts), device=self._device)
-        for i, micro_batch in enumerate(batch.micro_batches):
-            last = i == len(batch.micro_batches) - 1
-            rng.seed_everything(self._seed, "dropout", step, self._rank, i)
-            losses = torch.stack(engine.run(*micro_batch.tensors(self._device), last=last)) / counts
-            engine.backward(self._weighted(losses), last=last)
+        count = batch.num_micro_batches
+        for i in range(count):
+            rng.seed_everything(self._seed, "dropout", step, batch.numbers[i])
+            losses = torch.stack(engine.run(*batch.inputs(i), last=i == count - 1)) / counts
+            engine.backward(self._weighted(losses), last=i == count - 1)
             local_losses += losses.detach()
         terms = zip(self._weights.items(), local_losses, strict=True)
         scalars = {f"{name}_loss": loss for (name, weight), loss in terms if weight}

@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lodestar import rng
+from lodestar.data.micro_batches import Indices
 from lodestar.data.readers import Row
 from lodestar.errors import DataError
 from retromae.collate import Collate, EncodedText, StepBatch
@@ -42,6 +44,10 @@ class StreamWindow:
 
     def __call__(self, epochs: Tensor, rows: Tensor) -> list[EncodedText]:
         return [self._texts[row % self._size] for row in rows.tolist()]
+
+    def lengths(self, epochs: Tensor, rows: Tensor) -> Indices:
+        """(G,) tokens of each text."""
+        return np.array([len(text.input_ids) for text in self(epochs, rows)])
 
     def batches(self, collate: Collate, start: int, total: int) -> Generator[StepBatch]:
         """The batches from step `start` on; the source restarts where it ends."""

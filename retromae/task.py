@@ -25,13 +25,14 @@ from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.folder_checks import find_folder
 from lodestar.models.load import load_encoder, load_tokenizer
+from lodestar.models.packed import enable_packed
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
 from retrieval.evaluation.in_training import in_training_evaluation
-from retromae.collate import CachedTexts, Collate, MicroBatch, StepBatch
+from retromae.collate import CachedTexts, Collate, StepBatch
 from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
 from retromae.plan import plan
@@ -62,6 +63,8 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
     loaded = load_encoder(model, AutoModelForMaskedLM, seed=seed, random_head=model.random_head)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
+    if model.attention == "packed":
+        enable_packed(loaded.model)
     module = RetroMAE(
         loaded.model,
         mask=recipe.mask,
@@ -76,11 +79,11 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
     title = "RetroMAE pre-training: a starting point for fine-tuning, not yet a retrieval model"
     return TrainingTask(
         module=module,
-        stage=PretrainStage(weights=recipe.loss.weights, seed=seed, rank=runtime.rank, device=runtime.device),
+        stage=PretrainStage(weights=recipe.loss.weights, seed=seed, device=runtime.device),
         total_steps=data.total_steps,
         rows=data.rows,
         batches=data.batches,
-        micro_batches=data.micro_batches,
+        first_batch=data.first_batch,
         identity={
             "stage": "pretrain",
             "seed": seed,
@@ -103,7 +106,7 @@ class _TrainingData(NamedTuple):
     """Equal for equal texts; ready for JSON."""
     total_steps: int
     batches: Callable[[int], Generator[StepBatch]]
-    micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
+    first_batch: Callable[[BatchPlan], StepBatch] | None = None
     rows: int | None = None
     examples_at: Callable[[int], Sequence[str]] | None = None
     counts: Mapping[str, int] = {}
@@ -121,7 +124,10 @@ def _streamed_data(
         check, tokenize = TextCheck(recipe.data.field), _tokenize(recipe, tokenizer)
         counts.clear()
         window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed, counts)
-        collate = Collate(window, SequentialSampler(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
+        collate = Collate(
+            window, SequentialSampler(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder,
+            recipe.model.attention == "packed",
+        )  # fmt: skip
         return window.batches(collate, start, total_steps)
 
     # Hashing all texts would take as long as reading them.
@@ -160,14 +166,15 @@ def _cached_data(
     total_steps = recipe.schedule.total_steps(rows, size)
     plan = recipe.batch.plan(runtime.world_size)
     texts, sampler = CachedTexts(dataset.rows), make_sampler(rows, size, seed, "")
-    collate = Collate(texts, sampler, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder)
+    is_packed = recipe.model.attention == "packed"
+    collate = Collate(texts, sampler, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder, is_packed)
     return _TrainingData(
         dataset.stats.fingerprint,
         total_steps,
         batches=lambda start: step_batches(
             collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
         ),
-        micro_batches=lambda plan: replace(collate, plan=plan, rank=0)(0).micro_batches,
+        first_batch=lambda plan: replace(collate, plan=plan, rank=0)(0),
         rows=rows,
         examples_at=lambda step: _example_names(
             sources, TextCheck(data.field), dataset.rows, sampler.batch(step, range(size))[1].tolist()

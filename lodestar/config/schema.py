@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
 from lodestar.config.loader import Section
-from lodestar.config.values import Count, Decay, Fraction, Location, Name, Natural, Processes, Seed
+from lodestar.config.values import LARGEST, Count, Decay, Fraction, Location, Name, Natural, Processes, Seed
 
 AUTO = "auto"
+MICRO_TOKENS = 16_384
+"""The default of batch.micro_tokens: about 6 GiB of activations of BERT-base in bf16."""
 NEUTRAL = (
     "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers", "data.strict",
     "data.query_instruction", "data.passage_instruction",
-    "model.activation_checkpointing", "model.compile", "batch.micro_size", "batch.keep_graph", "engine", "checkpoint",
-    "evaluate", "track",
+    "model.activation_checkpointing", "model.attention", "model.compile", "batch.micro_size", "batch.micro_tokens",
+    "batch.keep_graph", "engine", "checkpoint", "evaluate", "track",
 )  # fmt: skip
 """Keys and sections that do not change what training computes. Content and weights of data.train are checked apart."""
 LearningRate = Annotated[float, Field(gt=0, le=10)]
@@ -58,6 +60,8 @@ class ModelConfig(Section):
     """Open weights that are pickle only, pytorch_model.bin, by torch's loader for weights; false: they are refused."""
     trust_remote_code: bool = False
     """Run the Python code that the encoder's folder brings. Read it first: it can do whatever you can."""
+    attention: Literal["padded", "packed"] = "padded"
+    """packed: the texts of a micro-batch lie end to end in one row of tokens, without padding; changes no result."""
     compile: Literal[False, "layers"] = False
     """layers: compile each layer of the encoder with torch.compile, for texts of any length: a minute or more at the
     start, then faster steps on a GPU. Changes rounding, and how dropout draws."""
@@ -68,14 +72,33 @@ class ModelConfig(Section):
 class BatchConfig(Section):
     """The global batch, and how devices cut it."""
 
+    one_of: ClassVar = ("micro_tokens", "micro_size")
+
     global_size: Count
     """Examples of one optimizer step over all devices: any number of devices makes exactly this batch."""
-    micro_size: Count | Literal["auto"] = 32
-    """Examples on one device at a time: bounds memory, changes no result. auto: the largest that fits, measured."""
+    micro_tokens: Annotated[int, Field(ge=8, le=LARGEST)] | Literal["auto"] | None = None
+    """Tokens on one device at a time, padding included: bounds memory, changes no result. auto: the most that fit,
+    measured. Give either this or micro_size; without both it is 16,384."""
+    micro_size: Count | None = None
+    """Examples on one device at a time, however long they are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_counts_tokens(cls, values: Any) -> Any:
+        if isinstance(values, dict) and cast(dict[str, Any], values).get("micro_size") == AUTO:
+            raise ValueError("micro_size: is a number of examples (write batch.micro_tokens: auto)")
+        return cast(Any, values)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> BatchConfig:
+        if self.micro_tokens is not None and self.micro_size is not None:
+            raise ValueError("needs only one of micro_tokens and micro_size (leave one of the two out)")
+        return self
 
     def plan(self, world_size: int) -> BatchPlan:
-        """How `world_size` ranks make the batch; `auto` counts as 32 until a run measures it."""
-        return BatchPlan(self.global_size, world_size, 32 if self.micro_size == AUTO else self.micro_size)
+        """How `world_size` ranks make the batch; `auto` counts as the default until a run measures it."""
+        tokens = self.micro_tokens if isinstance(self.micro_tokens, int) else MICRO_TOKENS
+        return BatchPlan(self.global_size, world_size, self.micro_size, None if self.micro_size else tokens)
 
 
 class OptimConfig(Section):
@@ -113,6 +136,8 @@ class OptimConfig(Section):
 class ScheduleConfig(Section):
     """How long to train, and the learning rate over time."""
 
+    one_of: ClassVar = ("epochs", "steps")
+
     epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Times that each example is seen; give either this or steps."""
     steps: Count | None = None
@@ -148,6 +173,8 @@ class EngineConfig(Section):
     """What DeepSpeed shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
     zero3_persistence_threshold: Natural | None = None
     """Under ZeRO-3, parameters with fewer elements stay whole on each device; none: DeepSpeed's default."""
+    reduce_bucket_size: Count = 50_000_000
+    """Elements of the gradient that DeepSpeed reduces at once; it holds two such buckets, of 4 bytes per element."""
     give_up_after: Count = 20
     """Stop after this many steps in a row whose gradient is not finite."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] = 30.0
@@ -246,10 +273,16 @@ class BatchPlan:
 
     global_size: int
     world_size: int
-    micro_size: int
+    micro_size: int | None = None
+    """Examples of a micro-batch at most."""
+    micro_tokens: int | None = None
+    """Its tokens at most; one of the two is set."""
 
     def examples(self, rank: int) -> range:
-        """This rank's part of the global batch: 32,768 over 48 ranks are 683 on 32 ranks and 682 on 16."""
+        """This rank's part of the global batch: 32,768 over 48 ranks are 683 on 32 ranks and 682 on 16.
+
+        The part whose loss it computes; which texts it embeds follows from their lengths.
+        """
         return range(rank * self.global_size // self.world_size, (rank + 1) * self.global_size // self.world_size)
 
     @property
@@ -257,7 +290,9 @@ class BatchPlan:
         """Sizes of the parts of all ranks."""
         return [len(self.examples(rank)) for rank in range(self.world_size)]
 
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches per step, the same on all ranks: a rank with fewer examples gets smaller ones."""
-        return -(-max(self.examples_per_rank) // self.micro_size)
+    def num_micro_batches(self, tokens_per_example: int = 0) -> int:
+        """Micro-batches per step, the same on all ranks; by tokens, where all examples have so many."""
+        examples = max(self.examples_per_rank)
+        if self.micro_size is not None:
+            return -(-examples // self.micro_size)
+        return -(-examples * tokens_per_example // (self.micro_tokens or MICRO_TOKENS))

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
@@ -110,13 +109,3 @@ def _exit_on_signal_of_rank() -> None:
 def cut(items: Sequence[Item], parts: int) -> list[Sequence[Item]]:
     """`items` in `parts` contiguous parts whose sizes differ by at most one; some are empty where items are fewer."""
     return [items[i * len(items) // parts : (i + 1) * len(items) // parts] for i in range(parts)]
-
-
-def padded(sequences: Sequence[Sequence[int]], fill: int, multiple: int = 8) -> Tensor:
-    """(B, L) int64; L is the length of the longest sequence, rounded up to a multiple that suits matrix units."""
-    longest = max((len(sequence) for sequence in sequences), default=1)
-    width = -(-longest // multiple) * multiple
-    padded_BL = torch.full((len(sequences), width), fill, dtype=torch.int64)
-    for i, sequence in enumerate(sequences):
-        padded_BL[i, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
-    return padded_BL

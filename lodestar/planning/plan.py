@@ -85,10 +85,11 @@ def describe(
     """The plan of a training run; with a `device`, also whether the run fits and how long a step takes."""
     batch, schedule = recipe.batch, recipe.schedule
     plan = batch.plan(world_size)
-    if batch.micro_size == AUTO:
-        warnings.lines.append(f"batch.micro_size: auto: measured when a run starts; planned with {plan.micro_size}")
+    if batch.micro_tokens == AUTO:
+        warnings.lines.append(f"batch.micro_tokens: auto: measured when a run starts; planned with {plan.micro_tokens}")
     if recipe.model.compile:
         warnings.or_default(None, check_compiler, "a GPU does not need it")
+    tokens = [examples * tokens_per_example for examples in plan.examples_per_rank]
     rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)
     device_memory = memory(cost, recipe, world_size)
@@ -102,8 +103,10 @@ def describe(
         "world_size": world_size,
         "global_size": batch.global_size,
         "micro_size": plan.micro_size,
+        "micro_tokens": plan.micro_tokens,
         "rows_per_rank": plan.examples_per_rank,
-        "chunks_per_rank": plan.num_micro_batches,
+        "chunks_per_rank": plan.num_micro_batches(tokens_per_example),
+        "tokens_per_rank": {"largest": max(tokens), "mean": sum(tokens) / world_size},
         "imbalance": max(plan.examples_per_rank) * world_size / batch.global_size - 1,
         "rows": rows,
         "steps": steps,
@@ -152,6 +155,10 @@ def in_words(plan: Mapping[str, Any]) -> str:
     for key, value in plan.items():
         if key == "rows_per_rank":
             value = _sizes_in_words(value)
+        elif key in ("micro_size", "micro_tokens") and value is None:
+            continue
+        elif key == "tokens_per_rank":
+            value = f"at most {value['largest']:,}, {value['mean']:,.0f} on average"
         elif key == "missing":
             lines += [f"{'missing':<22} {line}" for line in value]
             continue
@@ -163,7 +170,7 @@ def in_words(plan: Mapping[str, Any]) -> str:
             note = "" if key == "device_memory_bytes" else " (estimated)"
             key, value = key.removesuffix("_bytes"), f"{value / 2**30:.2f} GiB{note}"
         elif isinstance(value, bool):
-            value = "yes" if value else "no (lower batch.micro_size: it changes no result)"
+            value = "yes" if value else "no (lower batch.micro_tokens: it changes no result)"
         elif key in ("seconds_per_step", "hours"):
             value = "not known" if value is None else f"{value:,.2f} (estimated)"
         elif value is None:

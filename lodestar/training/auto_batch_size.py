@@ -1,4 +1,4 @@
-"""Automatic micro-batch size: the largest that fits into a device's memory, measured on the longest generated texts."""
+"""Automatic micro-batches: the most tokens that fit into a device's memory, measured on the longest generated texts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lodestar.config import loader
 from lodestar.config.schema import AUTO, BatchPlan, TrainingRecipe
+from lodestar.config.values import LARGEST
+from lodestar.data.micro_batches import padded_width
 from lodestar.distributed.collectives import gather_counts, on_main
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError, TrainingError
@@ -22,47 +24,60 @@ from lodestar.training.engine import autocast
 from lodestar.training.synthetic import synthetic_task
 from lodestar.training.task import Recipe, TaskSpec, TrainingTask
 
+UNSEEN = 0.05
+"""Fraction of the memory that is left for what is not measured: buffers of collectives, fragmentation."""
 _ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
 """oneDNN's error on a CPU."""
 
 
-def with_largest_micro_size(recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe]) -> Recipe:
-    """The recipe with `batch.micro_size` as a number: that of the run folder's recipe, or else a measured one.
+def with_measured_micro_tokens(recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe]) -> Recipe:
+    """The recipe with `batch.micro_tokens` as a number: that of the run folder's recipe, or else a measured one.
 
-    Raises ConfigError where not even one example fits.
+    Raises ConfigError where not even one text of maximum length fits.
     """
-    max_size = max(BatchPlan(recipe.batch.global_size, runtime.world_size, 1).examples_per_rank)
-    micro_size = on_main(lambda: _size_of_earlier_run(recipe))
-    if micro_size is None:
-        with synthetic_task(recipe, runtime, spec, micro_size=1, steps=1) as (synthetic, task):
-            local_size = largest(
-                lambda size: _fits(_with_size(synthetic, size), task, runtime, spec, max_size), max_size
+    micro_tokens = on_main(lambda: _tokens_of_earlier_run(recipe))
+    if micro_tokens is None:
+        width = padded_width(recipe.model.max_length)
+        max_examples = max(BatchPlan(recipe.batch.global_size, runtime.world_size).examples_per_rank)
+        with synthetic_task(recipe, runtime, spec, steps=1) as (synthetic, task):
+            most_texts = -(-_padded_tokens(task, max_examples) // width)
+            local_texts = largest(
+                lambda texts: _fits(_with_tokens(synthetic, texts * width), task, runtime, spec, max_examples),
+                most_texts,
             )
-        micro_size = min(gather_counts(local_size))
+        micro_tokens = min(gather_counts(local_texts)) * width
         if runtime.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        if not micro_size:
+        if not micro_tokens:
             raise ConfigError(
-                "batch.micro_size: not even one example fits (lower model.max_length, or use devices with more memory)"
+                "batch.micro_tokens: not even one text fits (lower model.max_length, or use devices with more memory)"
             )
     if runtime.is_main:
-        print(f"batch.micro_size: {micro_size} examples at a time on each device", file=sys.stderr)
-    return _with_size(recipe, micro_size)
+        print(f"batch.micro_tokens: {micro_tokens:,} tokens at a time on each device", file=sys.stderr)
+    return _with_tokens(recipe, micro_tokens)
 
 
-def _with_size(recipe: Recipe, micro_size: int | str) -> Recipe:
-    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_size": micro_size})})
+def _with_tokens(recipe: Recipe, micro_tokens: int | str) -> Recipe:
+    return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro_tokens": micro_tokens})})
 
 
-def _size_of_earlier_run(recipe: TrainingRecipe) -> int | None:
-    """The size in the run folder's recipe, if everything that determines the memory is equal there."""
+def _padded_tokens(task: TrainingTask, examples: int) -> int:
+    """Of a batch of the longest examples."""
+    assert task.first_batch is not None
+    return task.first_batch(BatchPlan(examples, 1, micro_tokens=LARGEST)).padded_tokens
+
+
+def _tokens_of_earlier_run(recipe: TrainingRecipe) -> int | None:
+    """The number in the run folder's recipe, if everything that determines the memory is equal there."""
     path = Path(recipe.run.output_dir) / "config.yaml"
     if not path.is_file():
         return None
     earlier = loader.load(type(recipe), path)
     is_equal = (earlier.model, earlier.precision, earlier.engine) == (recipe.model, recipe.precision, recipe.engine)
-    size = earlier.batch.micro_size
-    return size if isinstance(size, int) and is_equal and _with_size(earlier, AUTO).batch == recipe.batch else None
+    tokens = earlier.batch.micro_tokens
+    return (
+        tokens if isinstance(tokens, int) and is_equal and _with_tokens(earlier, AUTO).batch == recipe.batch else None
+    )
 
 
 def largest(fits: Callable[[int], bool], max_size: int) -> int:
@@ -79,29 +94,27 @@ def largest(fits: Callable[[int], bool], max_size: int) -> int:
     return low
 
 
-def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[Recipe], max_size: int) -> bool:
+def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[Recipe], max_examples: int) -> bool:
     """Whether forward and backward of the longest micro-batches fit beside the planned memory of everything else.
 
-    max_size   examples of a step on this rank
+    max_examples   of a step on this rank
     """
-    plan = spec.plan(recipe, runtime.world_size, None)
-    if runtime.device.type == "cpu" and plan["peak_memory_bytes"] > runtime.memory_bytes():
+    plan, unseen_bytes = spec.plan(recipe, runtime.world_size, None), int(UNSEEN * runtime.memory_bytes())
+    if runtime.device.type == "cpu" and plan["peak_memory_bytes"] + unseen_bytes > runtime.memory_bytes():
         return False  # the kernel overcommits memory, and kills the process when it is used
     module = task.module.to(runtime.device).train()
     parts = {**plan["memory"], "weights": 0, "activations": 0}
-    reserved_bytes = max(
-        0, sum(parts.values()) - sum(p.nbytes for p in module.parameters())
-    )  # gradients are allocated below
-    micro_size = recipe.batch.plan(1).micro_size
-    batch = BatchPlan(min(max_size, max(2, task.held_micro_batches) * micro_size), 1, micro_size)
-    assert task.micro_batches is not None
-    micro_batches = task.micro_batches(batch)
-    if batch.num_micro_batches > 1:
-        micro_batches = micro_batches[-task.held_micro_batches :]  # sorted by length: the last are the longest
+    # Gradients are allocated below.
+    reserved_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters())) + unseen_bytes
+    held, micro_tokens = task.held_micro_batches, recipe.batch.plan(1).micro_tokens
+    texts = (held + 1) * -(-(micro_tokens or 1) // recipe.model.max_length)
+    assert task.first_batch is not None
+    batch = task.first_batch(BatchPlan(min(max_examples, texts), 1, micro_tokens=micro_tokens)).to(runtime.device)
+    held = batch.num_micro_batches if batch.keeps_all_graphs else min(held, batch.num_micro_batches)
     try:
         reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=runtime.device)
         with autocast(runtime.device, recipe.precision):
-            outputs = [module(*micro_batch.tensors(runtime.device)) for micro_batch in micro_batches]
+            outputs = [module(*batch.inputs(i)) for i in range(held)]  # the longest come first
         _sum(outputs).backward()
         del reserved, outputs
         return True
@@ -128,12 +141,22 @@ def out_of_memory_told(recipe: TrainingRecipe, runtime: Runtime) -> Iterator[Non
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
-        size = min(recipe.batch.plan(runtime.world_size).micro_size, recipe.batch.global_size)
-        smaller = f"set batch.micro_size={size // 2}" if size > 1 else "set model.activation_checkpointing=true"
-        raise TrainingError(
-            f"batch.micro_size: rank {runtime.rank} is out of memory at {size} examples at a time ({smaller}, which "
-            "changes no result; the same command resumes the run)"
-        ) from None
+        raise TrainingError(_smaller(recipe, runtime)) from None
+
+
+def _smaller(recipe: TrainingRecipe, runtime: Runtime) -> str:
+    """The limit of a micro-batch that was too large, and what to do."""
+    batch = recipe.batch.plan(runtime.world_size)
+    key, limit = "micro_tokens", batch.micro_tokens or 0
+    if batch.micro_size is not None:
+        key, limit = "micro_size", min(batch.micro_size, recipe.batch.global_size)
+    shortest = 1 if batch.micro_size is not None else recipe.model.max_length
+    remedy = f"batch.{key}={limit // 2}" if limit > shortest else "model.activation_checkpointing=true"
+    unit = "examples" if batch.micro_size is not None else "tokens"
+    return (
+        f"batch.{key}: rank {runtime.rank} is out of memory at {limit} {unit} at a time (set {remedy}, which changes "
+        "no result; the same command resumes the run)"
+    )
 
 
 def _sum(outputs: Any) -> Tensor:

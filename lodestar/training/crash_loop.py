@@ -59,7 +59,7 @@ class CrashLoopHook:
         place = f"step {self.step + 1}" if self.step < total_steps else "the end of the run"
         raise TrainingError(
             f"run.output_dir: {self._path.parent}: crashed {self.crashes} times in a row in {place}{batch} (mend or "
-            "drop the example at fault, or change what ran out, as by a smaller batch.micro_size; to try again, "
+            "drop the example at fault, or change what ran out, as by a smaller batch.micro_tokens; to try again, "
             f"delete {self._path}{listed})"
         )
 

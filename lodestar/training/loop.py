@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -13,19 +14,24 @@ from lodestar.distributed import watchdog
 from lodestar.training.engine import Engine, StepReport
 
 
-class MicroBatch(Protocol):
-    """Examples that go through the model at once."""
-
-    def tensors(self, device: torch.device) -> list[Tensor]:
-        """The model's inputs, in the order of its forward."""
-        ...
-
-
 class Batch(Protocol):
     """The examples of one rank in one step."""
 
     @property
-    def micro_batches(self) -> Sequence[MicroBatch]: ...
+    def num_micro_batches(self) -> int: ...
+    @property
+    def keeps_all_graphs(self) -> bool:
+        """Whether the graphs of all micro-batches are in memory at once."""
+        ...
+
+    def inputs(self, index: int) -> list[Any]:
+        """The arguments of the model's forward for a micro-batch."""
+        ...
+
+    def to(self, device: torch.device) -> Batch:
+        """Its tensors on a device."""
+        ...
+
     @property
     def examples(self) -> int:
         """Number of this rank's examples."""
@@ -68,8 +74,8 @@ class Progress:
     """Completed steps."""
     skipped: Tensor | int = 0
     """Steps whose gradient was not finite; on the device, so that nothing waits for it."""
-    masked: Tensor | int = 0
-    """False negatives that were masked on this rank, and on rank 0 those before the run resumed; on the device."""
+    counters: dict[str, Tensor | int] = field(default_factory=dict)
+    """Of this rank, and on rank 0 also of the steps before the run resumed; on the device."""
     stop: str | None = None
     """The signal that stops the run early; equal on all ranks."""
     final: dict[str, Any] = field(default_factory=dict)
@@ -108,8 +114,12 @@ def fit(
     progress: Progress,
     lr_factor_at: Callable[[int], float],
     hooks: Sequence[Hook],
+    counters: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Train until `progress` is done or a hook sets `progress.stop`."""
+    """Train until `progress` is done or a hook sets `progress.stop`.
+
+    counters   names in `progress.counters` -> the stage's scalars that are added up there
+    """
     engine.module.train()
     for hook in hooks:
         hook.before(progress)
@@ -122,8 +132,8 @@ def fit(
         done = StepDone(batch, scalars, engine.step(lr_factor), lr_factor)
         progress.step += 1
         progress.skipped = progress.skipped + done.report.skipped
-        if (masked := scalars.get("masked_false_negatives")) is not None:
-            progress.masked = progress.masked + masked.detach().double()
+        for name, scalar in counters.items():
+            progress.counters[name] = progress.counters.get(name, 0) + scalars[scalar].detach().double()
         watchdog.enter(watchdog.HOOKS, progress.step)
         for hook in hooks:
             hook.after_step(progress, done)

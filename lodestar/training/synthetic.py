@@ -34,7 +34,7 @@ class LongestFirst(ShuffledSampler):
 
 @contextmanager
 def synthetic_task(
-    recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe], *, micro_size: int, steps: int
+    recipe: Recipe, runtime: Runtime, spec: TaskSpec[Recipe], *, steps: int
 ) -> Generator[tuple[Recipe, TrainingTask]]:
     """The recipe and its task on generated rows: a batch of the longest, then one of all lengths.
 
@@ -55,7 +55,6 @@ def synthetic_task(
         synthetic = spec.with_training_file(recipe, file, folder / "cache").model_copy(
             update={
                 "run": recipe.run.model_copy(update={"output_dir": str(folder / "run")}),
-                "batch": recipe.batch.model_copy(update={"micro_size": micro_size}),
                 "schedule": recipe.schedule.model_copy(update={"steps": steps, "epochs": None}),
                 "evaluate": type(recipe.evaluate)(),
             }

@@ -14,7 +14,7 @@ from lodestar.data.readers import Row
 from lodestar.data.sampler import MakeSampler, ShuffledSampler
 from lodestar.distributed.runtime import Runtime
 from lodestar.planning.plan import Plan
-from lodestar.training.loop import Batch, MicroBatch, Stage
+from lodestar.training.loop import Batch, Stage
 
 Recipe = TypeVar("Recipe", bound=TrainingRecipe)
 AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe, contravariant=True)
@@ -39,12 +39,14 @@ class TrainingTask:
     """JSON values that must equal those of the checkpoint from which a run resumes."""
     export: Export
     evaluate: Evaluate | None = None
-    micro_batches: Callable[[BatchPlan], Sequence[MicroBatch]] | None = None
-    """Plan -> the micro-batches of rank 0 in the first step; none for a stream."""
+    first_batch: Callable[[BatchPlan], Batch] | None = None
+    """Plan -> the batch of rank 0 in the first step; none for a stream."""
     held_micro_batches: int = 1
     """Micro-batches whose graphs are in memory at once, if a step has several."""
     data_counts: Mapping[str, int] = field(default_factory=dict)
     """Of the training data: rows, tokens, truncated, dropped; for summary.json."""
+    counters: Mapping[str, str] = field(default_factory=dict)
+    """Names in checkpoints and summary.json -> the stage's scalars that are added up there over the run."""
     new_names: Mapping[str, str] = field(default_factory=dict)
     """Prefixes of parameter names in checkpoints of earlier versions -> prefixes today."""
     examples_at: Callable[[int], Sequence[str]] | None = None

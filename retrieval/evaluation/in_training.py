@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lodestar.config.schema import EvaluateConfig, TrainingRecipe
-from lodestar.data.loader import cut, padded
+from lodestar.data.loader import cut
+from lodestar.data.padding import padded
 from lodestar.distributed.collectives import from_main
 from lodestar.distributed.runtime import Runtime
 from lodestar.training.engine import autocast

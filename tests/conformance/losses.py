@@ -21,15 +21,16 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from contrastive.collate import MicroBatch, StepBatch
 from contrastive.config import LossConfig
 from contrastive.stage import FinetuneStage
 from lodestar.config.schema import OptimConfig
+from lodestar.data.padding import TextShape
 from lodestar.distributed.collectives import sum_over_ranks
 from lodestar.distributed.runtime import Runtime
 from lodestar.training.ddp import DdpEngine
 from tests.conformance import problem
 from tests.conformance.problem import NARROW, WIDTH, Loss, Shard, Step, difference
+from tests.step_batches import step_batch
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ class UnitEncoder(nn.Module):
         super().__init__()
         self.linear, self.temperature = linear, temperature
 
-    def forward(self, x_BF: Tensor, lengths_B: Tensor) -> tuple[Tensor, float]:
+    def forward(self, x_BF: Tensor, lengths_B: Tensor, shape: TextShape) -> tuple[Tensor, float]:
         return F.normalize(self.linear(x_BF), dim=1), self.temperature
 
 
@@ -61,34 +62,12 @@ def lodestar(options: dict[str, Any], micro_size: int | None, linear: nn.Linear,
         keep_graph=0.0,
         memory_bytes=0,
     )
-    loss = stage.backward(_step_batch(shard, micro_size), engine, 0)["loss"]
-    return sum_over_ranks(loss.detach())
-
-
-def _step_batch(shard: Shard, micro_size: int | None) -> StepBatch:
-    (queries, group), start = shard.p_BGF.shape[:2], sum(shard.counts[: shard.rank])
     texts_NF = torch.cat([shard.q_BF, shard.p_BGF.flatten(0, 1)])
-    size = micro_size or len(texts_NF)
-    count = -(-(1 + group) * max(shard.counts) // size)  # the same on all ranks
-    parts = texts_NF.tensor_split(count)
-    query_Q = 10_000 + start + torch.arange(queries)
-    owner_QG = torch.full((queries, group), -1)
-    owner_QG[:, 0] = query_Q
-    return StepBatch(
-        micro_batches=[MicroBatch(part_BF, torch.ones(len(part_BF)), True) for part_BF in parts],
-        text_index_N=torch.arange(len(texts_NF)),
-        query_hash_Q=query_Q,
-        passage_hash_P=start * group + torch.arange(queries * group),
-        owner_P=owner_QG.flatten(),
-        start_Q=group * torch.arange(queries),
-        count_Q=torch.full((queries,), group),
-        teacher_QG=shard.teacher_BG,
-        in_batch_negatives=True,
-        keep_all_graphs=micro_size is None,
-        examples=queries,
-        tokens=len(texts_NF),
-        padded_tokens=len(texts_NF),
-    )
+    texts_per_query = 1 + shard.p_BGF.shape[1]
+    count = -(-texts_per_query * max(counts) // (micro_size or texts_per_query * max(counts)))  # the same on all ranks
+    batch = step_batch(shard.rank, counts, shard.teacher_BG, texts_NF.tensor_split(count))
+    loss = stage.backward(batch, engine, 0)["loss"]
+    return sum_over_ranks(loss.detach())
 
 
 def of_lodestar(micro_size: int | None = None, **options: Any) -> Step:

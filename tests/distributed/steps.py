@@ -25,6 +25,8 @@ from tests import tiny
 
 GLOBAL_SIZE = 19  # divides by none of the world sizes
 BETA = 0.9
+WHOLE = (f"batch.micro_size={GLOBAL_SIZE}", "model.attention=padded")
+"""Overrides for plain formulas: the whole batch at once, padded."""
 
 Outcome = tuple[float, dict[str, Tensor]]
 """Loss of the global batch, and its gradient by parameter."""
@@ -48,14 +50,16 @@ precision: fp32
 engine: {{kind: ddp, zero3_persistence_threshold: 0}}
 {"loss: {temperature: 0.1}" if stage == "finetune" else ""}
 """
+    limits = [override for override in overrides if override.startswith("batch.micro_")]
+    overrides = (*(override for override in overrides if override not in limits), *limits[-1:])  # the last one counts
     path = folder / f"{stage}.yaml"
     if not path.exists():
         path.write_text(values)
     return loader.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
 
 
-def built_task(run_recipe: Any, rank: int, size: int) -> tuple[TrainingTask, Runtime]:
-    runtime = Runtime(rank, size, rank, torch.device("cpu"))
+def built_task(run_recipe: Any, rank: int, size: int, device: str = "cpu") -> tuple[TrainingTask, Runtime]:
+    runtime = Runtime(rank, size, rank, torch.device(device))
     build_task = build_pretrain_task if isinstance(run_recipe, PretrainRecipe) else build_finetune_task
     return build_task(run_recipe, runtime), runtime
 
@@ -70,14 +74,14 @@ def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Out
     return one_step(rank, size, recipe(stage, folder, *overrides))[0]
 
 
-def one_step(rank: int, size: int, run_recipe: Any) -> tuple[Outcome, dict[str, float]]:
+def one_step(rank: int, size: int, run_recipe: Any, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
     """A real step by `size` ranks, and the scalars of the global batch.
 
     AdamW's first moment after it is (1 - beta) times the gradient, under any engine.
     """
-    from lodestar.distributed.collectives import sum_over_ranks
+    from lodestar.distributed.collectives import max_over_ranks, sum_over_ranks
 
-    task, runtime = built_task(run_recipe, rank, size)
+    task, runtime = built_task(run_recipe, rank, size, device)
     engine = build(task.module, runtime, run_recipe.engine, run_recipe.optim, run_recipe.precision)
     engine.module.train()
     local_scalars = task.stage.backward(next(task.batches(0)), engine, 0)
@@ -85,10 +89,19 @@ def one_step(rank: int, size: int, run_recipe: Any) -> tuple[Outcome, dict[str, 
     engine.step(1.0)
     gradient = {
         name.removesuffix(":exp_avg"): value.double() / (1 - run_recipe.optim.betas[0])
-        for name, value in engine.optimizer_state().items()
+        for name, value in on_all(engine.optimizer_state()).items()
         if name.endswith(":exp_avg")
     }
+    for parameter in engine.module.parameters():  # under ZeRO-3 an empty tensor
+        assert max_over_ranks(parameter).equal(parameter), "ranks have different weights after the step"
     return (scalars["loss"], gradient), scalars
+
+
+def on_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an engine gives on rank 0, on every rank."""
+    from lodestar.distributed.collectives import from_main
+
+    return from_main(tensors)
 
 
 def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> list[Outcome]:
@@ -98,41 +111,43 @@ def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> li
 
 def plain_pretrain(folder: Path, *overrides: str) -> Outcome:
     """RetroMAE's loss on the whole batch at once, in fp64, with torch's own cross-entropy on whole logits."""
-    run_recipe = recipe("pretrain", folder, *overrides, f"batch.micro_size={GLOBAL_SIZE}")
+    run_recipe = recipe("pretrain", folder, *overrides, *WHOLE)
     task, _ = built_task(run_recipe, 0, 1)
-    (batch,) = next(task.batches(0)).micro_batches
+    batch = next(task.batches(0))
+    assert batch.num_micro_batches == 1
+    masked, ids, words, lengths, keys, places, targets, _, _ = batch.inputs(0)
     model: Any = task.module.double().eval()
-    position = torch.arange(batch.input_ids_BL.shape[1])
-    attention = (position < batch.lengths_B[:, None]).long()
-    out = model.encoder(input_ids=batch.masked_input_ids_BL, attention_mask=attention, output_hidden_states=True)
-    first = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BL.flatten(), ignore_index=IGNORED)
+    position = torch.arange(ids.shape[1])
+    attention = (position < lengths[:, None]).long()
+    out = model.encoder(input_ids=masked, attention_mask=attention, output_hidden_states=True)
+    first = F.cross_entropy(out.logits.flatten(0, 1)[places], targets)
     attention_mask_of_decoder = decoder_visibility(
-        batch.words_BL, batch.lengths_B, batch.rng_key_B, run_recipe.mask.decoder, run_recipe.mask.decoder_sets
+        words, lengths, keys, run_recipe.mask.decoder, run_recipe.mask.decoder_sets
     )
-    rebuilt = model._decode(out.hidden_states[-1][:, 0], batch.input_ids_BL, position, attention_mask_of_decoder)
-    labels = batch.input_ids_BL.masked_fill((position == 0) | (position >= batch.lengths_B[:, None] - 1), IGNORED)
+    rebuilt = model._decode(out.hidden_states[-1][:, 0], ids, position, attention_mask_of_decoder)
+    labels = ids.masked_fill((position == 0) | (position >= lengths[:, None] - 1), IGNORED)
     second = F.cross_entropy(model.encoder.cls(rebuilt).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
     third = torch.zeros((), dtype=torch.float64)
-    for logits, ids, words in zip(out.logits, batch.input_ids_BL, batch.words_BL, strict=True):
-        largest = logits[words >= 0].amax(0).log_softmax(0)
-        third = third - largest[ids[words >= 0].unique()].mean() / GLOBAL_SIZE
+    for logits, ids_L, words_L in zip(out.logits, ids, words, strict=True):
+        largest = logits[words_L >= 0].amax(0).log_softmax(0)
+        third = third - largest[ids_L[words_L >= 0].unique()].mean() / GLOBAL_SIZE
     return _backward(model, first + second + run_recipe.loss.bag_of_words * third)
 
 
 def plain_finetune(folder: Path, *overrides: str) -> Outcome:
     """InfoNCE with the whole score matrix, in fp64."""
-    run_recipe = recipe("finetune", folder, *overrides, f"batch.micro_size={GLOBAL_SIZE}")
+    run_recipe = recipe("finetune", folder, *overrides, *WHOLE)
     task, _ = built_task(run_recipe, 0, 1)
     batch = next(task.batches(0))
     model: Any = task.module.double().eval()
-    texts = [ids for m in batch.micro_batches for ids in _embed(model, m, mean=run_recipe.model.pooling == "mean")]
-    vectors = torch.stack([texts[i] for i in batch.text_index_N.argsort()])
-    q, d = vectors[:GLOBAL_SIZE], vectors[GLOBAL_SIZE:]
+    mean = run_recipe.model.pooling == "mean"
+    vectors = torch.cat([_embed(model, *batch.inputs(i)[:2], mean=mean) for i in range(batch.num_micro_batches)])
+    q, d = vectors[batch.tensors["query_place_G"]], vectors[batch.tensors["passage_place_M"]]
     t = run_recipe.loss.temperature if model.log_temperature is None else model.log_temperature.exp()
     losses: list[Tensor] = []
     for width in (q.shape[1], *run_recipe.loss.matryoshka):
         short_q, short_d = (F.normalize(x[:, :width], dim=1) for x in (q, d))
-        losses.append(_directions(short_q, short_d, batch.start_Q, t, run_recipe.loss))
+        losses.append(_directions(short_q, short_d, batch.tensors["start_Q"], t, run_recipe.loss))
         if run_recipe.loss.distillation:
             losses[-1] += run_recipe.loss.distillation * _distillation(short_q, short_d, batch, t)
     loss = torch.stack(losses).mean()
@@ -158,18 +173,19 @@ def _directions(q: Tensor, d: Tensor, positive: Tensor, t: Any, loss: Any) -> Te
 
 def _distillation(q: Tensor, d: Tensor, batch: Any, t: Any) -> Tensor:
     """KL divergence of each row; the gradient is that of FlagEmbedding's cross-entropy with the teacher."""
-    groups, scores = batch.teacher_QG.shape[1], q @ d.T / t
-    student = torch.stack([scores[i, start : start + groups] for i, start in enumerate(batch.start_Q.tolist())])
-    return F.kl_div(student.log_softmax(1), batch.teacher_QG.double().softmax(1), reduction="batchmean")
+    teacher, scores = batch.tensors["teacher_QK"], q @ d.T / t
+    student = torch.stack(
+        [scores[i, start : start + teacher.shape[1]] for i, start in enumerate(batch.tensors["start_Q"].tolist())]
+    )
+    return F.kl_div(student.log_softmax(1), teacher.double().softmax(1), reduction="batchmean")
 
 
-def _embed(model: Any, micro_batch: Any, *, mean: bool) -> Tensor:
-    attention = torch.arange(micro_batch.ids_BL.shape[1]) < micro_batch.lengths_B[:, None]
-    hidden = model.encoder(input_ids=micro_batch.ids_BL, attention_mask=attention.long()).last_hidden_state
+def _embed(model: Any, ids: Tensor, lengths: Tensor, *, mean: bool) -> Tensor:
+    attention = torch.arange(ids.shape[1]) < lengths[:, None]
+    hidden = model.encoder(input_ids=ids, attention_mask=attention.long()).last_hidden_state
     if not mean:
         return F.normalize(hidden[:, 0], dim=1)
-    lengths = micro_batch.lengths_B.tolist()
-    return torch.stack([F.normalize(x[:n].mean(0), dim=0) for x, n in zip(hidden, lengths, strict=True)])
+    return torch.stack([F.normalize(x[:n].mean(0), dim=0) for x, n in zip(hidden, lengths.tolist(), strict=True)])
 
 
 def _backward(model: Any, loss: Tensor) -> Outcome:

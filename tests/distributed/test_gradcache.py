@@ -97,7 +97,7 @@ def _reductions(rank: int, size: int, folder: Path, keep: str) -> tuple[int, int
     engine._wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
     batch = next(task.batches(0))
     task.stage.backward(batch, engine, 0)
-    return len(reduced_buckets) - len(set(reduced_buckets)), len(batch.micro_batches)
+    return len(reduced_buckets) - len(set(reduced_buckets)), batch.num_micro_batches
 
 
 @pytest.mark.parametrize("keep", KEEP_GRAPH[:2])

@@ -18,6 +18,8 @@ OPTIONS = {
         "plain": (),
         "one micro-batch": ("batch.micro_size=19",),
         "free masks": ("mask.decoder_sets=0",),
+        "by tokens": ("batch.micro_tokens=96",),
+        "packed": ("batch.micro_tokens=96", "model.attention=packed", "loss.bag_of_words=0.1"),
         "words": ("loss.bag_of_words=0.1", "decoder.query=embedding"),
     },
     "finetune": {
@@ -27,6 +29,8 @@ OPTIONS = {
         "directions": ("loss.passage_to_query=1", "loss.query_to_query=0.5", "loss.passage_to_passage=0.25"),
         "learned temperature": ("loss.learn_temperature=true", "loss.distillation=0.5", "loss.matryoshka=[8]"),
         "mean pooling": ("model.pooling=mean",),
+        "by tokens": ("batch.micro_tokens=96",),
+        "packed": ("batch.micro_tokens=96", "model.attention=packed", "model.pooling=mean"),
         "kept graphs": ("batch.keep_graph=2",),
         "distilled": ("loss.distillation=0.5", "data.negatives_per_query=2"),
     },

@@ -38,15 +38,24 @@ def step(
     return Collate([dataset], DatasetMixture([1.0], 10, 5), plan, rank, 5, negatives, 0)(number)
 
 
-def texts(batch: StepBatch) -> list[str]:
-    """The texts of a step in their own order: queries, then passages."""
-    in_batch_order = [
-        TOKENIZER.decode(ids[:length], skip_special_tokens=True)
-        for micro_batch in batch.micro_batches
-        if micro_batch.is_real
-        for ids, length in zip(micro_batch.ids_BL, micro_batch.lengths_B, strict=True)
+def world(rows: list[dict[str, Any]], size: int = 1, **options: Any) -> list[StepBatch]:
+    """The batches of all ranks."""
+    return [step(rows, rank=rank, size=size, **options) for rank in range(size)]
+
+
+def texts(batches: list[StepBatch]) -> tuple[list[str], list[str]]:
+    """The queries and the passages of a step, each embedded by some rank."""
+    embedded = [
+        TOKENIZER.decode(ids_L[:length], skip_special_tokens=True)
+        for batch in batches
+        for i, is_real in enumerate(batch.is_real)
+        if is_real
+        for ids_L, length in zip(*batch.inputs(i)[:2], strict=True)
     ]
-    return [in_batch_order[i] for i in batch.text_index_N.argsort().tolist()]
+    assert len(embedded) == sum(batches[0].texts_per_rank)
+    places = (batches[0].tensors[name].tolist() for name in ("query_place_G", "passage_place_M"))
+    queries, passages = ([embedded[place] for place in of_kind] for of_kind in places)
+    return queries, passages
 
 
 def test_both_layouts_give_the_same_row() -> None:
@@ -157,50 +166,58 @@ ROWS = [
 ]
 
 
-def groups(batch: StepBatch) -> dict[str, list[str]]:
-    all_texts = texts(batch)
-    passages = all_texts[batch.examples :]
-    starts, counts = batch.start_Q.tolist(), batch.count_Q.tolist()
-    return {all_texts[i]: passages[start : start + counts[i]] for i, start in enumerate(starts)}
+def groups(batches: list[StepBatch]) -> dict[str, list[str]]:
+    """Query -> its passages, the positive first."""
+    queries, passages = texts(batches)
+    by_query: dict[str, list[str]] = {}
+    for batch in batches:
+        own_queries = queries[batch.first_query : batch.first_query + batch.examples]
+        spans = (batch.tensors[name].tolist() for name in ("start_Q", "count_Q"))
+        for query, start, count in zip(own_queries, *spans, strict=True):
+            by_query[query] = passages[start : start + count]
+    return by_query
 
 
 def test_each_query_gets_a_positive_and_its_negatives() -> None:
-    passages = groups(step(ROWS, negatives=2))
+    passages = groups(world(ROWS, negatives=2))
     assert passages["rows"][0] in ("graph", "node") and set(passages["rows"][1:]) < {"edge", "mask", "token"}
     assert len(set(passages["rows"][1:])) == 2
     assert passages["tensor"] == ["matrix"]
     assert passages["search"] == ["index", "loss", "loss"]  # repeated if there are too few
     assert len(passages["learn"]) == 2
-    assert all(len(own_passages) == 1 for own_passages in groups(step(ROWS, negatives=0)).values())
+    assert all(len(own_passages) == 1 for own_passages in groups(world(ROWS, negatives=0)).values())
 
 
 def test_positives_and_negatives_are_drawn_in_each_epoch_and_are_reproducible() -> None:
-    draws = [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
+    draws = [tuple(groups(world(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
     assert len(set(draws)) > 2
-    assert draws == [tuple(groups(step(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
+    assert draws == [tuple(groups(world(ROWS, negatives=1, number=number))["rows"]) for number in range(10)]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_hold_parts_of_the_same_batch(size: int) -> None:
-    whole = groups(step(ROWS, negatives=2))
-    parts: dict[str, list[str]] = {}
-    for rank in range(size):
-        parts |= groups(step(ROWS, negatives=2, rank=rank, size=size))
-    assert parts == whole
+    whole, parts = world(ROWS, negatives=2), world(ROWS, size, negatives=2)
+    assert groups(parts) == groups(whole)
+    assert len({batch.num_micro_batches for batch in parts}) == 1
+    for name in ("query_hash_Q", "passage_hash_P", "owner_P"):
+        assert torch.cat([batch.tensors[name] for batch in parts]).equal(whole[0].tensors[name])
+    for name in ("examples", "tokens", "examples_hash"):
+        assert sum(getattr(batch, name) for batch in parts) % 2**64 == getattr(whole[0], name) % 2**64
 
 
 def test_a_rank_without_a_query_runs_on_a_filler() -> None:
-    batch = step(ROWS, rank=0, size=5)
-    assert batch.examples == 0 and len(batch.text_index_N) == 0 and len(batch.passage_hash_P) == 0
-    assert len(batch.micro_batches) == 1 and not batch.micro_batches[0].is_real
+    batches = world(ROWS[1:2], 3)
+    assert [batch.examples for batch in batches] == [0, 0, 1] and groups(batches) == {"tensor": ["matrix"]}
+    (idle,) = [batch for batch in batches if not any(batch.is_real)]
+    assert idle.num_micro_batches == 1 and idle.tokens == 0 and len(idle.inputs(0)[0]) == 1
 
 
 def test_teacher_scores_come_with_their_passages() -> None:
     row = {"query": "rows", "pos": ["graph"], "neg": ["edge"], "pos_scores": [0.9], "neg_scores": [0.2]}
     batch = step([row, ROWS[2]])
-    index = texts(batch)[: batch.examples].index("rows")
-    torch.testing.assert_close(batch.teacher_QG[index], torch.tensor([0.9, 0.2]))
-    assert batch.teacher_QG[1 - index].isnan().all()
+    index, teacher_QK = texts([batch])[0].index("rows"), batch.tensors["teacher_QK"]
+    torch.testing.assert_close(teacher_QK[index], torch.tensor([0.9, 0.2]))
+    assert teacher_QK[1 - index].isnan().all()
 
 
 def test_cut_texts_are_counted() -> None:

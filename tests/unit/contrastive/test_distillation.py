@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive.collate import StepBatch
 from contrastive.config import LossConfig
 from contrastive.loss import distillation_local_loss, matryoshka
 from contrastive.stage import FinetuneStage
 from lodestar.distributed.testing import run_world
+from tests.step_batches import step_batch
 from tests.unit.contrastive.problems import TIGHT, D, gradients, unit
 
 NAN = float("nan")
@@ -104,21 +104,8 @@ def local_step(rank: int, size: int) -> list[Tensor]:
     queries = range(rank * B // size, (rank + 1) * B // size)
     passages = range(queries.start * G, queries.stop * G)
     count = len(queries)
-    batch = StepBatch(
-        micro_batches=[],
-        text_index_N=torch.arange(count * (1 + G)),
-        query_hash_Q=1000 + torch.tensor(queries),
-        passage_hash_P=torch.tensor(passages),
-        owner_P=torch.full((count * G,), -1),
-        start_Q=torch.arange(count) * G,
-        count_Q=torch.full((count,), G),
-        teacher_QG=teacher_BG[queries.start : queries.stop],
-        in_batch_negatives=True,
-        keep_all_graphs=True,
-        examples=count,
-        tokens=0,
-        padded_tokens=0,
-    )
+    counts = [(r + 1) * B // size - r * B // size for r in range(size)]
+    batch = step_batch(rank, counts, teacher_BG[queries.start : queries.stop], [])
     loss = LossConfig(distillation=WEIGHT, matryoshka=list(WIDTHS))
     stage = FinetuneStage(
         loss=loss, global_size=B, seed=0, device=torch.device("cpu"), max_length=8, keep_graph=0, memory_bytes=0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from lodestar.data.loader import padded
+from lodestar.data.padding import padded
 from lodestar.errors import ModelError
 from lodestar.models.load import load_tokenizer
 from retrieval.embedding.embedder import Embedder

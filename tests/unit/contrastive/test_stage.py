@@ -31,7 +31,7 @@ def test_as_many_graphs_are_kept_as_the_recipe_says_or_as_fit(keep: float, memor
         x_BLD = torch.ones(5, ids_BL.numel(), dtype=torch.float16, requires_grad=True)
         return weight.exp().sum() + x_BLD.exp().sum()
 
-    assert KeepGraph(keep, memory_bytes, max_length=8).num_graphs([10, 20, 40], embed) == num_graphs
+    assert KeepGraph(keep, memory_bytes, max_length=8).num_graphs([[10, 20, 40], [9, 15, 40]], embed) == num_graphs
 
 
 def test_a_fraction_above_1_is_an_error(tmp_path):

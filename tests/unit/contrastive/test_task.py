@@ -15,10 +15,10 @@ def queries(folder: Path, *overrides: str) -> set[str]:
     """The first words of all queries of a step."""
     task, _ = steps.built_task(steps.recipe("finetune", folder, "batch.micro_size=19", *overrides), 0, 1)
     batch = next(task.batches(0))
-    texts = [ids.tolist() for micro in batch.micro_batches for ids in micro.ids_BL]
+    texts = [ids_L.tolist() for i in range(batch.num_micro_batches) for ids_L in batch.inputs(i)[0]]
     tokenizer = tiny.tokenizer("bert")
-    ordered = [texts[i] for i in batch.text_index_N.argsort().tolist()][: batch.examples]
-    return {tokenizer.decode(ids, skip_special_tokens=True).split()[0] for ids in ordered}
+    of_queries = [texts[place] for place in batch.tensors["query_place_G"].tolist()]
+    return {tokenizer.decode(ids, skip_special_tokens=True).split()[0] for ids in of_queries}
 
 
 def test_the_encoders_own_prompt_precedes_queries_unless_the_recipe_has_another(

@@ -149,7 +149,7 @@ def test_the_ranks_parts_make_exactly_the_global_batch(rows: int, size: int) -> 
     plan = BatchPlan(rows, size, micro_size=4)
     examples = [example for rank in range(size) for example in plan.examples(rank)]
     assert examples == list(range(rows)) and max(plan.examples_per_rank) - min(plan.examples_per_rank) <= 1
-    assert plan.num_micro_batches == -(-max(plan.examples_per_rank) // 4)
+    assert plan.num_micro_batches() == -(-max(plan.examples_per_rank) // 4)
 
 
 def test_a_schedule_by_epochs_counts_whole_batches() -> None:

@@ -13,6 +13,7 @@ from lodestar.config.schema import (
     ScheduleConfig,
     TrainingRecipe,
 )
+from lodestar.data.padding import TextShape
 from lodestar.planning.cost_model import (
     BERT_BASE,
     DEVICES,
@@ -39,7 +40,7 @@ def test_activations_are_what_autograd_saves(precision: str, width: int, feed_fo
     def saved_bytes(texts: int) -> int:
         ids, lengths = torch.ones(texts, 64, dtype=torch.int64), torch.full((texts,), 64)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return graph_bytes(lambda: model(ids, lengths))
+            return graph_bytes(lambda: model(ids, lengths, TextShape(64, has_padding=False)))
 
     measured = (saved_bytes(6) - saved_bytes(2)) / (
         4 * 64
@@ -68,6 +69,7 @@ def test_zero_shards_what_its_stage_says():
     whole, first, third = parts("ddp", 1), parts("deepspeed", 1), parts("deepspeed", 3)
     assert first.weights == whole.weights and first.optimizer == whole.optimizer // 10
     assert third.weights == whole.weights // 10 and third.gradients < first.gradients < whole.gradients
+    assert (whole.buckets, first.buckets, third.buckets) == (0, 400_000_000, 200_000_000)
     assert whole.activations == third.activations and whole.total > first.total > third.total
 
 

@@ -100,9 +100,7 @@ def test_a_database_is_added_by_a_class_and_a_line_of_the_registry(
 ) -> None:
     recipe = tmp_path / "index.yaml"
     recipe.write_text(f"model: a-hub/name\ncorpus: c.jsonl\nstore:\n  kind: list\n  path: {tmp_path}\n")
-    with pytest.raises(
-        ConfigError, match=r"index.yaml:4: store.kind: must be one of .*'qdrant'.*, got \"list\" \("
-    ):
+    with pytest.raises(ConfigError, match=r"index.yaml:4: store.kind: must be one of .*'qdrant'.*, got \"list\" \("):
         load(IndexRecipe, recipe)
     monkeypatch.setitem(STORES, "list", StoreType(f"{__name__}:ListStore"))
     config = load(IndexRecipe, recipe).store
