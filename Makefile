@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
 .PHONY: help install install-all test test-slow test-all test-minimum test-pythons slurm browser lint types check bench \
-	bench-gpu soak conformance docs reference demo demo-ablation demo-pretrained clean
+	bench-gpu bench-peers soak conformance docs reference demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -103,23 +103,28 @@ demo-ablation: install ## the demo, and stage 2 without stage 1 for comparison
 demo-pretrained: install ## the same from a small pre-trained encoder, all-MiniLM-L6-v2
 	$(VENV)/bin/python examples/demo.py --pretrained
 
+bench-peers: install-all $(PEERS_VENV)/installed ## measure steps and encoding beside other packages
+	PYTHONPATH=. $(RUN)/python benchmarks/peers.py $(BENCH_OPTIONS)
+
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
 
 bench-gpu: ## measure both recipes on a GPU, under eight minutes: build/gpu/gpu.md; PYTHON needs torch and transformers alone
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out build/gpu
 
-soak: install-all ## kill and stop runs at random moments: 20 kills and 5 stops of each of four kinds, an hour
+soak: install-all ## kill and stop runs at random moments: 20 kills of each of four kinds, 100 stops in all, an hour
 	PYTHONPATH=. $(RUN)/python benchmarks/soak.py $(SOAK_OPTIONS)
 
 conformance: install-all $(if $(PEERS),$(PEERS_VENV)/installed) ## losses beside other packages'; PEERS=1 adds FlagEmbedding
 	PYTHONPATH=. $(RUN)/python -m tests.conformance.table $(if $(PEERS),$(PEERS_VENV)/bin/python)
 
-# FlagEmbedding needs transformers below 5, and imports datasets and peft.
+# FlagEmbedding needs transformers below 5, and imports datasets and peft. RetroMAE's own code came with its version 1.2.
 $(PEERS_VENV)/installed: Makefile
 	$(PYTHON) -m venv --clear $(PEERS_VENV)
 	$(PEERS_VENV)/bin/pip install --quiet torch==2.13.0 'transformers<5' datasets peft
 	$(PEERS_VENV)/bin/pip install --quiet --no-deps FlagEmbedding==1.4.2
+	$(PEERS_VENV)/bin/pip install --quiet --no-deps --target $(PEERS_VENV)/retromae \
+		FlagEmbedding==1.2.11 transformers==4.44.2 tokenizers==0.19.1
 	@touch $@
 
 reference: install ## write what the documentation takes from the code

@@ -152,7 +152,7 @@ def loader(rows: int = 2048) -> dict[str, Any]:
         task, _ = steps.built_task(made, 0, 1)
         batch: Any = next(task.batches(0))
         seconds = _seconds(lambda: next(task.batches(0)))
-    texts = len(batch.text_index_N)
+    texts = sum(batch.texts_per_rank)
     return {"texts_per_second": texts / seconds, "tokens_per_text": batch.tokens / texts}
 
 

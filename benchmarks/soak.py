@@ -1,10 +1,11 @@
 """Runs of two real ranks that are killed and stopped at random moments, start-up included, and started again.
 
-    PYTHONPATH=. python benchmarks/soak.py [--kills 20] [--stops 5] [--seed 0] [--only NAME ...] [--output FILE]
+    PYTHONPATH=. python benchmarks/soak.py [--kills 20] [--stops 100] [--seed 0] [--only NAME ...] [--output FILE]
 
-After each `kill -9` (of one rank, of the launcher, or of all) and each stop signal (to the launcher, or to all) the
-same command runs again, with no hand. In the end weights, optimizer states and metrics must be those of an undisturbed
-run, to the last bit. Prints a table, and fails if anything was lost; --output writes it to a file too.
+Kills are of each kind of run, stops of all kinds together. After each `kill -9` (of one rank, of the launcher, or of
+all) and each stop signal (to the launcher, or to all) the same command runs again, with no hand. In the end weights,
+optimizer states and metrics must be those of an undisturbed run, to the last bit. Prints a table and the totals, and
+fails if anything was lost; --output writes them to a file too.
 """
 
 from __future__ import annotations
@@ -47,18 +48,19 @@ LIMIT_SECONDS = 300.0
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each combination")
-    parser.add_argument("--stops", type=int, default=5, help="signals to each combination")
+    parser.add_argument("--stops", type=int, default=100, help="signals, dealt to the combinations")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=list(COMBINATIONS), choices=list(COMBINATIONS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     rows = []
-    for name in options.only:
+    for i, name in enumerate(options.only):
+        stops = len(range(i, options.stops, len(options.only)))
         with tempfile.TemporaryDirectory() as folder:
             soak = Soak(runs.prepare(Path(folder)), name, random.Random(f"{options.seed}/{name}"))
-            rows.append({"combination": name, **soak.run(options.kills, options.stops)})
+            rows.append({"combination": name, **soak.run(options.kills, stops)})
         print(json.dumps(rows[-1]), flush=True)
-    table = as_table(rows)
+    table = f"{as_table(rows)}\n\n{in_words(rows)}"
     print(table)
     if options.output is not None:
         command = f"PYTHONPATH=. python benchmarks/soak.py {' '.join(sys.argv[1:])}"
@@ -203,6 +205,20 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     lines = [names, ["---"] + ["---:"] * (len(names) - 1), *([str(row[name]) for name in names] for row in rows)]
     return "\n".join(f"| {' | '.join(name.replace('_', ' ') for name in line)} |" for line in lines)
+
+
+def in_words(rows: list[dict[str, Any]]) -> str:
+    """The totals."""
+    total = Counter[str]()
+    for row in rows:
+        total.update({name: row[name] for name in ("kills", "stops", "stops_before_step_1", "lost", "left", "runs")})
+        total["identical"] += row["identical"]
+    slowest = max(row["slowest_stop_s"] for row in rows)
+    return (
+        f"{total['stops']} stop signals, {total['stops_before_step_1']} of them before the first step: {total['lost']} "
+        f"lost a step, the slowest took {slowest} s. After these and {total['kills']} kills {total['left']} processes "
+        f"were left, and {total['identical']} of {total['runs']} runs ended as the undisturbed one."
+    )
 
 
 if __name__ == "__main__":

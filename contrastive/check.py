@@ -39,6 +39,6 @@ def check(recipe: FinetuneRecipe, world_size: int) -> CheckReport:
         [dataset.path for dataset in data.sets],
         ExampleTexts(*(first if first is not None else second or "" for first, second in own)),
         {role: data.length(role, recipe.model.max_length) for role in ("query", "passage")},
-        plan(recipe, world_size, None),
+        plan,
     )
-    return check_training(recipe, data, training)
+    return check_training(recipe, data, training, world_size)

@@ -14,7 +14,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from lodestar.config import loader
-from lodestar.config.tree import COMMAND_LINE
+from lodestar.config.explain import located
+from lodestar.config.tree import COMMAND_LINE, Tree
 from lodestar.distributed.runtime import Placement, quiet_libraries
 from lodestar.errors import ConfigError, LodestarError, PeerLostError, did_you_mean, shown
 from lodestar.planning.cost_model import DEVICES
@@ -38,13 +39,14 @@ def entry_point(
     plan       (recipe, world size, device) -> the plan, ready for JSON
     rehearse   (recipe, placement, steps) -> exit code; none for a command without a dry run
     """
-    rank = 0
+    rank, tree = 0, Tree()
     try:
         placement = Placement.from_env()
         rank = placement.rank
         quiet_libraries()
         options = _parse(argv, usage)
-        recipe = loader.load(schema, options.config, options.overrides)
+        tree = loader.read(options.config, options.overrides)
+        recipe = loader.validate(schema, tree)
         if options.plan is None:
             placement.prepare()
         if options.plan is None and options.rehearse is not None:
@@ -61,7 +63,7 @@ def entry_point(
         return 0
     except LodestarError as error:
         if rank == 0 if error.print_on_this_rank is None else error.print_on_this_rank:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {located(schema, tree, str(error))}", file=sys.stderr, flush=True)
         elif not isinstance(error, PeerLostError):
             time.sleep(5)  # launchers end all ranks when one exits: let rank 0 print first
         return error.exit_code

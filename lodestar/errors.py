@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import islice
@@ -14,6 +15,8 @@ from lodestar.secrets import hidden
 
 _CONTROL = re.compile("\n(?!error: )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 """What would break a line or steer a terminal; a message may hold several lines, each with its `error: `."""
+_AT_LINE = re.compile(r"[^\n]*?:\d+: ")
+"""FILE:LINE at the beginning of a message."""
 
 
 class LodestarError(Exception):
@@ -55,6 +58,17 @@ class PeerLostError(LodestarError):
     """Other ranks are lost; printed once on each remaining host."""
 
     exit_code = 4
+
+
+@contextmanager
+def naming(field: str) -> Generator[None]:
+    """Errors raised inside begin with this key of the recipe, but for those that name a line of a file."""
+    try:
+        yield
+    except LodestarError as error:
+        if str(error).startswith(field) or _AT_LINE.match(str(error)):
+            raise
+        raise type(error)(f"{field}: {error}", print_on_this_rank=error.print_on_this_rank) from None
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:

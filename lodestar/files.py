@@ -18,9 +18,11 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar
 
 from lodestar.errors import ConfigError, DataError, shown
+
+Json = TypeVar("Json", dict[str, Any], list[Any])
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -117,17 +119,25 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a regular file; ValueError, with the reason in a few words, for anything else."""
+    return json_value(path, dict, _LARGEST_JSON)
+
+
+def json_value(path: Path, kind: type[Json], most_bytes: int) -> Json:
+    """The JSON object or list in a regular file; ValueError as `read_object`, also for a file of more bytes."""
     if problem := file_problem(path):
         raise ValueError(problem)
     try:
-        value: Any = json.loads(path.read_bytes()) if path.stat().st_size <= _LARGEST_JSON else None
+        is_small = path.stat().st_size <= most_bytes
+        value: Any = json.loads(path.read_bytes()) if is_small else None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise ValueError("damaged: not JSON") from None
-    if not isinstance(value, dict):
-        raise ValueError("damaged: not a JSON object of a sensible size")
-    return cast(dict[str, Any], value)
+        raise ValueError("not valid JSON") from None
+    if not is_small:
+        raise ValueError(f"is larger than {most_bytes >> 20} MiB")
+    if not isinstance(value, kind):
+        raise ValueError(f"must be {'an object' if kind is dict else 'a list'}, got {shown(value)}")
+    return value
 
 
 def sync(path: Path) -> None:

@@ -27,7 +27,5 @@ class RowTexts:
 def check(recipe: PretrainRecipe, world_size: int) -> CheckReport:
     """Read everything that the recipe names."""
     texts = RowTexts(TextCheck(recipe.data.field))
-    training = TrainingTexts(
-        recipe.data.train, texts, {"text": recipe.model.max_length}, plan(recipe, world_size, None)
-    )
-    return check_training(recipe, recipe.data, training)
+    training = TrainingTexts(recipe.data.train, texts, {"text": recipe.model.max_length}, plan)
+    return check_training(recipe, recipe.data, training, world_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from lodestar.config.tree import WHOLE, Tree
-from lodestar.errors import closest, did_you_mean, shown
+from lodestar.errors import LodestarError, closest, did_you_mean, shown
 
 MAX_LISTED = 20
 _MAX_READ = 200
@@ -50,7 +51,7 @@ _WORDS = {
 """Kind of error -> what a value must do, and how to mend it."""
 
 
-def explain(schema: type[BaseModel], tree: Tree, file: str, details: Sequence[ErrorDetails]) -> list[str]:
+def explain(schema: type[BaseModel], tree: Tree, details: Sequence[ErrorDetails]) -> list[str]:
     """One line for each mistake, the first MAX_LISTED of them."""
     details = details[:_MAX_READ]
     misspelt = [_meant(schema, detail["loc"]) for detail in details if detail["type"] == "extra_forbidden"]
@@ -66,13 +67,23 @@ def explain(schema: type[BaseModel], tree: Tree, file: str, details: Sequence[Er
         reason = _reason(schema, alternatives)
         key, reason = _field_of_message(schema, tree, key, reason)
         name = ".".join(key)
-        place = tree.places.get(name) or tree.places.get(".".join(key[:-1])) or f"{file}:1"
+        place = tree.place(name)
         name = name if len(name) <= _LISTED_KEY else f"{name[:_LISTED_KEY]}..."
         lines.append(": ".join(dict.fromkeys([place, name or WHOLE, reason])))
     lines = list(dict.fromkeys(lines))
     if lines[MAX_LISTED:]:
-        lines[MAX_LISTED:] = [f"{file}: {WHOLE}: holds more mistakes (correct those above first)"]
+        lines[MAX_LISTED:] = [f"{tree.file}:1: {WHOLE}: holds more mistakes (correct those above first)"]
     return lines
+
+
+def located(schema: type[BaseModel], tree: Tree, message: str) -> str:
+    """A message found after loading, with the place of the key with which it, or one of its lines, begins."""
+    lines: list[str] = []
+    for line in message.split("\nerror: "):
+        key = line.partition(": ")[0]
+        is_key = re.fullmatch(r"\w+(\.\w+)*", key) and _is_key(schema, tree, key.split("."))
+        lines.append(f"{tree.place(key)}: {line}" if is_key else line)
+    return str(LodestarError("\nerror: ".join(lines)))  # the file's name may hold what no line should
 
 
 def _key(tree: Tree, detail: ErrorDetails) -> tuple[str, ...]:
@@ -94,9 +105,11 @@ def _field_of_message(
     """A section's own check begins its message with the key that is meant, if it means one."""
     first, colon, rest = reason.partition(": ")
     meant = (*key, *first.split("."))
-    if colon and (".".join(meant) in tree.places or meant[-1] in _keys(schema, list(meant[:-1]))):
-        return meant, rest
-    return key, reason
+    return (meant, rest) if colon and _is_key(schema, tree, meant) else (key, reason)
+
+
+def _is_key(schema: type[BaseModel], tree: Tree, names: Sequence[str]) -> bool:
+    return ".".join(names) in tree.places or names[-1] in _keys(schema, list(names[:-1]))
 
 
 def _is_of_type(detail: ErrorDetails) -> bool:

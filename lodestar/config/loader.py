@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lodestar.config.explain import explain
-from lodestar.config.tree import COMMAND_LINE, IN_PYTHON, Tree, from_values, override, read_file
+from lodestar.config.tree import COMMAND_LINE, Tree, from_values, override, read_file
 from lodestar.errors import ConfigError
 
 Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -28,7 +28,23 @@ def load(schema: type[Recipe], path: str | Path, overrides: Sequence[str] = ()) 
 
     Raises ConfigError with one line for each error: `FILE:LINE: FIELD: what is wrong (what to do)`.
     """
-    return _check(schema, read_file(Path(path)), str(path), overrides)
+    return validate(schema, read(path, overrides))
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Tree:
+    """The values of a recipe with their places; ConfigError where it is not valid YAML, or an override is none."""
+    return _overridden(read_file(Path(path)), overrides)
+
+
+def validate(schema: type[Recipe], tree: Tree) -> Recipe:
+    """The recipe that a tree holds; raises as `load`."""
+    _leave_out_alternatives(schema, tree)
+    tree.check_values()
+    try:
+        return schema.model_validate_json(json.dumps(tree.values), strict=True)
+    except ValidationError as error:
+        lines = explain(schema, tree, error.errors(include_url=False))
+        raise ConfigError("\nerror: ".join(lines)) from None
 
 
 def recipe_of(
@@ -44,19 +60,13 @@ def recipe_of(
         from_values(source.model_dump(mode="json")).check_values()
         return source
     values = source if isinstance(source, Mapping) else source.model_dump(mode="json")
-    return _check(schema, from_values(values), IN_PYTHON, overrides)
+    return validate(schema, _overridden(from_values(values), overrides))
 
 
-def _check(schema: type[Recipe], tree: Tree, file: str, overrides: Sequence[str]) -> Recipe:
+def _overridden(tree: Tree, overrides: Sequence[str]) -> Tree:
     for argument in overrides:
         override(tree, argument)
-    _leave_out_alternatives(schema, tree)
-    tree.check_values()
-    try:
-        return schema.model_validate_json(json.dumps(tree.values), strict=True)
-    except ValidationError as error:
-        lines = explain(schema, tree, file, error.errors(include_url=False))
-        raise ConfigError("\nerror: ".join(lines)) from None
+    return tree
 
 
 def _leave_out_alternatives(schema: type[BaseModel], tree: Tree) -> None:

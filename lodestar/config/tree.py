@@ -49,6 +49,13 @@ class Tree:
 
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     places: dict[str, str] = field(default_factory=dict[str, str])
+    file: str = IN_PYTHON
+
+    def place(self, key: str) -> str:
+        """Where a key stands; of one that is not set, where its section does."""
+        while key and key not in self.places:
+            key = key.rpartition(".")[0]
+        return self.places.get(key, self.file)
 
     def check_values(self) -> None:
         """ConfigError for what no field may hold: text that is none, numbers without end, secrets."""
@@ -83,7 +90,7 @@ def read_file(path: Path) -> Tree:
     if not isinstance(node, yaml.MappingNode):
         got = "nothing" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "a value"
         raise mistake(1, f"must be a mapping of sections, got {got}", "as `optim:` with `lr: 1e-5` below it")
-    tree = Tree()
+    tree = Tree(file=str(path))
     tree.values = _Expansion(where, tree.places).value(node, "")
     return tree
 

@@ -5,14 +5,11 @@ Every command that opens a model begins here. Loads without torch.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -20,7 +17,17 @@ from tokenizers import Tokenizer
 
 from lodestar.config.schema import ModelConfig
 from lodestar.errors import ModelError, did_you_mean, names, shown
-from lodestar.files import NO_SUCH_FILE, file_problem
+from lodestar.files import NO_SUCH_FILE, Json, file_problem, json_value
+from lodestar.models.config_checks import (
+    LAYERS,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    Size,
+    config_problems,
+    is_known_model_type,
+    known_model_types,
+)
 from lodestar.models.weight_files import (
     ENCODER,
     FETCH,
@@ -32,8 +39,6 @@ from lodestar.models.weight_files import (
     read_headers,
     weight_files,
 )
-
-Json = TypeVar("Json", dict[str, Any], list[Any])
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.tiktoken", "tekken.json")
 SPARSE_VOCABULARY = 0.9
@@ -147,7 +152,7 @@ def check_plain_model(folder: Path, prefix: str = "", *, finite: bool = False) -
 def embedding_width(folder: Path) -> int | None:
     """Of a sentence-transformers folder, by its small files; none where they do not say it."""
     modules = _check_modules(folder, read_json(folder / "modules.json", list) or [])
-    widths = [_WIDTH.of(read_json(path / "config.json", dict) or {})[1] for path in modules.values()]
+    widths = [WIDTH.of(read_json(path / "config.json", dict) or {})[1] for path in modules.values()]
     dense = [(read_json(path / "config.json", dict) or {}).get("out_features") for path in modules.values()]
     return next((width for width in (*dense[::-1], *widths) if type(width) is int), None)
 
@@ -171,96 +176,25 @@ def read_config(folder: Path, prefix: str, *, trust_remote_code: bool) -> dict[s
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise ModelError(f"{prefix}{path}: model_type: must be text, as bert, got {shown(kind)} ({FETCH})")
-    if not own_code and kind not in known_model_types():
+    if not own_code and not is_known_model_type(kind):
         hint = did_you_mean(kind, known_model_types(), "update transformers, or take a model that it knows")
         raise ModelError(f"{prefix}{path}: model_type: {names([kind])}: transformers knows no such model ({hint})")
-    for problem in _config_problems(config):
+    for problem in config_problems(config):
         raise ModelError(f"{prefix}{path}: {problem} ({FETCH})")
     return config
 
 
-@cache
-def known_model_types() -> frozenset[str]:
-    """transformers' values of model_type, read from its files: importing it would load torch."""
-    spec = find_spec("transformers")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = (file for folder in folders for file in Path(folder, "models").glob("*/configuration_*.py"))
-    pattern = re.compile(r'^    model_type(?:: \w+)? = "([^"]+)"', re.MULTILINE)
-    return frozenset(kind for file in files for kind in pattern.findall(file.read_text(encoding="utf-8")))
+# --- weights ---------------------------------------------------------------------------------
 
-
-class _Size(NamedTuple):
-    """A number of config.json, under the names that families give it."""
-
-    keys: tuple[str, ...]
-    most: int
-    """More than any model has: what is larger would take all memory."""
-    least: int = 1
-
-    def of(self, config: Mapping[str, Any]) -> tuple[str, Any]:
-        """(key, value) in a configuration; none where it has no such number."""
-        return next(((key, config[key]) for key in self.keys if config.get(key) is not None), ("", None))
-
-
-_WIDTH = _Size(("hidden_size", "d_model", "n_embd", "dim"), 1 << 17)
-_LAYERS = _Size(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 1 << 12)
-_HEADS = _Size(("num_attention_heads", "n_head", "n_heads", "num_heads"), 1 << 12)
-_KEY_HEADS = _Size(("num_key_value_heads",), 1 << 12)
-_VOCABULARY = _Size(("vocab_size",), 1 << 25)
-_POSITIONS = _Size(("max_position_embeddings", "n_positions"), 1 << 25)
-_SIZES = (
-    _WIDTH, _LAYERS, _HEADS, _KEY_HEADS, _VOCABULARY, _POSITIONS,
-    _Size(("intermediate_size",), 1 << 21), _Size(("d_ff",), 1 << 21), _Size(("n_inner",), 1 << 21),
-    _Size(("head_dim",), 1 << 14), _Size(("embedding_size",), 1 << 17), _Size(("type_vocab_size",), 1 << 12, least=0),
-)  # fmt: skip
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|block)\.(\d+)\.")
 _TABLES = (
-    (re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|wte)\.weight$"), 0, _VOCABULARY),
-    (re.compile(r"(?:^|\.)(?:position_embeddings|wpe)\.weight$"), 0, _POSITIONS),
-    (re.compile(r"(?:^|\.)(?:position_embeddings|wpe)\.weight$"), 1, _WIDTH),
-    (re.compile(r"(?:^|\.)token_type_embeddings\.weight$"), 0, _Size(("type_vocab_size",), 0)),
-    (re.compile(r"(?:^|\.)intermediate\.dense\.weight$"), 0, _Size(("intermediate_size",), 0)),
+    (re.compile(r"(?:^|\.)(?:word_embeddings|tok_embeddings|embed_tokens|wte)\.weight$"), 0, VOCABULARY),
+    (re.compile(r"(?:^|\.)(?:position_embeddings|wpe)\.weight$"), 0, POSITIONS),
+    (re.compile(r"(?:^|\.)(?:position_embeddings|wpe)\.weight$"), 1, WIDTH),
+    (re.compile(r"(?:^|\.)token_type_embeddings\.weight$"), 0, Size(("type_vocab_size",), 0)),
+    (re.compile(r"(?:^|\.)intermediate\.dense\.weight$"), 0, Size(("intermediate_size",), 0)),
 )
 """Tensors, and which of their sizes config.json states."""
-
-
-def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    problems: list[str] = []
-    for size in _SIZES:
-        key, value = size.of(config)
-        if key and (type(value) is not int or not size.least <= value <= size.most):
-            expected = f"must be a whole number from {size.least} to {size.most:,}"
-            problems.append(f"{key}: {expected}, got {shown(value)}")
-    for key, value in config.items():
-        problem = None
-        if "dropout" in key and not isinstance(value, bool | None) and not _is_number(value, 0, 1):
-            problem = "must be a number from 0 to below 1"
-        elif key.endswith(("_eps", "_epsilon")) and not (_is_number(value, 0, 1) and value):
-            problem = "must be a number between 0 and 1"
-        elif key == "initializer_range" and not _is_number(value, 0, 100):
-            problem = "must be a number from 0"
-        elif key in ("bos_token_id", "pad_token_id") and value is not None and type(value) is not int:
-            problem = "must be a whole number"
-        if problem:
-            problems.append(f"{names([key])}: {problem}, got {shown(value)}")
-    if problems:
-        return problems
-    (_, width), (heads_key, heads), (_, key_heads) = (size.of(config) for size in (_WIDTH, _HEADS, _KEY_HEADS))
-    if width and heads and width % heads and not config.get("head_dim"):
-        problems.append(f"{heads_key}: {heads} heads do not divide a width of {width}")
-    if heads and key_heads and heads % key_heads:
-        problems.append(f"num_key_value_heads: {key_heads} do not divide {heads} heads")
-    pad_id, num_embeddings = config.get("pad_token_id"), config.get("vocab_size")
-    if pad_id is not None and num_embeddings is not None and pad_id >= num_embeddings:
-        problems.append(f"pad_token_id: {pad_id}: the vocabulary has {num_embeddings:,} tokens")
-    return problems
-
-
-def _is_number(value: object, least: float, below: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < below
-
-
-# --- weights ---------------------------------------------------------------------------------
 
 
 def _check_weights(
@@ -281,7 +215,7 @@ def _check_weights(
                 problem = f"is {value:,}, but {name} of its weights has shape {header.shape}"
                 raise ModelError(f"{prefix}{path}: {key}: {problem} (take the config.json of these weights)")
     numbers = [int(match[1]) for match in map(_LAYER.search, headers) if match]
-    key, layers = _LAYERS.of(config)
+    key, layers = LAYERS.of(config)
     if key and numbers and max(numbers) + 1 < layers:
         problem = f"is {layers:,}, but its weights hold {max(numbers) + 1:,} layers"
         raise ModelError(f"{prefix}{path}: {key}: {problem} (take the config.json of these weights)")
@@ -372,7 +306,7 @@ def _check_sentence_transformers_files(folder: Path, config: Mapping[str, Any], 
         if mode not in LEGACY_KEYS:
             known = ", ".join(LEGACY_KEYS)
             raise ModelError(f"{prefix}{path}: pooling_mode: must be one of {known}, got {shown(mode)} ({FETCH})")
-    width = _WIDTH.of(config)[1]
+    width = WIDTH.of(config)[1]
     for key in ("word_embedding_dimension", "embedding_dimension"):
         if key in pooling and width is not None and pooling[key] != width:
             raise ModelError(
@@ -394,19 +328,9 @@ def read_prompts(folder: Path, prefix: str = "") -> dict[str, str]:
 
 def read_json(path: Path, kind: type[Json], prefix: str = "") -> Json | None:
     """A JSON object or list; none where the file is absent, ModelError where it is anything else."""
-    problem = file_problem(path)
-    if problem == NO_SUCH_FILE:
+    if file_problem(path) == NO_SUCH_FILE:
         return None
     try:
-        if problem is None and path.stat().st_size > _MAX_JSON_BYTES:
-            problem = f"is larger than {_MAX_JSON_BYTES >> 20} MiB"
-        value = json.loads(path.read_bytes()) if problem is None else None
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    except (ValueError, RecursionError):
-        problem = "not valid JSON"
-    if problem is None and not isinstance(value, kind):
-        problem = f"must be {'an object' if kind is dict else 'a list'}, got {shown(value)}"
-    if problem:
-        raise ModelError(f"{prefix}{path}: {problem} ({FETCH})")
-    return value
+        return json_value(path, kind, _MAX_JSON_BYTES)
+    except ValueError as error:
+        raise ModelError(f"{prefix}{path}: {error} ({FETCH})") from None

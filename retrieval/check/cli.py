@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from lodestar.cli import Parser
 from lodestar.commands import COMMANDS, load
 from lodestar.config import loader
+from lodestar.config.explain import located
 from lodestar.distributed.runtime import quiet_libraries
 from lodestar.errors import ConfigError, LodestarError
 from lodestar.recipes_cli import SCHEMA_LINE
@@ -49,9 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_intermixed_args(argv)
         command = options.command or _command_of(Path(options.config))
         schema = cast(type[BaseModel], load(COMMANDS[command].recipe))
-        recipe = loader.load(schema, options.config, options.overrides)
+        tree = loader.read(options.config, options.overrides)
         check = cast(Callable[[BaseModel, int], CheckReport], load(CHECKS[command]))
-        report = check(recipe, 1)
+        report = check(loader.validate(schema, tree), 1)
+        report.errors[:] = [located(schema, tree, line) for line in report.errors]
+        report.warnings[:] = [
+            f"warning: {located(schema, tree, line.removeprefix('warning: '))}" for line in report.warnings
+        ]
         if options.html:
             write_html(report, Path(options.html), f"{command}: {options.config}")
     except LodestarError as error:

@@ -17,7 +17,7 @@ from retrieval.embedding.config import EncodeRecipe
 from retrieval.embedding.corpus import read_texts
 from retrieval.embedding.model_folder import check_folder, check_width, fingerprint
 from retrieval.evaluation.config import EvaluateRecipe
-from retrieval.evaluation.tasks import read_task
+from retrieval.evaluation.tasks import task_of
 from retrieval.export.compatibility import check_tensors
 from retrieval.export.config import ExportRecipe, MergeRecipe
 from retrieval.export.libraries import require_onnx
@@ -33,9 +33,9 @@ _CHUNK = 1000
 def check_evaluate(recipe: EvaluateRecipe, world_size: int) -> CheckReport:
     report = CheckReport()
     for path in recipe.labelled_models.values():
-        _check_model(path, report)
-    for name, config in recipe.all_tasks.items():
-        if (task := report.attempt(partial(read_task, config, name))) is not None:
+        _check_model(path, report, "models")
+    for name in recipe.all_tasks:
+        if (task := report.attempt(partial(task_of, recipe, name))) is not None:
             report.facts[f"task {name}"] = f"{task.kind}: {task.counts_in_words}"
     if recipe.output_dir:
         check_output(recipe.output_dir, "output_dir", report)
@@ -105,8 +105,8 @@ def check_merge(recipe: MergeRecipe, world_size: int) -> CheckReport:
     return report
 
 
-def _check_model(path: str, report: CheckReport) -> None:
-    report.attempt(partial(check_folder, path, finite=True))
+def _check_model(path: str, report: CheckReport, field: str = "model") -> None:
+    report.attempt(partial(check_folder, path, field, finite=True))
     add_prompts(path, report)
 
 

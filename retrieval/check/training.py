@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from lodestar.config.schema import ModelConfig, TrainingDataConfig, TrainingRecipe
 from lodestar.data.readers import Source, find_sources
 from lodestar.data.training_examples import content_hash
-from lodestar.errors import ConfigError, LodestarError, shown
+from lodestar.errors import ConfigError, LodestarError, naming, shown
 from lodestar.models.folder_checks import check_model, read_prompts
 from lodestar.models.pooling_config import encoder_file
 from lodestar.planning.plan import Plan
@@ -38,7 +38,8 @@ class TrainingTexts(NamedTuple):
     texts: Texts
     max_lengths: Mapping[str, int]
     """By role, in tokens."""
-    plan: Plan
+    plan: Callable[[Any, int, None], Plan]
+    """(recipe, world size, device) -> the plan."""
 
 
 @dataclass
@@ -61,17 +62,22 @@ class CheckReport:
             return None
 
 
-def check_training(recipe: TrainingRecipe, data: TrainingDataConfig, training: TrainingTexts) -> CheckReport:
+def check_training(
+    recipe: TrainingRecipe, data: TrainingDataConfig, training: TrainingTexts, world_size: int
+) -> CheckReport:
     """Read everything that the recipe names."""
     report = CheckReport()
     report.attempt(partial(check_model, recipe.model, finite=True))
-    for line in training.plan["missing"]:
+    evaluates_nothing = recipe.evaluate.model_copy(update={"data": None})  # its files are read whole below
+    planned = recipe.model_copy(update={"evaluate": evaluates_nothing})
+    plan = report.attempt(partial(training.plan, planned, world_size, None))
+    for line in plan["missing"] if plan else []:
         problem, _, _ = line.rpartition("; ")  # what a plan assumes instead is of no interest here
         if problem.endswith(")") and not problem.startswith("data.") and problem not in report.errors:
             report.warnings.append(f"warning: {problem}")
     add_prompts(recipe.model.encoder, report)
     tokenizer = _find_tokenizer(recipe.model, report)
-    _check_run_folder(recipe, training.plan, report)
+    _check_run_folder(recipe, plan, report)
     beir = _read_evaluation(recipe, report)
     sources: list[Source] = []
     for path in training.paths:
@@ -130,9 +136,10 @@ def check_output(
     return True
 
 
-def _check_run_folder(recipe: TrainingRecipe, plan: Plan, report: CheckReport) -> None:
-    folder, needed = Path(recipe.run.output_dir).absolute(), (recipe.checkpoint.keep + 1) * plan["checkpoint_bytes"]
-    if check_output(folder, "run.output_dir", report, needed, "make room, lower checkpoint.keep"):
+def _check_run_folder(recipe: TrainingRecipe, plan: Plan | None, report: CheckReport) -> None:
+    folder = Path(recipe.run.output_dir).absolute()
+    needed = (recipe.checkpoint.keep + 1) * plan["checkpoint_bytes"] if plan else 0
+    if check_output(folder, "run.output_dir", report, needed, "make room, lower checkpoint.keep") and plan:
         report.facts |= {"output": f"{folder}, {plan['state']}", "checkpoints_bytes": needed}
     report.facts["gpus"] = len(glob.glob("/dev/nvidia[0-9]*"))
 
@@ -142,7 +149,8 @@ def _read_evaluation(recipe: TrainingRecipe, report: CheckReport) -> Beir | None
     if section.data is None:
         return None
     limits = {"max_queries": section.max_queries, "max_documents": section.max_documents}
-    beir = report.attempt(partial(read_beir, section.data, section.split, **limits))
+    with_field = naming("evaluate.data")(partial(read_beir, section.data, section.split, **limits))
+    beir = report.attempt(with_field)
     if beir is not None:
         report.facts |= {"evaluation_queries": len(beir.queries), "evaluation_documents": len(beir.documents)}
     return beir

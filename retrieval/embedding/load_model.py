@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lodestar.distributed.collectives import rank
-from lodestar.errors import ModelError, first_line
+from lodestar.errors import ModelError, first_line, naming
 from lodestar.models.folder_checks import find_folder
 from lodestar.models.load import check_vocabulary
 from lodestar.models.weight_files import FETCH
@@ -23,13 +23,21 @@ from retrieval.embedding.known_models import resolve_prompts
 from retrieval.embedding.model_folder import check_folder
 
 
-def load_model(path: str | Path, device: torch.device | str, prompts: Prompts | None = None) -> SentenceTransformer:
+def load_model(
+    path: str | Path, device: torch.device | str, prompts: Prompts | None = None, field: str = "model"
+) -> SentenceTransformer:
     """Load a sentence-transformers folder or hub name; ModelError for anything else, and for missing tensors.
 
     prompts   by role, replace the folder's own; none: those of the model card, where `known_models` has it
+    field     of the recipe that names the model
     """
+    with naming(field):
+        return _load(path, device, prompts, field)
+
+
+def _load(path: str | Path, device: torch.device | str, prompts: Prompts | None, field: str) -> SentenceTransformer:
     folder = find_folder(path, "")
-    check_folder(folder, finite=True)
+    check_folder(folder, field, finite=True)
     prompts = announce_prompts(path, prompts)
     try:
         with _quiet_transformers():

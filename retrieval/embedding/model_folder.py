@@ -8,17 +8,23 @@ import os
 from pathlib import Path
 
 from lodestar.data.readers import Source
-from lodestar.errors import ConfigError, ModelError
+from lodestar.errors import ConfigError, ModelError, naming
 from lodestar.models.folder_checks import check_embedding_model, embedding_width, local_folder
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.known_models import resolve_prompts
 
 
-def check_folder(path: str | Path, *, finite: bool = False) -> None:
+def check_folder(path: str | Path, field: str = "model", *, finite: bool = False) -> None:
     """ModelError if a folder does not exist, is damaged, or is not in sentence-transformers' format; hub names pass.
 
+    field    of the recipe that names it
     finite   also read all weights, for NaN
     """
+    with naming(field):
+        _check_folder(path, finite=finite)
+
+
+def _check_folder(path: str | Path, *, finite: bool) -> None:
     folder = local_folder(path, remedy="name a sentence-transformers folder, as model/ of a run")
     if folder is None:
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lodestar.data.readers import Row, read_json, read_lines
-from lodestar.errors import DataError, shown
+from lodestar.errors import DataError, naming, shown
 
 Relevant = Mapping[str, Mapping[str, int]]
 """For each query the grades of its judged documents; 0 and below: judged as not relevant."""
@@ -89,8 +89,9 @@ def read_beir(
 
 
 def check_beir(folder: str | Path, split: str) -> None:
-    """DataError where the folder lacks a file, or the split's judgements are damaged; reads no text."""
-    _read_qrels(_find_files(Path(folder), split)[-1])
+    """DataError where `evaluate.data` lacks a file, or the split's judgements are damaged; reads no text."""
+    with naming("evaluate.data"):
+        _read_qrels(_find_files(Path(folder), split)[-1])
 
 
 def _find_files(folder: Path, split: str) -> tuple[Path, Path, Path]:

@@ -13,7 +13,7 @@ from lodestar.distributed.runtime import Placement
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.model_folder import check_folder
 from retrieval.evaluation.config import EvaluateRecipe
-from retrieval.evaluation.tasks import read_task
+from retrieval.evaluation.tasks import task_of
 
 if TYPE_CHECKING:
     from retrieval.evaluation.results import Result
@@ -28,11 +28,11 @@ def plan(recipe: EvaluateRecipe, world_size: int, device: str | None = None) -> 
     """What `--plan` prints: sizes of the tasks. Opens no model."""
     missing = PlanWarnings()
     for path in recipe.labelled_models.values():
-        missing.or_default(None, partial(check_folder, path), "it cannot be measured")
+        missing.or_default(None, partial(check_folder, path, "models"), "it cannot be measured")
     facts: dict[str, object] = {"world_size": world_size, "models": ", ".join(recipe.labelled_models)}
     num_texts = num_characters = 0
-    for name, config in recipe.all_tasks.items():
-        task = missing.or_default(None, partial(read_task, config, name), "not counted")
+    for name in recipe.all_tasks:
+        task = missing.or_default(None, partial(task_of, recipe, name), "not counted")
         if task is None:
             continue
         num_texts += len(task.texts)
@@ -61,9 +61,9 @@ def evaluate(recipe: EvaluateRecipe | Mapping[str, object] | str | Path, *overri
 
 
 def _evaluate(recipe: EvaluateRecipe, placement: Placement) -> dict[str, Result]:
-    tasks = {name: read_task(config, name) for name, config in recipe.all_tasks.items()}
+    tasks = {name: task_of(recipe, name) for name in recipe.all_tasks}
     for path in recipe.labelled_models.values():
-        check_folder(path)  # now, not after hours with the first model
+        check_folder(path, "models")  # now, not after hours with the first model
     from retrieval.evaluation.compare import evaluate
 
     return evaluate(recipe, tasks, placement)

@@ -74,7 +74,7 @@ def measure(
     for label, path in models.items():
         model_prompts = (prompts or {}).get(label)
         with agreed():
-            model = load_model(path, device, model_prompts)
+            model = load_model(path, device, model_prompts, "models")
             cache = cache_dir / fingerprint(str(path), model_prompts).replace("/", "--") if cache_dir else None
         embed_by_model = partial(
             embed, model, batch_tokens=batch_tokens, precision=precision, progress=progress, folder=cache

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from lodestar.data.readers import Row, find_sources, read_rows
-from lodestar.errors import DataError, names, shown
+from lodestar.errors import DataError, names, naming, shown
 from retrieval.embedding.protocols import EmbedTexts
 from retrieval.evaluation.beir import Beir, read_beir
 from retrieval.evaluation.config import (
     ClassificationConfig,
     ClusteringConfig,
+    EvaluateRecipe,
     LabelledTextsConfig,
     PairClassificationConfig,
     PairsConfig,
@@ -84,6 +85,12 @@ class Task:
     @property
     def counts_in_words(self) -> str:
         return ", ".join(f"{count:,} {name}" for name, count in self.counts.items())
+
+
+def task_of(recipe: EvaluateRecipe, label: str) -> Task:
+    """As `read_task`, of a recipe's task; mistakes are told under its key."""
+    with naming(f"tasks.{label}" if label in recipe.tasks else "evaluate.data"):
+        return read_task(recipe.all_tasks[label], label)
 
 
 def read_task(config: TaskConfig, label: str) -> Task:

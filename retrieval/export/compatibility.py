@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lodestar.errors import ModelError, first_line
+from lodestar.errors import ModelError, first_line, naming
 from lodestar.models.weight_files import FETCH, TensorHeader, read_headers
 from retrieval.embedding.model_folder import check_folder
 
@@ -37,19 +37,21 @@ def check_mergeable(folders: Sequence[Path]) -> list[Headers]:
     for a folder that is damaged or holds NaN.
     """
     headers = check_tensors(folders)
-    settings = [_settings(folder) for folder in folders]
-    for i in range(1, len(folders)):
-        _compare_settings(folders[0], settings[0], folders[i], settings[i])
+    with naming("models"):
+        settings = [_settings(folder) for folder in folders]
+        for i in range(1, len(folders)):
+            _compare_settings(folders[0], settings[0], folders[i], settings[i])
     return headers
 
 
 def check_tensors(folders: Sequence[Path]) -> list[Headers]:
     """As `check_mergeable`, without the settings; loads without torch."""
-    headers = [read_folder(folder) for folder in folders]
-    for folder, others in zip(folders[1:], headers[1:], strict=True):
-        _compare_tensors(folders[0], headers[0], folder, others)
+    with naming("models"):
+        headers = [read_folder(folder) for folder in folders]
+        for folder, others in zip(folders[1:], headers[1:], strict=True):
+            _compare_tensors(folders[0], headers[0], folder, others)
     for folder in folders:
-        check_folder(folder, finite=True)
+        check_folder(folder, "models", finite=True)
     return headers
 
 
@@ -85,7 +87,7 @@ def read_folder(folder: Path) -> Headers:
         for name, header in read_headers(file).items()
     }
     if not headers:
-        check_folder(folder)  # tells of pickle
+        check_folder(folder, "models")  # tells of pickle
         raise ModelError(f"{folder}: holds no *.safetensors (open it with sentence-transformers and save it once)")
     return headers
 

@@ -193,7 +193,7 @@ def _read_corpus(options: argparse.Namespace) -> _Corpus:
     folder = Path(options.model)
     if not folder.is_dir():
         raise ConfigError(f"command line: --model: {folder}: no such folder (name model/ of a run)")
-    check_folder(folder)
+    check_folder(folder, "command line: --model")
     path = options.corpus or corpus_of_run(folder)
     documents = list(read_corpus(path))
     if not documents:

@@ -29,6 +29,14 @@ def trouble(kind: str, disk: Path, on: bool) -> None:
     if kind == "limit":  # as a quota: no file larger than that
         size = 20_000 if on else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    elif kind == "read-only":  # the folder alone: a disk cannot turn so while files are open
+        checkpoints = disk / "run/checkpoints"
+        is_mounted = str(checkpoints) in Path("/proc/mounts").read_text()
+        if on and not is_mounted:
+            for options in (["--bind", str(checkpoints)], ["-o", "remount,bind,ro"]):
+                processes.run(["mount", *options, str(checkpoints)], limit_s=20).check_returncode()
+        elif not on and is_mounted:
+            processes.run(["umount", "-l", str(checkpoints)], limit_s=20).check_returncode()
     elif not on:
         (disk / "ballast").unlink(missing_ok=True)
     elif not (disk / "ballast").exists():
@@ -40,30 +48,33 @@ def trouble(kind: str, disk: Path, on: bool) -> None:
                     break
 
 
-def train(rank: int, size: int, folder: Path, disk: Path, kind: str, at: tuple[int, ...]) -> tuple[int, str]:
-    """(exit code, stderr) of a run whose disk makes trouble in some steps."""
+def train(
+    rank: int, size: int, folder: Path, disk: Path, kind: str, at: tuple[int, ...], every: int = 1
+) -> tuple[int, str]:
+    """(exit code, stderr) of a run whose disk makes trouble in some saves."""
     from lodestar.distributed.runtime import Runtime, choose_device
     from lodestar.training import hooks
     from lodestar.training.trainer import Trainer
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     sys.stderr = io.StringIO()
-    overrides = (f"schedule.steps={TOTAL}", "track.log_every=1", "checkpoint.every_steps=1", "checkpoint.keep=2")
-    recipe = steps.recipe("pretrain", folder, *overrides, f"run.output_dir={disk}/run")
+    saves = (f"checkpoint.every_steps={every}", "checkpoint.keep=2", f"run.output_dir={disk}/run")
+    recipe = steps.recipe("pretrain", folder, f"schedule.steps={TOTAL * every}", "track.log_every=1", *saves)
 
-    def before_the_save(self: hooks.StopHook, progress: Any, done: Any) -> None:
-        if rank == 0:
-            trouble(kind, disk, progress.step in at)
+    def write_in_trouble(directory: Path, step: int, **values: Any) -> Path:
+        trouble(kind, disk, step in at)
+        try:
+            return write(directory, step, **values)
+        finally:
+            trouble(kind, disk, False)
 
-    hooks.StopHook.after_step = before_the_save  # type: ignore[method-assign]
+    write, checkpoint.write = checkpoint.write, write_in_trouble
     try:
         with hooks.StopHook(size) as stop:
             code = Trainer(recipe, Runtime(rank, size, rank, choose_device(rank))).run(steps.build_pretrain_task, stop)
     except LodestarError as error:
         code = error.exit_code
         print(f"error: {error}", file=sys.stderr)
-    if rank == 0:
-        trouble(kind, disk, False)
     return code, sys.stderr.getvalue()
 
 
@@ -79,20 +90,20 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or processes.run(mount, limit_s=20).returncode:
         pytest.skip("needs to mount a disk, as root may")
     yield place
-    processes.run(["umount", "-l", str(place)], limit_s=20)
+    processes.run(["umount", "--recursive", "--lazy", str(place)], limit_s=20)
 
 
 KINDS = ["limit", pytest.param("full", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, pytest.param("read-only", marks=pytest.mark.slow)])
 def test_a_run_survives_two_failed_saves_in_a_row(kind: str, disk: Path, tmp_path: Path) -> None:
     steps.recipe("pretrain", tmp_path)
     (code, said), (other_code, other_said) = run_world(train, 2, tmp_path, disk, kind, (3, 4, 6))
     assert code == other_code == 0 and "not saved" not in other_said, said
     told = [line for line in said.splitlines() if "not saved" in line]
     assert [f"checkpoints: step {step}: " in line for step, line in zip((3, 4, 6), told, strict=True)] == [True] * 3
-    reason = {"limit": "File too large", "full": "No space left on device"}[kind]
+    reason = {"limit": "File too large", "full": "No space left on device", "read-only": "Read-only file system"}[kind]
     assert all(line.startswith("warning: ") and line.endswith(")") and reason in line for line in told), told
     folder = disk / "run/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000005", "step-00000007"]
@@ -117,3 +128,13 @@ def test_the_third_in_a_row_and_the_last_one_end_it(
     assert all(checkpoint.read(disk / f"run/checkpoints/step-{step:08d}")[1]["step"] == step for step in older)
     assert not [path for path in (disk / "run/checkpoints").iterdir() if path.name.startswith(".")]
     assert run_world(train, 2, tmp_path, disk, kind, ())[0][0] == 0  # with room it goes on
+
+
+def test_the_third_in_a_row_ends_it_before_the_next_save(tmp_path: Path) -> None:
+    """Only rank 0 knows of it; all ranks end after the same step, as after a signal."""
+    steps.recipe("pretrain", tmp_path)
+    outcomes = run_world(train, 2, tmp_path, tmp_path, "limit", (20, 40, 60), 20)
+    assert [code for code, _ in outcomes] == [2, 2]
+    assert all(re.search("error: checkpoint: .*step 60: .* 3 times in a row", said) for _, said in outcomes)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert 60 < json.loads(lines[-1])["step"] < 80

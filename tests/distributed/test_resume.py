@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from lodestar.distributed.runtime import Placement
 from lodestar.distributed.testing import run_world
 from lodestar.training.build_engine import build
-from lodestar.training.loop import Progress
+from lodestar.training.hooks import StopHook
+from lodestar.training.loop import Progress, StepDone
 from lodestar.training.trainer import Trainer
 from tests import tiny
 from tests.distributed import steps
@@ -20,23 +20,31 @@ from tests.distributed import steps
 TOTAL, CUT = 4, 2
 
 
-def train(rank: int, size: int, stage: str, folder: Path, overrides: tuple[str, ...], stop_after: int | None) -> Any:
-    """A run of TOTAL steps, ended after `stop_after` as a signal would end it."""
+def train(rank: int, size: int, stage: str, folder: Path, *jobs: tuple[tuple[str, ...], int | None]) -> list[int]:
+    """The exit codes of runs one after the other; a job is (overrides, the step after which a signal ends the run).
+
+    A run that resumes another one is in other processes, as in reality: nothing but the checkpoint connects them.
+    """
     from lodestar.distributed.runtime import Runtime, choose_device
-    from lodestar.training import hooks
 
-    recipe = steps.recipe(stage, folder, *overrides)
-    placement = Placement(rank, size, rank)
-    trainer = Trainer(recipe, Runtime(placement.rank, placement.world_size, placement.local_rank, choose_device(rank)))
-    build_task = steps.build_pretrain_task if stage == "pretrain" else steps.build_finetune_task
-    if stop_after is not None:
+    codes: list[int] = []
+    for overrides, stop_after in jobs:
+        trainer = Trainer(steps.recipe(stage, folder, *overrides), Runtime(rank, size, rank, choose_device(rank)))
+        build_task = steps.build_pretrain_task if stage == "pretrain" else steps.build_finetune_task
+        with StopAfter(size, stop_after) as stop:
+            codes.append(trainer.run(build_task, stop))
+    return codes
 
-        def stop(self: hooks.StopHook, progress: Any, done: Any) -> None:
-            progress.stop = "SIGTERM" if progress.step == stop_after else None
 
-        hooks.StopHook.after_step = stop  # type: ignore[method-assign]
-    with hooks.StopHook(size) as stop_hook:
-        return trainer.run(build_task, stop_hook)
+class StopAfter(StopHook):
+    """A signal that comes on time."""
+
+    def __init__(self, size: int, step: int | None) -> None:
+        super().__init__(size)
+        self._step = step
+
+    def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
+        progress.stop = "SIGTERM" if progress.step == self._step else None
 
 
 OPTIONS = {
@@ -65,10 +73,10 @@ def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, opt
     steps.recipe(stage, tmp_path)
     common = (*kind, f"schedule.steps={TOTAL}", "track.log_every=1")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_world(train, 2, stage, tmp_path, (*common, f"run.output_dir={whole}"), None)
-    assert set(run_world(train, 2, stage, tmp_path, (*common, f"run.output_dir={parts}"), CUT)) == {3}
+    jobs = [((*common, f"run.output_dir={whole}"), None), ((*common, f"run.output_dir={parts}"), CUT)]
+    assert run_world(train, 2, stage, tmp_path, *jobs) == [[0, 3]] * 2
     assert not (parts / "model").exists()
-    run_world(train, 2, stage, tmp_path, (*common, f"run.output_dir={parts}"), None)
+    run_world(train, 2, stage, tmp_path, ((*common, f"run.output_dir={parts}"), None))
     last = f"checkpoints/step-{TOTAL:08d}"
     for name in ("weights", "optimizer"):
         first, second = (load_file(folder / last / f"{name}.safetensors") for folder in (whole, parts))
@@ -109,16 +117,18 @@ def test_resumed_on_other_ranks_and_engine_goes_on_with_the_same_examples_and_lo
     """Saved by two ranks. Without dropout, which depends on the rank."""
     steps.recipe(stage, tmp_path)
     common = (f"schedule.steps={CUT + ELASTIC}", "track.log_every=1")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_world(train, 2, stage, tmp_path, (*common, *ENGINES[before], f"run.output_dir={whole}"), None)
-    run_world(train, 2, stage, tmp_path, (*common, *ENGINES[before], f"run.output_dir={parts}"), CUT)
-    run_world(train, size, stage, tmp_path, (*common, *ENGINES[after], f"run.output_dir={parts}"), None)
+    whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
+    jobs = [
+        ((*common, *ENGINES[before], f"run.output_dir={whole}"), None),
+        ((*common, *ENGINES[before], f"run.output_dir={parts}"), CUT),
+        ((*common, *ENGINES[before], "run.seed=7", f"run.output_dir={other}"), CUT),  # a control: another order
+    ]
+    run_world(train, 2, stage, tmp_path, *jobs)
+    run_world(train, size, stage, tmp_path, ((*common, *ENGINES[after], f"run.output_dir={parts}"), None))
     expected, actual = metrics(whole), metrics(parts)
     assert [line["examples"] for line in actual] == [line["examples"] for line in expected]
     assert len({line["examples"] for line in actual}) == CUT + ELASTIC  # each batch is another
     assert [line["loss"] for line in actual] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
-    other = tmp_path / "other"  # a control: another seed, another order
-    run_world(train, 2, stage, tmp_path, (*common, "run.seed=7", f"run.output_dir={other}"), CUT)
     assert not {line["examples"] for line in metrics(other)} & {line["examples"] for line in expected}
 
 
@@ -132,7 +142,8 @@ def saved_again(rank: int, size: int, stage: str, folder: Path, saved: Path, eng
         assert state is not None
         engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
         engine.resume(state)
-        for now, then in ((engine.weights(), state.weights), (engine.optimizer_state(), state.optimizer)):
+        for own, then in ((engine.weights(), state.weights), (engine.optimizer_state(), state.optimizer)):
+            now = steps.on_all(own)
             equal.append(now.keys() == then.keys() and all(now[key].equal(then[key]) for key in now))
     return equal
 
@@ -143,8 +154,7 @@ def test_a_checkpoint_is_the_same_to_the_last_bit_after_any_engine_loaded_it(
     before: str, size: int, tmp_path: Path
 ) -> None:
     steps.recipe("finetune", tmp_path)
-    options = (*ENGINES[before], "schedule.steps=4")
-    run_world(train, 2, "finetune", tmp_path, options, CUT)
+    run_world(train, 2, "finetune", tmp_path, ((*ENGINES[before], "schedule.steps=4"), CUT))
     saved = tmp_path / f"runs/finetune/checkpoints/step-{CUT:08d}"
     for equal in run_world(saved_again, size, "finetune", tmp_path, saved, list(ENGINES)):
         assert equal == [True] * 2 * len(ENGINES)

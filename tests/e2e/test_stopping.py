@@ -135,7 +135,7 @@ def test_ranks_with_different_data_are_told_in_one_line(folder: Path) -> None:
         recipe = (folder / f"{stage}.yaml").read_text()
         (folder / f"{stage}.yaml").write_text(recipe.replace(f"[{folder}/{stage}.jsonl]", f"[{stage}.jsonl]"))
         (line,) = told_from(folder, (folder, other), stage)
-        assert re.match(r"error: data: not the same as on rank 0: rank 1 has data\.train ", line)
+        assert re.match(r"error: \S+\.yaml:\d+: data: not the same as on rank 0: rank 1 has data\.train ", line)
 
 
 def told_from(folder: Path, places: tuple[Path, Path], stage: str) -> list[str]:

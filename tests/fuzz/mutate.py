@@ -1,11 +1,19 @@
-"""Seeded mutations of bytes and of JSON values, for tests that feed damaged input."""
+"""Seeded mutations of bytes and of JSON values, and what every reader of them must do."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from lodestar.errors import LodestarError
+
+MESSAGE = re.compile(r"[^\n]+: [^\n]+ \([^\n]+\)")
+"""The place and field, what is wrong, and in parentheses what to do; one line."""
+LIMIT_S = 2  # of processor time: the machine may have other work
 
 ODD_VALUES: Sequence[Any] = (
     None, True, False, 0, -1, 4, 1e308, float("nan"), float("inf"), -float("inf"), 10**400, "", " ", "\0", "\u2028",
@@ -64,3 +72,18 @@ def mutate_value(value: Any, rng: random.Random, names: Sequence[str] = ()) -> A
 def as_line(value: Any) -> bytes:
     """A line of JSONL; lone surrogates and NaN are written as Python writes them."""
     return json.dumps(value, ensure_ascii=True).encode() + b"\n"
+
+
+def refused(read: Callable[[], object], case: object) -> bool:
+    """Whether `read` refuses it; AssertionError for another exception, a long time or a message of another form."""
+    start, lines = time.process_time(), []
+    try:
+        read()
+    except LodestarError as error:
+        lines = str(error).split("\nerror: ")
+    except Exception as error:
+        raise AssertionError(f"{case!r}: {error!r}") from error
+    for line in lines:
+        assert MESSAGE.fullmatch(line), f"{case!r}: {line!r}"
+    assert time.process_time() - start < LIMIT_S, case
+    return bool(lines)

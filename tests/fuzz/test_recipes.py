@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import random
-import re
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 from lodestar.commands import COMMANDS
 from lodestar.commands import load as load_target
 from lodestar.config.loader import flat, load, recipe_of
-from lodestar.errors import LodestarError
-from tests.fuzz.mutate import mutate_bytes, mutate_value
+from tests.fuzz.mutate import mutate_bytes, mutate_value, refused
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS: dict[str, Any] = {name: load_target(command.recipe) for name, command in COMMANDS.items() if command.recipe}
@@ -27,24 +22,6 @@ TEXTS = [
     ".nan", "1e999", "-1", "1000000000000", "9" * 5000, "~", "", "''", "[", "[" * 500, "{a: &a [*a]}", "!!str x",
     "\ud800", "\0", "on", "0x1F", "12:30", "[1, [2]]", "{lr: 1}", '"x', "*", "../x", "sk-" + "a" * 30, "auto", "1.5",
 ]  # fmt: skip
-MESSAGE = re.compile(r"[^\n]+: [^\n]+ \([^\n]+\)")
-"""The place and field, what is wrong, and in parentheses what to do; one line."""
-LIMIT_S = 2  # of processor time: the machine may have other work
-
-
-def refused(read: Callable[[], BaseModel], case: object) -> bool:
-    """Whether `read` refuses it; AssertionError for another exception, a long time or a message of another form."""
-    start, lines = time.process_time(), []
-    try:
-        read()
-    except LodestarError as error:
-        lines = str(error).split("\nerror: ")
-    except Exception as error:
-        raise AssertionError(f"{case!r}: {error!r}") from error
-    for line in lines:
-        assert MESSAGE.fullmatch(line), f"{case!r}: {line!r}"
-    assert time.process_time() - start < LIMIT_S, case
-    return bool(lines)
 
 
 def fuzz(folder: Path, cases: int, seed: int) -> int:

@@ -118,7 +118,7 @@ def test_a_kept_file_is_used_only_if_every_byte_is_as_it_was_written(tmp_path: P
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{", "[" * 200_000, "9" * 5000, "\ud800"])
 def test_what_is_no_json_object_is_told_in_a_few_words(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(text.encode(errors="surrogatepass"))
-    with pytest.raises(ValueError, match=r"^damaged: not [^\n]{4,40}$"):
+    with pytest.raises(ValueError, match=r"^(not valid JSON|must be an object, got (\[\]|3|null))$"):
         read_object(tmp_path / "a.json")
 
 

@@ -26,7 +26,7 @@ from lodestar.data.readers import count_rows, find_sources, read_rows, stream_ro
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
 from lodestar.errors import DataError
-from lodestar.files import replacing, write_manifest
+from lodestar.files import write_manifest
 from retromae.text_check import TextCheck
 from retromae.tokenization import FEATURES as PRETRAIN_FEATURES
 from retromae.tokenization import Tokenize as PretrainTokenize
@@ -205,17 +205,6 @@ def test_rows_are_padded_to_a_multiple_of_8_and_cut_evenly() -> None:
     assert padded([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3, 9, 9, 9, 9, 9], [4, 9, 9, 9, 9, 9, 9, 9]]
     assert [list(part) for part in cut(range(7), 3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [len(part) for part in cut([1], 3)] == [0, 0, 1]
-
-
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    for content in ("old", "new"):
-        with replacing(folder) as tmp:
-            (tmp / "file").write_text(content)
-    with pytest.raises(ZeroDivisionError), replacing(folder) as tmp:
-        (tmp / "file").write_text("torn")
-        raise ZeroDivisionError
-    assert (folder / "file").read_text() == "new"
 
 
 def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_cache(tmp_path: Path) -> None:

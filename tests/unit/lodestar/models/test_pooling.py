@@ -138,7 +138,8 @@ def test_a_causal_decoder_ends_a_run_before_torch_is_loaded(tmp_path: Path) -> N
     )
     ended = processes.run([sys.executable, "-c", program], limit_s=120)
     assert ended.stdout.split() == ["2", "False"]
-    assert ended.stderr.startswith("error: model.encoder: ") and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(f"error: {tmp_path}/finetune.yaml:3: model.encoder: ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_stage_1_names_no_other_pooling_than_cls(tmp_path: Path) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from contrastive.cli import main
 from contrastive.config import FinetuneRecipe
 from contrastive.plan import check, plan
 from lodestar.config import loader
 from lodestar.config.schema import BatchPlan
 from lodestar.errors import LodestarError
 from lodestar.planning.plan import batch_in_words
-from tests.unit.lodestar.config.test_loader import VALUES
+from tests.unit.lodestar.config.test_loader import RECIPE, VALUES
 
 
 def test_the_batch_in_words() -> None:
@@ -55,6 +56,36 @@ def test_what_cannot_work_is_told_before_torch_is_loaded(
     with pytest.raises(LodestarError) as caught:
         check(loader.recipe_of(FinetuneRecipe, values, overrides))
     assert message.replace("{}", str(tmp_path)) in str(caught.value)
+
+
+def test_what_is_found_after_loading_names_the_line_of_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder/config.json").write_text(json.dumps({**SHAPE, "model_type": "bert"}))
+    recipe = tmp_path / "r.yaml"
+    text = RECIPE.replace("encoder: bert", f"encoder: {tmp_path}/encoder\n  max_length: 64")
+    text = text.replace("runs/x", f"{tmp_path}/run")
+
+    def told(text: str, *overrides: str) -> str:
+        recipe.write_text(text)
+        assert main(["--config", str(recipe), *overrides]) == 2
+        return capsys.readouterr().err
+
+    random = text.replace("model:", "model:\n  random_weights: true").replace("data:", "data:\n  query_max_length: 129")
+    assert told(random).startswith(f"error: {recipe}:8: data.query_max_length: 129 tokens but ")
+    overridden = told(random, "data.query_max_length=200")
+    assert overridden.startswith("error: command line: data.query_max_length: 200 tokens but ")
+    absent = f"evaluate.data={tmp_path}/absent"
+    assert told(text, absent).startswith(f"error: command line: evaluate.data: {tmp_path}/absent: no such folder (")
+    tokenizer = told(text.replace("model:", "model:\n  random_weights: true"))
+    assert tokenizer.startswith(f"error: {recipe}:3: model.tokenizer: {tmp_path}/encoder: has no tokenizer files")
+    (tmp_path / "data/qrels").mkdir(parents=True)  # a mistake in a line of another file keeps its place
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (tmp_path / "data" / name).touch()
+    judgements = tmp_path / "data/qrels/test.tsv"
+    judgements.write_text("query-id\tcorpus-id\tscore\nq\td\tx\n")
+    assert told(text, f"evaluate.data={tmp_path}/data").startswith(f"error: {judgements}:2: score: must be a whole")
 
 
 def test_a_plan_of_broken_folders_is_a_plan_with_warnings(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from retrieval.check import inspection
 from retrieval.check.cli import main
+from retrieval.evaluation import beir
 from tests import processes, tiny
 
 
@@ -111,7 +112,8 @@ def test_pretraining_encoding_and_evaluation_have_their_checks(
     config = tmp_path / "encode.yaml"
     config.write_text(json.dumps({"model": "none/none/none", "texts": [str(texts)], "output": {"dir": "o"}}))
     code, facts = check(capsys, str(config))
-    assert code == 2 and ["none/none/none: no such folder" in facts["errors"][0], len(facts["errors"])] == [True, 2]
+    assert code == 2 and len(facts["errors"]) == 2
+    assert facts["errors"][0].startswith(f"{config}:1: model: none/none/none: no such folder (")
     assert facts["errors"][1].startswith(f"{texts}:41: _id: must be text or a whole number, got true (")
 
 
@@ -138,8 +140,9 @@ def test_merging_exporting_indexing_and_mining_have_their_checks_and_read_all_we
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
     for name in recipes:
         code, facts = check(capsys, str(tmp_path / f"{name}.yaml"))
-        expected = f"{other}/model.safetensors: embeddings.LayerNorm.bias: holds NaN (take an earlier checkpoint)"
-        assert code == 2 and facts["errors"] == [expected]
+        key = "models" if name in ("merge", "evaluate") else "model"
+        problem = "model.safetensors: embeddings.LayerNorm.bias: holds NaN (take an earlier checkpoint)"
+        assert code == 2 and facts["errors"] == [f"{tmp_path}/{name}.yaml:1: {key}: {other}/{problem}"]
 
 
 def test_a_damaged_encoder_is_one_finding(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +155,21 @@ def test_a_damaged_encoder_is_one_finding(folder: Path, tmp_path: Path, capsys: 
         assert code == 2 and len(facts["errors"]) == 1 and f"{encoder}/{name}: " in facts["errors"][0]
         assert not any(name in line for line in facts["warnings"])
         (encoder / name).write_text(kept)
+
+
+def test_what_ends_a_plan_is_one_finding_among_others(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(beir, "_read_qrels", lambda path, read=beir._read_qrels: opened.append(path) or read(path))
+    train = tiny.finetune_file(tmp_path / "train.jsonl", 4)
+    train.write_text(train.read_text() + "{bad\n")
+    config = recipe(folder, tmp_path, train)
+    code, facts = check(capsys, config, "data.query_max_length=4000")
+    first, second = facts["errors"]
+    assert code == 2 and first.startswith("command line: data.query_max_length: 4000 tokens but ")
+    assert second.startswith(f"{train}:5: row: not valid JSON") and facts["query_texts"] == 4
+    assert len(opened) == 1  # judgements are read once
 
 
 def test_torch_is_not_loaded(folder: Path, tmp_path: Path) -> None:

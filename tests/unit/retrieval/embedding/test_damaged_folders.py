@@ -20,7 +20,8 @@ from transformers import AutoModel, BertConfig, BertModel
 
 from lodestar.config.schema import ModelConfig
 from lodestar.errors import LodestarError, ModelError
-from lodestar.models.folder_checks import check_model, known_model_types
+from lodestar.models.config_checks import is_known_model_type, known_model_types
+from lodestar.models.folder_checks import check_model
 from lodestar.models.load import load_encoder, load_tokenizer
 from lodestar.models.weight_files import check_finite, convert_command, read_headers
 from retrieval.embedding.cli import main as encode_main
@@ -230,7 +231,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 def one_line(error: LodestarError, folder: Path) -> str:
     message = str(error)
-    assert message.startswith(str(folder)) and "\n" not in message and message.endswith(")"), message
+    assert message.startswith(f"model: {folder}") and "\n" not in message and message.endswith(")"), message
     return message
 
 
@@ -291,10 +292,12 @@ def test_every_command_reads_the_folder_first(folder: Path, tmp_path: Path, caps
     lines = command_lines(folder, tmp_path)
     values("config.json", num_attention_heads=5)(folder)
     capsys.readouterr()
-    for main, arguments in lines:
+    keys = ["model", "models", "model", "model", "model", "models"]
+    places = [*(f"{tmp_path}/{i}.yaml:1: {key}" for i, key in enumerate(keys)), "command line: --model"]
+    for (main, arguments), place in zip(lines, places, strict=True):
         assert main(arguments) == 2, main
         message = capsys.readouterr().err
-        expected = f"error: {folder}/config.json: num_attention_heads: 5 heads do not divide a width of 32 ("
+        expected = f"error: {place}: {folder}/config.json: num_attention_heads: 5 heads do not divide a width of 32 ("
         assert message.startswith(expected) and message.count("\n") == 1, message
 
 
@@ -327,6 +330,8 @@ def test_the_kinds_of_models_are_transformers_own() -> None:
 
     assert set(tiny.FAMILIES) | {"qwen2", "deberta-v2", "distilbert", "mpnet", "nomic_bert"} <= known_model_types()
     assert len(set(CONFIG_MAPPING_NAMES) - known_model_types()) < 10
+    assert all(is_known_model_type(kind) for kind in ("bert", "deberta-v2", "data2vec-text", "qwen2"))
+    assert not any(is_known_model_type(kind) for kind in ("brt", "", "*", "**", "/", "../models/bert", "deberta_v2"))
 
 
 # --- pickle ----------------------------------------------------------------------------------

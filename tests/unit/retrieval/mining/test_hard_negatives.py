@@ -235,9 +235,9 @@ def test_a_mistake_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["--config", config_file, "mine.first_rank=30"]) == 2
     assert "last_rank must lie above first_rank, got 20 and 30" in capsys.readouterr().err
     assert main(["--config", config_file, "data=[nowhere.jsonl]"]) == 2
-    assert "error: data: nowhere.jsonl: no such file" in capsys.readouterr().err
+    assert "error: command line: data: nowhere.jsonl: no such file" in capsys.readouterr().err
     assert main(["--config", config_file, f"cross_encoder={tmp_path}"]) == 2
-    assert "error: cross_encoder: " in capsys.readouterr().err
+    assert "error: command line: cross_encoder: " in capsys.readouterr().err
     assert main(["--config", config_file, "--plan"]) == 0
 
 

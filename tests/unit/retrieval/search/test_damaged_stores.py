@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -84,6 +85,19 @@ def test_each_file_of_a_store_in_each_kind_of_damage(kind: str, model: Path, tmp
     assert num_errors >= 10
 
 
+def test_a_flipped_bit_in_a_vector_of_faiss_is_told(model: Path, tmp_path: Path) -> None:
+    index(new_recipe(model, tmp_path, "faiss"))
+    file = tmp_path / "db/documents.faiss"
+    content = file.read_bytes()
+    for at in range(100, len(content) - 39, len(content) // 20):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert one_line(lambda: search(tmp_path / "db")).startswith(f"{file}: is damaged: its hash is another (")
+    file.write_bytes(content[:-39])  # as an earlier version wrote it
+    assert search(tmp_path / "db") == 3
+    file.write_bytes(content)
+    assert search(tmp_path / "db") == 3
+
+
 @pytest.mark.parametrize("name", ["documents.faiss", "documents.sqlite"])
 def test_a_file_of_faiss_that_is_gone_beside_the_other_is_not_an_empty_table(
     name: str, model: Path, tmp_path: Path
@@ -138,7 +152,7 @@ def test_a_place_that_is_a_file_is_told(
     assert index_main(["--config", str(tmp_path / "index.yaml")]) == 2
     assert search_main(["--store", str(tmp_path / "db"), "x"]) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("error: store.path: ") and first.endswith("(name another folder)")
+    assert first.startswith(f"error: {tmp_path}/index.yaml:5: store.path: ") and first.endswith("(name another folder)")
     assert "no index (lodestar index creates one)" in second
 
 
@@ -146,6 +160,40 @@ def test_a_work_folder_that_is_a_file_or_damaged_is_told(model: Path, tmp_path: 
     recipe = new_recipe(model, tmp_path, "faiss", work=str(tmp_path / "work"))
     (tmp_path / "work").touch()
     assert one_line(lambda: index(recipe)).startswith(f"work: {tmp_path}/work: ")
+
+
+def test_each_file_of_a_work_folder_in_each_kind_of_damage(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a stop between embedding and the table: either it is one line, or the table is as without the damage."""
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    def hits(folder: Path) -> list[tuple[float, str]]:
+        with open_searcher(folder, device="cpu") as searcher:
+            return [(hit.score, hit.document.id) for hit in searcher.search("a rank", 12)]
+
+    recipe = new_recipe(model, tmp_path, "faiss", work=str(tmp_path / "work"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys.modules["retrieval.search.index"], "open_store", stop)
+        index(recipe)
+    good = shutil.copytree(tmp_path / "work", tmp_path / "good")
+    index(recipe)
+    expected, outcomes = hits(tmp_path / "db"), list[bool]()
+    for file in [file.relative_to(good) for file in good.rglob("*") if file.is_file()]:
+        for damage in (emptied, cut, other, a_folder, Path.unlink):
+            bad = shutil.copytree(good, tmp_path / f"bad{len(outcomes)}")
+            damage(bad / file)
+            store = recipe.store.model_copy(update={"path": str(tmp_path / f"db{len(outcomes)}")})
+            try:
+                index(recipe.model_copy(update={"work": str(bad), "store": store}))
+                assert hits(Path(store.path or "")) == expected, (file, damage)
+                outcomes.append(True)
+            except LodestarError as error:
+                assert "\n" not in str(error) and str(error).endswith(")"), (file, damage, error)
+                outcomes.append(False)
+    assert any(outcomes)
 
 
 def test_the_vectors_and_the_rows_of_faiss_must_agree(model: Path, tmp_path: Path) -> None:
