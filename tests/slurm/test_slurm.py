@@ -151,6 +151,7 @@ def overrides(stage: str, data: Path, run: Path, steps: int) -> list[str]:
 def submit(cluster: Cluster, stage: str, arguments: list[str], *options: str) -> str:
     recipe = {"pretrain": "configs/pretrain/24gpu.yaml", "finetune": "configs/finetune/48gpu.yaml"}[stage]
     size = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={cluster.folder}/{stage}-%j.out"]
+    size.append("--oversubscribe")  # not exclusive: other jobs run beside it
     said = cluster.run(
         "sbatch", "--parsable", *size, *options, f"launch/slurm/{stage}.sbatch", recipe, *arguments,
         PYTHON=sys.executable, RANKS_PER_NODE="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
