@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE :=
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=offline OMP_NUM_THREADS=1 $(VENV)/bin
 
 .PHONY: help install install-all test test-slow test-all test-minimum test-pythons slurm browser lint types check bench \
-	bench-peers soak conformance docs reference demo demo-ablation demo-pretrained clean
+	bench-gpu bench-peers soak conformance docs reference demo demo-ablation demo-pretrained clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -108,6 +108,9 @@ bench-peers: install-all $(PEERS_VENV)/installed ## measure steps and encoding b
 
 bench: install-all ## measure loss, head, masks and gather
 	PYTHONPATH=. $(RUN)/python benchmarks/bench.py
+
+bench-gpu: ## measure both recipes on a GPU, under eight minutes: build/gpu/gpu.md; PYTHON needs torch and transformers alone
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out build/gpu
 
 soak: install-all ## kill and stop runs at random moments: 20 kills of each of four kinds, 100 stops in all, an hour
 	PYTHONPATH=. $(RUN)/python benchmarks/soak.py $(SOAK_OPTIONS)

@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=sorted(DEVICES), default="a100-40g")
     device = parser.parse_args().device
-    print(f"{device}, BERT-base, bf16, ZeRO-1, queries and passages of {TOKENS} tokens\n")
+    print(f"{device}, BERT-base, bf16, DDP, queries and passages of {TOKENS} tokens\n")
     print("| devices | global batch | model s | loss s | gather s | reduction s | loader s | embeddings GiB |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for world_size, global_size in SIZES:

@@ -118,7 +118,7 @@ class FinetuneStage:
         tensors, weights = batch.tensors, self._weights
         query_hash_Q = tensors["query_hash_Q"]
         passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])
-        positive_hash_Q, positive_QD = passage_hash_M[start_Q], p_MD[start_Q]
+        positive_hash_Q, positive_QD = (x.index_select(0, start_Q) for x in (passage_hash_M, p_MD))
         query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
         in_row_only_Q = torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
         of_passages = partial(
@@ -188,17 +188,13 @@ class FinetuneStage:
         """Local loss: the mean over the full width and each Matryoshka width, as FlagEmbedding's."""
         teacher_QK = batch.tensors["teacher_QK"]
         position_K = torch.arange(teacher_QK.shape[1], device=self._device)
-        passage_index_QK = start_Q[:, None] + position_K
+        passage_index_QK = (start_Q[:, None] + position_K).clamp(max=len(p_MD) - 1)
         valid_QK = position_K < batch.tensors["count_Q"][:, None]
         widths = self._widths(q_QD)
         losses: list[Tensor] = []
         for width in widths:
             short_QD, short_MD = (matryoshka(x, width) for x in (q_QD, p_MD))
-            group_QKD = (
-                short_MD[passage_index_QK.clamp(max=max(0, len(p_MD) - 1))]
-                if len(p_MD)
-                else short_MD.new_zeros(0, len(position_K), width)
-            )
+            group_QKD = short_MD.index_select(0, passage_index_QK.flatten()).unflatten(0, passage_index_QK.shape)
             losses.append(
                 distillation_local_loss(
                     short_QD,

@@ -84,6 +84,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
         ),
         first_batch=lambda plan: replace(collate, plan=plan, rank=0)(0),
         held_micro_batches=max(1, int(recipe.batch.keep_graph)),
+        counters={"masked": "masked_false_negatives"},
         identity={
             "stage": "finetune",
             "seed": seed,

@@ -13,6 +13,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}     # CPU threads of each rank
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}       # nodes often have no internet: download models and data before
 export WANDB_MODE=${WANDB_MODE:-offline}         # afterwards: wandb sync RUN_FOLDER/wandb/offline-*
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1         # ranks end, instead of hanging, when one is lost
+export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}   # collectives that the flight recorder holds
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}          # and writes to runs/slurm/JOB/nccl-RANK
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}   # lengths vary: less of a GPU's memory is lost
 # export NCCL_SOCKET_IFNAME=ib0                  # the network interface for NCCL
 # export NCCL_DEBUG=INFO
 # -----------------------------------------------------------------------------------------------------------
@@ -22,6 +25,7 @@ address=$(scontrol show node "$host" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 port=$((20000 + SLURM_JOB_ID % 20000))
 logs=runs/slurm/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 mkdir -p "$logs"
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$PWD/$logs/nccl-}
 
 # SLURM sends the signal before the time limit to every process of the step. The launcher ignores it, because it would
 # end without its ranks; the ranks save and stop.

@@ -170,6 +170,8 @@ class EngineConfig(Section):
     """What DeepSpeed shards: 1 optimizer states, 2 gradients too, 3 parameters too."""
     zero3_persistence_threshold: Natural | None = None
     """Under ZeRO-3, parameters with fewer elements stay whole on each device; none: DeepSpeed's default."""
+    reduce_bucket_size: Count = 50_000_000
+    """Elements of the gradient that DeepSpeed reduces at once; it holds two such buckets, of 4 bytes per element."""
     give_up_after: Count = 20
     """Stop after this many steps in a row whose gradient is not finite."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10**6)] = 30.0

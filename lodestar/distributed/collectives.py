@@ -20,6 +20,9 @@ from lodestar.errors import ConfigError, LodestarError
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")
+# torch 2.13 renamed both, and warns of the old names.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def rank() -> int:
@@ -45,11 +48,9 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
-        max_count = max(counts)
-        padded = x_ND.new_zeros(max_count, *x_ND.shape[1:])  # collectives need equal sizes: pad here, trim below
-        padded[: len(x_ND)] = x_ND
-        gathered = x_ND.new_empty(len(counts) * max_count, *x_ND.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded)
+        max_count, width = max(counts), x_ND.shape[1:]
+        gathered = x_ND.new_empty(len(counts) * max_count, *width)
+        _all_gather(gathered, _with_rows(x_ND, max_count))
         if min(counts) == max_count:
             return gathered
         return torch.cat([rows[:count] for rows, count in zip(gathered.split(max_count), counts, strict=True)])
@@ -59,12 +60,28 @@ class _GatherRows(torch.autograd.Function):
         # Every rank used every row, so a row's gradient is the sum over ranks.
         (grad_MD,), counts = grads, ctx.counts
         max_count = max(counts)
-        padded = grad_MD.new_zeros(len(counts) * max_count, *grad_MD.shape[1:])
-        for padded_rows, rows in zip(padded.split(max_count), grad_MD.split(counts), strict=True):
-            padded_rows[: len(rows)] = rows
+        if min(counts) < max_count:
+            grad_MD = torch.cat([_with_rows(rows, max_count) for rows in grad_MD.split(counts)])
         grad_ND = grad_MD.new_empty(max_count, *grad_MD.shape[1:])
-        dist.reduce_scatter_tensor(grad_ND, padded)
+        _reduce_scatter(grad_ND, grad_MD.contiguous())
         return grad_ND[: counts[rank()]], None
+
+
+def _with_rows(x_ND: Tensor, count: int) -> Tensor:
+    """The rows and zeros up to `count`, which collectives need to be equal on all ranks; the same tensor if it is."""
+    if len(x_ND) == count:
+        return x_ND.contiguous()
+    return torch.cat([x_ND, x_ND.new_zeros(count - len(x_ND), *x_ND.shape[1:])])
+
+
+def gather_on_main(x_N: Tensor, counts: Sequence[int]) -> list[Tensor]:
+    """(N,) on each rank -> those of all ranks on rank 0, nothing elsewhere; N = counts[rank] may differ."""
+    if world_size() == 1:
+        return [x_N]
+    padded = _with_rows(x_N, max(counts))
+    parts = [torch.empty_like(padded) for _ in counts] if rank() == 0 else []
+    dist.gather(padded, parts or None, dst=0)
+    return [part[:count] for part, count in zip(parts, counts, strict=False)]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -81,6 +98,20 @@ def max_over_ranks(x: Tensor) -> Tensor:
         x = x.detach().clone()
         dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
+
+
+def max_over_ranks_later(x: Tensor) -> Callable[[], Tensor]:
+    """Starts `max_over_ranks`, and returns a function that waits for the result."""
+    if world_size() == 1:
+        return lambda: x
+    result = x.detach().clone()
+    work: Any = dist.all_reduce(result, op=dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return result
+
+    return wait
 
 
 def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:

@@ -105,14 +105,16 @@ def packed_attention(
 
     sliding_window   a token attends to those fewer than so many positions away; none: to all of its text
     """
-    if cu_seq_lens_q is None or max_length_q is None:
-        args = module, query, key, value, attention_mask
-        return sdpa_attention_forward(*args, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **options)
-    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     causal: bool = getattr(module, "is_causal", True)  # transformers' default
     window = -1 if sliding_window is None else sliding_window - 1
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    if half and query.device.type == "cuda" and query.shape[-1] % 8 == 0:
+    if cu_seq_lens_q is None or max_length_q is None:
+        if attention_mask is None:  # `_padding_mask` makes none, not even for a window
+            attention_mask = _window_mask(query.shape[2], window, causal, query.device)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    if _on_gpu(query) and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
         out_THD = torch.ops.aten._flash_attention_forward(
             q_THD, k_THD, v_THD, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout, causal, False,
             scale=scaling, window_size_left=window, window_size_right=0 if causal else window,
@@ -120,6 +122,10 @@ def packed_attention(
     else:
         out_THD = _by_length(q_THD, k_THD, v_THD, cu_seq_lens_q, dropout, causal, scaling, window)
     return out_THD[None], None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def _by_length(
@@ -138,15 +144,21 @@ def _by_length(
     outputs: list[Tensor] = []
     for (count, length), *parts in zip(runs, *splits, strict=True):
         q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
-        mask_LL = None
-        if 0 <= window < length - 1:
-            distance_LL = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            mask_LL = (distance_LL <= window) & (distance_LL >= (0 if causal else -window))
+        mask_LL = _window_mask(length, window, causal, q.device)
         out = F.scaled_dot_product_attention(
             q, k, v, mask_LL, dropout, causal and mask_LL is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
+
+
+def _window_mask(length: int, window: int, causal: bool, device: torch.device) -> Tensor | None:
+    """(L, L): tokens at most `window` positions away; none where that, or a window of -1, leaves out no token."""
+    if not 0 <= window < length - 1:
+        return None
+    position_L = torch.arange(length, device=device)
+    distance_LL = position_L[:, None] - position_L
+    return (distance_LL <= window) & (distance_LL >= (0 if causal else -window))
 
 
 def _runs(lengths: list[int]) -> list[tuple[int, int]]:

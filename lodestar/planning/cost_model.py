@@ -107,6 +107,8 @@ class Memory(_Parts):
     activations: int
     embeddings: int
     tile: int
+    buckets: int
+    """In which DeepSpeed reduces gradients; DDP's are part of the gradients."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
         activations=cost.held_tokens * activation_bytes(cost.shape, recipe.precision, checkpointing=checkpointing),
         embeddings=cost.embedding_bytes,
         tile=cost.loss_bytes,
+        buckets=4 * min(engine.reduce_bucket_size, cost.shape.parameters) * {0: 0, 3: 1}.get(zero_stage, 2),
     )
 
 

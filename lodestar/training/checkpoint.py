@@ -29,15 +29,22 @@ _NAME = re.compile(r"step-(\d{8,})")
 ARCHIVED = "archived-"
 _IGNORED_PREFIXES = (".", ARCHIVED, "replaced-")  # the last: archived by versions before 0.2
 Signature = tuple[tuple[str, int, int], ...]
-_whole: dict[Path, Signature] = {}
-"""Checkpoints that this process has hashed, so that no save hashes the older ones again."""
+"""Names, sizes and times of a folder's files."""
+Hashed = dict[Path, Signature]
+"""Checkpoints that were found whole: they are hashed again only where a file of them changed."""
 
 
 def write(
-    directory: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]
+    directory: Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    values: Mapping[str, Any],
+    hashed: Hashed | None = None,
 ) -> Path:
     """Commit a checkpoint: `GROUP.safetensors` for each group of tensors, and `state.json` with the values.
 
+    hashed   gets the checkpoint
     Raises OSError where the disk is full or the folder read-only; then nothing of it is left.
     """
     folder = directory / f"step-{step:08d}"
@@ -51,13 +58,17 @@ def write(
                 raise OSError(number, os.strerror(number)) from None
         (tmp / "state.json").write_text(json.dumps({"step": step, **values}, indent=2), encoding="utf-8")
         write_manifest(tmp, step=step)
-    _whole[folder] = _signature(folder)
+    if hashed is not None:
+        hashed[folder] = _signature(folder)
     return folder
 
 
-def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by group, values) of a checkpoint; CheckpointError where a file does not match the manifest."""
-    problem, tensors = _problem(folder), {}
+def read(folder: Path, hashed: Hashed | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(tensors by group, values) of a checkpoint; CheckpointError where a file does not match the manifest.
+
+    hashed   checkpoints that need not be hashed again
+    """
+    problem, tensors = _problem(folder, hashed), {}
     if problem is None:
         try:
             tensors = {Path(n).stem: load_file(folder / n) for n in REQUIRED_FILES if n.endswith(".safetensors")}
@@ -71,8 +82,15 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     return tensors, read_object(folder / "state.json")
 
 
-def _problem(folder: Path) -> str | None:
-    """Why a folder is no checkpoint to resume from, in a few words; none for a whole one. No tensor is read."""
+def _problem(folder: Path, hashed: Hashed | None = None) -> str | None:
+    """Why a folder is no checkpoint to resume from, in a few words; none for a whole one. No tensor is read.
+
+    hashed   gets a whole one, which is not hashed again until a file of it changes
+    """
+    hashed = {} if hashed is None else hashed
+    signature = _signature(folder)
+    if signature and hashed.get(folder) == signature:
+        return None
     named = _NAME.fullmatch(folder.name)
     if problem := damage(folder, REQUIRED_FILES, **({"step": int(named[1])} if named else {})):
         return problem
@@ -84,6 +102,7 @@ def _problem(folder: Path) -> str | None:
         return f"state.json: {wrong[0]}: damaged: of another type"
     if values.get("step") != step:
         return f"{MANIFEST}: of another step than state.json"
+    hashed[folder] = signature
     return None
 
 
@@ -109,10 +128,11 @@ def _named(directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def find(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
+def find(directory: Path, resume: str, hashed: Hashed | None = None) -> tuple[Path | None, list[str]]:
     """The checkpoint to resume from, if any, and a warning for each damaged one that was skipped.
 
     resume   auto, none, or a checkpoint folder, as checkpoint.resume
+    hashed   gets the checkpoint, so that `read` does not hash it again
     raises   CheckpointError where there are checkpoints but none is valid: starting afresh would lose the run
     """
     if resume == "none":
@@ -121,7 +141,7 @@ def find(directory: Path, resume: str) -> tuple[Path | None, list[str]]:
         return Path(resume), []
     problems: list[str] = []
     for _, folder in reversed(_named(directory)):
-        problem = _problem(folder)
+        problem = _problem(folder, hashed)
         if problem is None:
             return folder, [f"{line} (delete it: an earlier checkpoint is used)" for line in problems]
         problems.append(f"{folder}: {problem}")
@@ -159,25 +179,21 @@ def archive(directory: Path, above: int) -> list[str]:
     return names
 
 
-def prune(directory: Path, keep: int) -> None:
-    """Delete what is older than the newest `keep` valid checkpoints, and what interrupted saves left."""
+def prune(directory: Path, keep: int, hashed: Hashed | None = None) -> None:
+    """Delete what is older than the newest `keep` valid checkpoints, and what interrupted saves left.
+
+    hashed   checkpoints that need not be hashed again
+    """
+    hashed = {} if hashed is None else hashed
     for leftover in directory.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     num_valid = 0
     for _, folder in reversed(_named(directory)):
         if num_valid == keep:
             shutil.rmtree(folder, ignore_errors=True)
-            _whole.pop(folder, None)
+            hashed.pop(folder, None)
         else:
-            num_valid += _is_whole(folder)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Hashes a checkpoint once, and again only where a file of it changed."""
-    signature = _signature(folder)
-    if _whole.get(folder) != signature and _problem(folder) is None:
-        _whole[folder] = signature
-    return _whole.get(folder) == signature
+            num_valid += _problem(folder, hashed) is None
 
 
 def _signature(folder: Path) -> Signature:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from lodestar.config.schema import OptimConfig, Precision
 from lodestar.distributed.runtime import Runtime
 from lodestar.training import optim as optims
 from lodestar.training.engine import Autocast, ResumeState, StepReport, state_tensor
+from lodestar.training.host_memory import HostMemory
 
 
 class DdpEngine:
@@ -25,7 +27,7 @@ class DdpEngine:
     ) -> None:
         self.module, self._muon_fp32 = module, muon_fp32
         self._names = {parameter: name for name, parameter in module.named_parameters()}
-        self._world_size = runtime.world_size
+        self._world_size, self._is_main = runtime.world_size, runtime.is_main
         self._wrapped: nn.Module = Autocast(module, runtime.device, precision)
         if runtime.world_size > 1:
             for message in ("find_unused_parameters=True was specified", "`broadcast_buffers` is deprecated"):
@@ -71,6 +73,7 @@ class DdpEngine:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self._scale)
         norm = nn.utils.clip_grad_norm_(parameters, self._clip_norm or math.inf)
         finite = torch.isfinite(norm)
+        # Under fp16 the host must know, for the next loss scale; else nothing here waits for the device.
         skip = not self._fixed_scale and not bool(finite)
         if not skip:
             self._update(lr_factor, finite)
@@ -87,6 +90,8 @@ class DdpEngine:
         self._adamw.grad_scale = None  # type: ignore[attr-defined]
         self._adamw.step()
         for optimizer, _ in self._optimizers[1:]:
+            # torch's Muon cannot be told on the device to skip a step, and undoing one would take a copy of weights and
+            # momentum: so the host waits for this one number.
             if bool(finite):
                 with optims.muon_in_fp32(self._muon_fp32):
                     optimizer.step()
@@ -100,16 +105,21 @@ class DdpEngine:
         elif self._good_steps % 2000 == 0:
             self._scale *= 2
 
-    def weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().to("cpu", torch.float32, copy=True) for parameter, name in self._names.items()}
+    def weights(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {name: parameter for parameter, name in self._names.items()}
+        return self._copied("weights", tensors, memory)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        return {
-            f"{self._names[cast(nn.Parameter, parameter)]}:{key}": state[key].detach().to("cpu", copy=True)
+    def optimizer_state(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        tensors = {
+            f"{self._names[cast(nn.Parameter, parameter)]}:{key}": state[key]
             for optimizer, keys in self._optimizers
             for parameter, state in optimizer.state.items()
             for key in keys
         }
+        return self._copied("optimizer", tensors, memory)
+
+    def _copied(self, group: str, tensors: Mapping[str, Tensor], memory: HostMemory | None) -> dict[str, Tensor]:
+        return (memory or HostMemory()).copy(group, tensors) if self._is_main else {}
 
     def values(self) -> dict[str, float]:
         return {"loss_scale": self._scale, "good_steps": self._good_steps}

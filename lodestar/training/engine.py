@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lodestar.errors import CheckpointError
+from lodestar.training.host_memory import HostMemory
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,12 +59,17 @@ class Engine(Protocol):
         """Update with each group's peak learning rate times `lr_factor`."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Unsharded fp32 parameters by name, on the CPU; every rank must call it."""
+    def weights(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        """On rank 0, copies of the unsharded fp32 parameters by name, on the CPU; every rank must call it.
+
+        memory   where the copies are; none: in memory of their own
+        """
         ...
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Unsharded optimizer states as `PARAMETER:KEY`, on the CPU, equal for all engines; every rank must call it."""
+    def optimizer_state(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        """On rank 0, copies of the unsharded optimizer states as `PARAMETER:KEY`, on the CPU, equal for all engines;
+        every rank must call it.
+        """
         ...
 
     def values(self) -> dict[str, float]:

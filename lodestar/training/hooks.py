@@ -1,33 +1,28 @@
-"""Hooks of the training loop: log lines, checkpoints, evaluations, and stopping on a signal."""
+"""Hooks of the training loop: log lines, evaluations, and stopping on a signal."""
 
 from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lodestar.config.schema import CheckpointConfig
 from lodestar.distributed import watchdog
-from lodestar.distributed.collectives import gather_objects, max_over_ranks, on_main, sum_over_ranks
-from lodestar.errors import TrainingError, first_line
+from lodestar.distributed.collectives import gather_objects, max_over_ranks, max_over_ranks_later, sum_over_ranks
+from lodestar.errors import TrainingError
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
-from lodestar.training import checkpoint
-from lodestar.training.engine import Engine
 from lodestar.training.loop import Progress, StepDone
 
 CONSOLE_METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_100")
 """Metrics of an evaluation that the console prints; metrics.jsonl has all."""
 
-MOST_FAILED_SAVES = 3
+LONG_STEP_SECONDS = 1.0
+"""Of a step at whose end ranks wait for each other's signals; after a shorter one they look at them a step later."""
 
 
 class _NoOpHook:
@@ -71,9 +66,9 @@ class LogHook(_NoOpHook):
     def _log(self, progress: Progress, done: StepDone[Any]) -> None:
         names = list(done.scalars)
         scalars = sum_over_ranks(torch.stack([done.scalars[name].detach().float() for name in names])).tolist()
-        rates = _global_rates(self._throughput.read(), done.report.grad_norm.device)
-        # On the CPU: gloo, without a synchronisation of the GPU.
-        examples = int(sum_over_ranks(torch.tensor(done.batch.examples_hash)))
+        device = done.report.grad_norm.device
+        rates = _global_rates(self._throughput.read(), device)
+        examples = int(sum_over_ranks(torch.tensor(done.batch.examples_hash, device=device)))
         line = {
             "step": progress.step,
             "examples": f"{examples % 2**64:016x}",
@@ -115,71 +110,13 @@ def _global_rates(local: Mapping[str, float], device: torch.device) -> dict[str,
     }
 
 
-class CheckpointHook(_NoOpHook):
-    """Commits a checkpoint every checkpoint.every_steps steps, at the end, and when the run is stopped.
-
-    A save that fails, as on a full disk, leaves the older checkpoints and is told; TrainingError where it is the last
-    one of the run, or the third in a row.
-    """
-
-    def __init__(
-        self, engine: Engine, directory: Path, section: CheckpointConfig, identity: Mapping[str, Any], rank: int
-    ) -> None:
-        self._engine, self._directory, self._section = engine, directory, section
-        self._identity, self._rank = identity, rank
-        self._saved: int | None = None
-        self._failures = 0
-        """In a row."""
-
-    def before(self, progress: Progress) -> None:
-        self._saved = progress.step if progress.step else None  # just loaded: nothing to save
-
-    def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
-        every, ends = self._section.every_steps, progress.done or progress.stop is not None
-        if every and progress.step % every == 0 and not ends:
-            self._save(progress, MOST_FAILED_SAVES)
-
-    def after(self, progress: Progress) -> None:
-        self._save(progress, 1)
-
-    def _save(self, progress: Progress, most_failures: int) -> None:
-        if self._saved == progress.step:
-            return
-        watchdog.enter(watchdog.SAVING, progress.step)
-        tensors = {"weights": self._engine.weights(), "optimizer": self._engine.optimizer_state()}
-        counts = {"skipped": int(progress.skipped), "masked": total_masked(progress)}
-        values = {**counts, "engine": self._engine.values(), **self._identity}
-        problem = on_main(lambda: self._write(progress.step, tensors, values))
-        self._failures = self._failures + 1 if problem else 0
-        if problem is None:
-            self._saved = progress.step
-        elif self._failures >= most_failures:
-            times = f"{self._failures} times in a row" if self._failures > 1 else "at the end of the run"
-            raise TrainingError(
-                f"checkpoint: {problem}: not saved {times} (make room there, or name another run.output_dir; the same "
-                "command resumes from the checkpoint before)"
-            )
-        elif self._rank == 0:
-            print(
-                f"warning: checkpoint: {problem}: not saved; training goes on, and ends after {MOST_FAILED_SAVES} such "
-                "saves in a row (make room there: older checkpoints are as they were)",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def _write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> str | None:
-        """On rank 0; why it failed."""
-        try:
-            checkpoint.write(self._directory, step, tensors=tensors, values=values)
-        except OSError as error:
-            return f"{self._directory}: step {step}: {error.strerror or first_line(error)}"
-        checkpoint.prune(self._directory, self._section.keep)
-        return None
-
-
-def total_masked(progress: Progress) -> int:
-    """False negatives that were masked on all ranks; every rank must call it."""
-    return int(sum_over_ranks(torch.as_tensor(progress.masked, dtype=torch.float64)))
+def counts_of(progress: Progress) -> dict[str, int]:
+    """Skipped steps and the stage's counters over all ranks; every rank must call it."""
+    counters = {
+        name: int(sum_over_ranks(torch.as_tensor(value, dtype=torch.float64)))
+        for name, value in progress.counters.items()
+    }
+    return {"skipped": int(progress.skipped), **counters}
 
 
 class EvaluateHook(_NoOpHook):
@@ -221,12 +158,21 @@ class EvaluateHook(_NoOpHook):
 
 
 class StopHook(_NoOpHook):
-    """SIGTERM, SIGINT, SIGHUP or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint."""
+    """SIGTERM, SIGINT, SIGHUP or SIGUSR1 on any rank stops all ranks after the same step, with a checkpoint.
+
+    That step is the current one where a step is long, and else at the latest the next: ranks that have short steps do
+    not wait for each other to answer.
+    """
 
     def __init__(self, world_size: int) -> None:
         self._world_size = world_size
         self._signal: str | None = None
         self._previous_handlers: dict[int, Any] = {}
+        self._answer: Callable[[], torch.Tensor] | None = None
+        """Of all ranks to the last step, where nobody has looked at it yet."""
+        self._step_seconds = math.inf
+        """On the slowest rank, of the last step that was looked at."""
+        self._step_start = 0.0
 
     def __enter__(self) -> StopHook:
         return self
@@ -238,10 +184,15 @@ class StopHook(_NoOpHook):
         """
         self._listen(signal.SIGUSR1)
 
+    def request(self, reason: str) -> None:
+        """Stop all ranks as a signal to this one does."""
+        self._signal = self._signal or reason
+
     def before(self, progress: Progress) -> None:
         self._listen(signal.SIGTERM, signal.SIGINT)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
             self._listen(signal.SIGHUP)
+        self._step_start = time.perf_counter()
 
     def _listen(self, *numbers: signal.Signals) -> None:
         for number in numbers:
@@ -257,15 +208,24 @@ class StopHook(_NoOpHook):
         self._signal = signal.Signals(number).name
 
     def after_step(self, progress: Progress, done: StepDone[Any]) -> None:
-        signal_name = self._signal
-        if self._world_size > 1:
-            flag = torch.tensor(
-                float(signal_name is not None)
-            )  # on the CPU: gloo, without a synchronisation of the GPU
-            if not float(max_over_ranks(flag)):
-                return
-            signal_name = next(name for name in gather_objects(signal_name) if name is not None)
-        progress.stop = signal_name
+        if self._world_size == 1:
+            progress.stop = self._signal
+            return
+        start, self._step_start = self._step_start, time.perf_counter()
+        earlier = self._answer
+        # On the CPU: gloo, without a synchronisation of the GPU.
+        self._answer = max_over_ranks_later(torch.tensor([float(self._signal is not None), self._step_start - start]))
+        is_signalled = earlier is not None and self._look(earlier)
+        if is_signalled or progress.done or self._step_seconds >= LONG_STEP_SECONDS:
+            is_signalled |= self._look(self._answer)
+            self._answer = None
+        if is_signalled:
+            progress.stop = next(name for name in gather_objects(self._signal) if name is not None)
+
+    def _look(self, answer: Callable[[], torch.Tensor]) -> bool:
+        """Whether any rank had a signal; waits for an answer that is not there yet."""
+        is_signalled, self._step_seconds = answer().tolist()
+        return bool(is_signalled)
 
 
 class Clock:

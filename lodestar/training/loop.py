@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -73,8 +74,8 @@ class Progress:
     """Completed steps."""
     skipped: Tensor | int = 0
     """Steps whose gradient was not finite; on the device, so that nothing waits for it."""
-    masked: Tensor | int = 0
-    """False negatives that were masked on this rank, and on rank 0 those before the run resumed; on the device."""
+    counters: dict[str, Tensor | int] = field(default_factory=dict)
+    """Of this rank, and on rank 0 also of the steps before the run resumed; on the device."""
     stop: str | None = None
     """The signal that stops the run early; equal on all ranks."""
     final: dict[str, Any] = field(default_factory=dict)
@@ -113,8 +114,12 @@ def fit(
     progress: Progress,
     lr_factor_at: Callable[[int], float],
     hooks: Sequence[Hook],
+    counters: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Train until `progress` is done or a hook sets `progress.stop`."""
+    """Train until `progress` is done or a hook sets `progress.stop`.
+
+    counters   names in `progress.counters` -> the stage's scalars that are added up there
+    """
     engine.module.train()
     for hook in hooks:
         hook.before(progress)
@@ -127,8 +132,8 @@ def fit(
         done = StepDone(batch, scalars, engine.step(lr_factor), lr_factor)
         progress.step += 1
         progress.skipped = progress.skipped + done.report.skipped
-        if (masked := scalars.get("masked_false_negatives")) is not None:
-            progress.masked = progress.masked + masked.detach().double()
+        for name, scalar in counters.items():
+            progress.counters[name] = progress.counters.get(name, 0) + scalars[scalar].detach().double()
         watchdog.enter(watchdog.HOOKS, progress.step)
         for hook in hooks:
             hook.after_step(progress, done)

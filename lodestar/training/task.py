@@ -45,6 +45,8 @@ class TrainingTask:
     """Micro-batches whose graphs are in memory at once, if a step has several."""
     data_counts: Mapping[str, int] = field(default_factory=dict)
     """Of the training data: rows, tokens, truncated, dropped; for summary.json."""
+    counters: Mapping[str, str] = field(default_factory=dict)
+    """Names in checkpoints and summary.json -> the stage's scalars that are added up there over the run."""
     new_names: Mapping[str, str] = field(default_factory=dict)
     """Prefixes of parameter names in checkpoints of earlier versions -> prefixes today."""
     examples_at: Callable[[int], Sequence[str]] | None = None

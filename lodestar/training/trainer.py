@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic
 
@@ -28,13 +26,14 @@ from lodestar.planning.plan import batch_in_words, in_words
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker
 from lodestar.reporting.training_report import write_report
-from lodestar.secrets import hidden_arguments
 from lodestar.training import checkpoint
 from lodestar.training.auto_batch_size import out_of_memory_told, with_measured_micro_tokens
 from lodestar.training.build_engine import build
+from lodestar.training.checkpoint_hook import CheckpointHook
 from lodestar.training.crash_loop import CrashLoopHook
 from lodestar.training.engine import Engine, ResumeState
-from lodestar.training.hooks import CheckpointHook, Clock, EvaluateHook, LogHook, StopHook, total_masked
+from lodestar.training.environment import environment
+from lodestar.training.hooks import Clock, EvaluateHook, LogHook, StopHook, counts_of
 from lodestar.training.loop import Hook, Progress, fit
 from lodestar.training.schedule import lr_factor
 from lodestar.training.task import BuildTask, Recipe, TaskSpec, TrainingTask
@@ -82,6 +81,8 @@ class Trainer(Generic[Recipe]):
         self.recipe, self.runtime, self.plan = recipe, runtime, plan
         self.folder = Path(recipe.run.output_dir)
         self.checkpoints = self.folder / "checkpoints"
+        self.hashed: checkpoint.Hashed = {}
+        """On rank 0."""
         self.clock = Clock()
         self.changes: list[dict[str, Any]] = []
         """Of the recipe, at earlier resumes of this run."""
@@ -129,18 +130,20 @@ class Trainer(Generic[Recipe]):
         with agreed():
             tracker = self._tracker(progress)
         console = Console(total=progress.total_steps, initial=progress.step, enabled=main)
-        identity = {**task.identity, "recipe": loader.flat(recipe), "changes": self.changes}
-        hooks: list[Hook] = [  # in this order: a stop writes its checkpoint after logging and evaluation
-            self._log_hook(task, tracker, console),
-            *([self._evaluate_hook(task, engine, tracker, console)] if task.evaluate is not None else []),
-            stop,
-            CheckpointHook(engine, self.checkpoints, recipe.checkpoint, identity, self.runtime.rank),
-            *([crashes] if crashes is not None else []),
-        ]
         warmup = recipe.schedule.warmup_steps(progress.total_steps)
         shape, floor = recipe.schedule.shape, recipe.schedule.floor
-        batches = task.batches(progress.step)
-        try:
+        with (
+            ThreadPoolExecutor(1, "checkpoint") as writer,  # left when nothing is in flight any more
+            closing(tracker),
+            closing(task.batches(progress.step)) as batches,
+        ):
+            hooks: list[Hook] = [  # in this order: a stop writes its checkpoint after logging and evaluation
+                self._log_hook(task, tracker, console),
+                *([self._evaluate_hook(task, engine, tracker, console)] if task.evaluate is not None else []),
+                stop,
+                self._checkpoint_hook(task, engine, stop, writer),
+                *([crashes] if crashes is not None else []),
+            ]
             fit(
                 task.stage,
                 engine,
@@ -150,14 +153,12 @@ class Trainer(Generic[Recipe]):
                     step, total=progress.total_steps, warmup=warmup, floor=floor, shape=shape
                 ),
                 hooks=hooks,
+                counters=task.counters,
             )
             if progress.stop is None:
                 self._finish(task, engine, progress)
-        finally:
-            batches.close()
-            tracker.close()
-        masked = total_masked(progress)
-        on_main(lambda: self._summarise(task, progress, masked))
+        counts = counts_of(progress)
+        on_main(lambda: self._summarise(progress, {**counts, **task.data_counts}))
 
     # --- before training ---
 
@@ -185,15 +186,17 @@ class Trainer(Generic[Recipe]):
 
     def _find_checkpoint(self, task: TrainingTask, progress: Progress) -> ResumeState | None:
         """Load the weights and the progress of the checkpoint to resume from, if any."""
-        folder, warnings = on_main(lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume))
+        folder, warnings = on_main(
+            lambda: checkpoint.find(self.checkpoints, self.recipe.checkpoint.resume, self.hashed)
+        )
         for line in warnings:
             self._print(f"warning: {line}")
         if folder is None:
             return None
-        tensors, values = checkpoint.read(folder)
+        tensors, values = checkpoint.read(folder, self.hashed)
         self._check_changes(folder, values, task.identity)
         progress.step, progress.skipped = values["step"], values.get("skipped", 0)
-        progress.masked = values.get("masked", 0) if self.runtime.is_main else 0
+        progress.counters = {name: values.get(name, 0) if self.runtime.is_main else 0 for name in task.counters}
         if progress.step > progress.total_steps:
             raise CheckpointError(
                 f"schedule: {progress.total_steps} steps, but {folder} has taken {progress.step} (raise them, or "
@@ -325,6 +328,22 @@ class Trainer(Generic[Recipe]):
         section = self.recipe.evaluate
         return EvaluateHook(evaluate, tracker, console, every=section.every_steps, at_start=section.at_start)
 
+    def _checkpoint_hook(
+        self, task: TrainingTask, engine: Engine, stop: StopHook, writer: ThreadPoolExecutor
+    ) -> CheckpointHook:
+        recipe = self.recipe
+        return CheckpointHook(
+            engine,
+            self.checkpoints,
+            recipe.checkpoint,
+            {**task.identity, "recipe": loader.flat(recipe), "changes": self.changes},
+            writer=writer,
+            hashed=self.hashed,
+            is_main=self.runtime.is_main,
+            request_stop=stop.request,
+            timeout_minutes=recipe.engine.timeout_minutes,
+        )
+
     # --- after training ---
 
     def _export_if_best(self, task: TrainingTask, engine: Engine, step: int, metrics: Mapping[str, Any]) -> None:
@@ -355,9 +374,8 @@ class Trainer(Generic[Recipe]):
         with self._writing():
             write_json(self.folder / name, values)
 
-    def _summarise(self, task: TrainingTask, progress: Progress, masked: int) -> None:
+    def _summarise(self, progress: Progress, counts: Mapping[str, int]) -> None:
         earlier = self._earlier
-        counts = {"skipped": int(progress.skipped), "masked": masked, **task.data_counts}
         has_advanced = earlier.get("steps", 0) < progress.step
         self._write_json(
             "summary.json",
@@ -379,31 +397,3 @@ class Trainer(Generic[Recipe]):
     def _print(self, line: str) -> None:
         if self.runtime.is_main:
             print(line, file=sys.stderr, flush=True)
-
-
-def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
-    """Versions, hardware, world size and commit, to reproduce the run."""
-    packages = ("torch", "transformers", "deepspeed", "datasets", "accelerate", "sentence-transformers", "tokenizers")
-    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
-    return {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "platform": platform.platform(),
-        "device": device or platform.machine(),
-        "world_size": runtime.world_size,
-        "threads": torch.get_num_threads(),
-        "git_commit": _commit(),
-        "command": hidden_arguments(sys.argv),
-        "output_dir": output_dir,
-    }
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).resolve().parent
-    try:
-        process = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return process.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -11,11 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lodestar.config.schema import EngineConfig, OptimConfig, Precision
-from lodestar.distributed.collectives import sum_over_ranks
+from lodestar.distributed.collectives import gather_objects, gather_on_main, sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
 from lodestar.errors import ConfigError
 from lodestar.training import optim as optims
 from lodestar.training.engine import Autocast, ResumeState, StepReport, state_tensor
+from lodestar.training.host_memory import HostMemory, copy_all
+
+_WEIGHT = "weight"
+"""Beside the keys of optimizer states: the fp32 weights."""
 
 
 class ZeroEngine:
@@ -43,14 +48,22 @@ class ZeroEngine:
         self._device, self._stage = runtime.device, engine.zero_stage
         self._rank, self._world_size = runtime.rank, runtime.world_size
         self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._layouts: dict[str, list[list[tuple[str, int, int]]]] = {}
+        """Of each rank's fragments of weights and states: (name, first element, elements)."""
         self._muon, self._half = optim.name == "muon", precision == "fp16"
         parameter_groups = optims.groups(module, optim)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,  # unused: the engine sums local losses
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.clip_norm,
-            "zero_optimization": {"stage": engine.zero_stage, "reduce_scatter": optim.name != "muon"},
+            "zero_optimization": {
+                "stage": engine.zero_stage,
+                "reduce_scatter": optim.name != "muon",
+                "reduce_bucket_size": min(engine.reduce_bucket_size, sum(p.numel() for p in self._names)),
+                "overlap_comm": True,
+            },
             "zero_allow_untested_optimizer": True,
+            "timers": {"throughput": {"enabled": False}},  # else the device is waited for in every forward
             "steps_per_print": 10**9,
         }
         if engine.zero3_persistence_threshold is not None:
@@ -92,29 +105,51 @@ class ZeroEngine:
         if self._stage > 0 and not self._muon:
             norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._device, dtype=torch.float32)
         skipped = self._engine.skipped_steps - skipped_before
-        return StepReport(norm, torch.tensor(float(skipped), device=self._device))
+        return StepReport(norm, torch.full((), float(skipped), device=self._device))
 
-    def weights(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_fp32_param
+    def weights(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        memory, trained = memory or HostMemory(), self._trained_parameters()
+        whole = self._whole(_WEIGHT, {name: parameter for parameter, name in trained}, memory)
+        frozen = {name: p for p, name in self._names.items() if not p.requires_grad and self._rank == 0}
+        return {**whole, **memory.copy("frozen", frozen)}
 
-        full: dict[str, Any] = {name: safe_get_full_fp32_param(parameter) for parameter, name in self._names.items()}
-        return {
-            name: (parameter if full[name] is None else full[name]).detach().to("cpu", torch.float32, copy=True)
-            for parameter, name in self._names.items()
-        }
-
-    def optimizer_state(self) -> dict[str, Tensor]:
-        result: dict[str, Tensor] = {}
-        for parameter, name in self._trained_parameters():
+    def optimizer_state(self, memory: HostMemory | None = None) -> dict[str, Tensor]:
+        memory, trained = memory or HostMemory(), self._trained_parameters()
+        by_key: dict[str, dict[str, nn.Parameter]] = {}
+        for parameter, name in trained:
             for key in self._keys(parameter):
-                full = torch.zeros(_full_shape(parameter).numel(), device=self._device)
-                fragment = self._fragment(parameter, key)
-                if fragment is not None and fragment.contributes:
-                    full[fragment.start : fragment.start + len(fragment.state)] = fragment.state
-                if self._stage > 0:
-                    full = sum_over_ranks(full)
-                result[f"{name}:{key}"] = full.view(_full_shape(parameter)).cpu()
-        return result
+                by_key.setdefault(key, {})[f"{name}:{key}"] = parameter
+        return {n: tensor for key, of_key in by_key.items() for n, tensor in self._whole(key, of_key, memory).items()}
+
+    def _whole(self, key: str, parameters: Mapping[str, nn.Parameter], memory: HostMemory) -> dict[str, Tensor]:
+        """On rank 0, the weights or states `key` of parameters by name, of the fragments of all ranks: one collective.
+
+        Nothing elsewhere.
+        """
+        fragments = [(name, self._fragment(parameter, key)) for name, parameter in parameters.items()]
+        local = [(name, each) for name, each in fragments if each and each.contributes and len(each.state)]
+        states = [each.state.detach() for _, each in local]
+        flat_N = torch.cat(states) if states else torch.empty(0, device=self._device)
+        if key not in self._layouts:  # it never changes
+            layout = [(name, each.start, len(each.state)) for name, each in local]
+            self._layouts[key] = gather_objects(layout) if self._stage > 0 else [layout]
+        layouts = self._layouts[key]
+        if self._stage > 0:
+            parts = gather_on_main(flat_N, [sum(count for *_, count in layout) for layout in layouts])
+        else:
+            parts = [flat_N]
+        if self._rank > 0:
+            return {}
+        shapes = {name: _full_shape(parameter) for name, parameter in parameters.items()}
+        assert sum(map(len, parts)) == sum(shape.numel() for shape in shapes.values())
+        whole = memory.allocate(key, shapes, self._device)
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for layout, part_N in zip(layouts, parts, strict=True):
+            targets += [whole[name].view(-1)[start : start + count] for name, start, count in layout]
+            sources += part_N.split([count for *_, count in layout])
+        copy_all(targets, sources)
+        return whole
 
     def values(self) -> dict[str, float]:
         if not self._half:
@@ -150,7 +185,7 @@ class ZeroEngine:
         )
 
     def _fragment(self, parameter: Any, key: str, updates: int | None = None) -> _Fragment | None:
-        """This rank's fragment of a parameter's state, if it has one.
+        """This rank's fragment of a parameter's weights or state, if it has one.
 
         updates   creates the state, at zero, of an optimizer that took this many steps
         """
@@ -158,7 +193,8 @@ class ZeroEngine:
         if address is None:
             return None
         optimizer: Any = self._engine.optimizer
-        state = (optimizer.state if self._stage == 0 else optimizer.optimizer.state)[address.owner]
+        states: Any = optimizer.state if self._stage == 0 else optimizer.optimizer.state
+        state: dict[str, Any] = {_WEIGHT: address.owner} if key == _WEIGHT else states[address.owner]
         if updates is not None:
             device = address.owner.device
             state.setdefault(key, torch.zeros(address.shape, dtype=torch.float32, device=device))
@@ -215,7 +251,7 @@ class _Fragment:
     """A contiguous part of one parameter's optimizer state."""
 
     state: Tensor
-    """A view of DeepSpeed's tensor."""
+    """A view of DeepSpeed's tensor of states, or of weights."""
     start: int
     """Its offset in the flattened parameter."""
     contributes: bool

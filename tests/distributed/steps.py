@@ -58,8 +58,8 @@ engine: {{kind: ddp, zero3_persistence_threshold: 0}}
     return loader.load(PretrainRecipe if stage == "pretrain" else FinetuneRecipe, path, overrides)
 
 
-def built_task(run_recipe: Any, rank: int, size: int) -> tuple[TrainingTask, Runtime]:
-    runtime = Runtime(rank, size, rank, torch.device("cpu"))
+def built_task(run_recipe: Any, rank: int, size: int, device: str = "cpu") -> tuple[TrainingTask, Runtime]:
+    runtime = Runtime(rank, size, rank, torch.device(device))
     build_task = build_pretrain_task if isinstance(run_recipe, PretrainRecipe) else build_finetune_task
     return build_task(run_recipe, runtime), runtime
 
@@ -74,14 +74,14 @@ def step(rank: int, size: int, stage: str, folder: Path, *overrides: str) -> Out
     return one_step(rank, size, recipe(stage, folder, *overrides))[0]
 
 
-def one_step(rank: int, size: int, run_recipe: Any) -> tuple[Outcome, dict[str, float]]:
+def one_step(rank: int, size: int, run_recipe: Any, device: str = "cpu") -> tuple[Outcome, dict[str, float]]:
     """A real step by `size` ranks, and the scalars of the global batch.
 
     AdamW's first moment after it is (1 - beta) times the gradient, under any engine.
     """
-    from lodestar.distributed.collectives import sum_over_ranks
+    from lodestar.distributed.collectives import max_over_ranks, sum_over_ranks
 
-    task, runtime = built_task(run_recipe, rank, size)
+    task, runtime = built_task(run_recipe, rank, size, device)
     engine = build(task.module, runtime, run_recipe.engine, run_recipe.optim, run_recipe.precision)
     engine.module.train()
     local_scalars = task.stage.backward(next(task.batches(0)), engine, 0)
@@ -89,10 +89,19 @@ def one_step(rank: int, size: int, run_recipe: Any) -> tuple[Outcome, dict[str, 
     engine.step(1.0)
     gradient = {
         name.removesuffix(":exp_avg"): value.double() / (1 - run_recipe.optim.betas[0])
-        for name, value in engine.optimizer_state().items()
+        for name, value in on_all(engine.optimizer_state()).items()
         if name.endswith(":exp_avg")
     }
+    for parameter in engine.module.parameters():  # under ZeRO-3 an empty tensor
+        assert max_over_ranks(parameter).equal(parameter), "ranks have different weights after the step"
     return (scalars["loss"], gradient), scalars
+
+
+def on_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an engine gives on rank 0, on every rank."""
+    from lodestar.distributed.collectives import from_main
+
+    return from_main(tensors)
 
 
 def steps(rank: int, size: int, folder: Path, jobs: list[tuple[str, ...]]) -> list[Outcome]:

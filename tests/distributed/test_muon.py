@@ -38,7 +38,7 @@ def two_steps(
     for step in range(2):
         task.stage.backward(next(task.batches(step)), engine, step)
         norms.append(float(engine.step(1.0).grad_norm))
-        weights = weights or engine.weights()
+        weights = weights or steps.on_all(engine.weights())
     return norms, weights
 
 

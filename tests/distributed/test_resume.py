@@ -142,7 +142,8 @@ def saved_again(rank: int, size: int, stage: str, folder: Path, saved: Path, eng
         assert state is not None
         engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
         engine.resume(state)
-        for now, then in ((engine.weights(), state.weights), (engine.optimizer_state(), state.optimizer)):
+        for own, then in ((engine.weights(), state.weights), (engine.optimizer_state(), state.optimizer)):
+            now = steps.on_all(own)
             equal.append(now.keys() == then.keys() and all(now[key].equal(then[key]) for key in now))
     return equal
 

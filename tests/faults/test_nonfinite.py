@@ -18,11 +18,11 @@ def step(rank: int, size: int, folder: Path, damaged: bool, overrides: tuple[str
     recipe = steps.recipe("finetune", folder, *overrides)
     task, runtime = steps.built_task(recipe, rank, size)
     engine: Any = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
-    before, backward = engine.weights(), engine.backward
+    before, backward = steps.on_all(engine.weights()), engine.backward
     if damaged and rank == 1:
         engine.backward = lambda local_loss, **options: backward(local_loss * math.nan, **options)
     task.stage.backward(next(task.batches(0)), engine, 0)
-    report, after = engine.step(1.0), engine.weights()
+    report, after = engine.step(1.0), steps.on_all(engine.weights())
     return float(report.skipped), any(not after[name].equal(before[name]) for name in before)
 
 

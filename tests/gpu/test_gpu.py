@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from contrastive.loss import contrastive_local_loss
-from lodestar.distributed.runtime import Placement, Runtime, joined
-from lodestar.training.build_engine import build
+from lodestar.distributed.runtime import Placement, joined
 from retrieval.embedding.embedder import Embedder
 from retrieval.embedding.exact_search import distributed_search
 from retrieval.mining.shard_search import nearest
@@ -23,18 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def step_on(device: str, stage: str, folder: Path, *overrides: str) -> steps.Outcome:
-    made = steps.recipe(stage, folder, *overrides)
-    ready, _ = steps.built_task(made, 0, 1)
-    runtime = Runtime(0, 1, 0, torch.device(device))
-    stage_on_device: Any = ready.stage
-    stage_on_device._device = runtime.device
-    engine = build(ready.module, runtime, made.engine, made.optim, made.precision)
-    assert ready.collate is not None
-    shares = ready.stage.backward(ready.collate(0), engine, 0)
-    assert not float(engine.step(1.0).skipped)
-    state = engine.optimizer_state()
-    gradient = {n: v.double() / (1 - steps.BETA) for n, v in state.items() if n.endswith(":exp_avg")}
-    return float(shares["loss"]), gradient
+    return steps.one_step(0, 1, steps.recipe(stage, folder, *overrides), device)[0]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

@@ -69,6 +69,7 @@ def test_zero_shards_what_its_stage_says():
     whole, first, third = parts("ddp", 1), parts("deepspeed", 1), parts("deepspeed", 3)
     assert first.weights == whole.weights and first.optimizer == whole.optimizer // 10
     assert third.weights == whole.weights // 10 and third.gradients < first.gradients < whole.gradients
+    assert (whole.buckets, first.buckets, third.buckets) == (0, 400_000_000, 200_000_000)
     assert whole.activations == third.activations and whole.total > first.total > third.total
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from lodestar import files
 from lodestar.errors import CheckpointError
 from lodestar.files import write_manifest
 from lodestar.training import checkpoint
@@ -166,19 +168,62 @@ def test_only_valid_checkpoints_count_as_kept(tmp_path: Path) -> None:
     assert checkpoint.steps(tmp_path) == [15, 20]
 
 
-def test_a_save_hashes_no_older_checkpoint_again_unless_it_changed(
+@pytest.fixture
+def hashing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the checkpoints whose files were hashed, as often as they were."""
+    names: list[str] = []
+    damage_of = checkpoint.damage
+    monkeypatch.setattr(
+        checkpoint, "damage", lambda folder, *args, **kw: names.append(folder.name) or damage_of(folder, *args, **kw)
+    )
+    return names
+
+
+def test_a_save_hashes_no_older_checkpoint_again_unless_it_changed(tmp_path: Path, hashing: list[str]) -> None:
+    hashed: checkpoint.Hashed = {}
+    for step in (5, 10, 15):
+        checkpoint.write(tmp_path, step, tensors=TENSORS, values={}, hashed=hashed)
+        checkpoint.prune(tmp_path, 2, hashed)
+    assert checkpoint.steps(tmp_path) == [10, 15] and not hashing
+    assert set(hashed) == {tmp_path / f"step-{step:08d}" for step in (10, 15)}
+    (tmp_path / "step-00000010/state.json").write_text("{}")
+    checkpoint.prune(tmp_path, 2, hashed)
+    assert hashing == ["step-00000010"]
+
+
+def test_a_resume_hashes_its_checkpoint_once(tmp_path: Path, hashing: list[str]) -> None:
+    newest = write(tmp_path, 5)
+    hashed: checkpoint.Hashed = {}
+    assert checkpoint.find(tmp_path, "auto", hashed) == (newest, [])
+    checkpoint.read(newest, hashed)
+    checkpoint.prune(tmp_path, 2, hashed)
+    assert hashing == ["step-00000005"]
+    (newest / "weights.safetensors").write_bytes(b"changed since")
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read(newest, hashed)
+
+
+def test_a_process_that_is_killed_in_a_save_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashed: list[str] = []
-    problem = checkpoint._problem
-    monkeypatch.setattr(checkpoint, "_problem", lambda folder: hashed.append(folder.name) or problem(folder))
-    for step in (5, 10, 15):
-        write(tmp_path, step)
-        checkpoint.prune(tmp_path, 2)
-    assert checkpoint.steps(tmp_path) == [10, 15] and not hashed
-    (tmp_path / "step-00000010/state.json").write_text("{}")
-    checkpoint.prune(tmp_path, 2)
-    assert hashed == ["step-00000010"]
+    """What is on the disk at each moment at which a file of it is synced, or an older one deleted."""
+    moments: list[Path] = []
+
+    def photograph(*_: object, **__: object) -> None:
+        moments.append(shutil.copytree(run, tmp_path / f"moment-{len(moments)}"))
+
+    run = tmp_path / "run"
+    write(run, 5)
+    write(run, 10)
+    monkeypatch.setattr(files, "sync", photograph)
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kw: (photograph(), rmtree(*args, **kw)))
+    checkpoint.write(run, 15, tensors=TENSORS, values={})
+    checkpoint.prune(run, 1)
+    monkeypatch.undo()
+    found = [checkpoint.find(moment, "auto")[0] for moment in moments]
+    newest = [int(checkpoint.read(folder)[1]["step"]) for folder in found if folder is not None]
+    assert len(newest) == len(moments) > 8 and newest == sorted(newest) and set(newest) == {10, 15}
 
 
 def test_no_random_mutation_of_a_checkpoint_is_read(tmp_path: Path) -> None:

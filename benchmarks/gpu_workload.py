@@ -1,0 +1,327 @@
+"""The product's two training steps on generated texts: recipe, model, stage, engine, batches; and how they are timed.
+
+Shape suffixes: N texts.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast
+
+from contrastive.collate import Collate as FinetuneCollate
+from contrastive.collate import TrainingDataset
+from contrastive.config import FinetuneRecipe
+from contrastive.model import BiEncoder
+from contrastive.plan import plan as finetune_plan
+from contrastive.stage import FinetuneStage
+from lodestar.config import loader
+from lodestar.data.sampler import DatasetMixture, ShuffledSampler
+from lodestar.distributed.runtime import Runtime
+from lodestar.models.load import load_encoder
+from lodestar.training.ddp import DdpEngine
+from retromae.collate import Collate as PretrainCollate
+from retromae.collate import EncodedText
+from retromae.config import PretrainRecipe
+from retromae.model import RetroMAE
+from retromae.plan import plan as pretrain_plan
+from retromae.stage import PretrainStage
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the encoder and of one device's part of a step."""
+
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 30_522
+    texts: int = 30
+    text_length: int = 512
+    queries: int = 683
+    short_length: int = 128
+    all_queries: int = 32_768
+    repeats: int = 10
+
+    @property
+    def encoder_flops(self) -> float:
+        """Of the matrix products of one token in all layers, forward."""
+        return 2.0 * self.layers * 12 * self.width**2
+
+    @property
+    def attention_flops(self) -> float:
+        """Of one token for each token that it attends to, in all layers, forward."""
+        return 4.0 * self.layers * self.width
+
+
+TINY = Sizes(2, 64, 2, 500, texts=6, text_length=64, queries=8, short_length=32, all_queries=64, repeats=2)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all sections need."""
+
+    sizes: Sizes
+    device: torch.device
+    folder: Path
+    """Of the encoder's config.json."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def now(self) -> float:
+        """Seconds, after everything that was queued."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def seconds(self, work: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
+        """Of one call: the mean over calls that are queued one after another."""
+        for _ in range(min(warm, repeats)):
+            work()
+        start = self.now()
+        for _ in range(repeats):
+            work()
+        return (self.now() - start) / repeats
+
+
+@contextmanager
+def bench_on(device: torch.device, sizes: Sizes) -> Iterator[Bench]:
+    config = BertConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        intermediate_size=4 * sizes.width,
+    )
+    with TemporaryDirectory() as name:
+        config.save_pretrained(name)
+        yield Bench(sizes, device, Path(name))
+
+
+def lengths_of(kind: str, count: int, longest: int, *, median: float, spread: float, seed: int = 0) -> np.ndarray:
+    """(N,) tokens of each text: all the longest, or log-normal, cut off there."""
+    if kind == "full":
+        return np.full(count, longest)
+    drawn_N = np.random.default_rng(seed).lognormal(np.log(median), spread, count)
+    return drawn_N.astype(np.int64).clip(4, longest)
+
+
+@dataclass
+class Job:
+    """A step of one stage, ready to run."""
+
+    bench: Bench
+    module: Any
+    stage: Any
+    engine: DdpEngine
+    batches: Sequence[Any]
+    flops: float
+    """Useful floating-point operations of a step, on average: of real tokens, one forward and one backward."""
+    planned_bytes: int
+    collate: Callable[[int], Any]
+    scalars: Any = field(default=None)
+    steps: int = 0
+
+    def step(self) -> None:
+        self.compute()
+        self.engine.step(1.0)
+
+    def compute(self) -> None:
+        """The gradient of the next step."""
+        batch = self.batches[self.steps % len(self.batches)]
+        self.scalars = self.stage.backward(batch, self.engine, self.steps % len(self.batches))
+        self.steps += 1
+
+    @property
+    def tokens(self) -> float:
+        """Real ones of a step, on average."""
+        return statistics.mean(batch.tokens for batch in self.batches)
+
+    @property
+    def padding(self) -> float:
+        """Share of the tokens that are padding."""
+        return 1 - sum(b.tokens for b in self.batches) / sum(b.padded_tokens for b in self.batches)
+
+    def measure(self, repeats: int | None = None) -> dict[str, Any]:
+        """Speed and peak memory of the whole step."""
+        if self.bench.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        repeats = repeats or self.bench.sizes.repeats
+        seconds = self.bench.seconds(self.step, repeats, warm=len(self.batches))
+        values = {
+            "ms": seconds * 1e3,
+            "tokens_per_second": self.tokens / seconds,
+            "tflops": self.flops / seconds / 1e12,
+            "padding": self.padding,
+            "loss": float(self.scalars["loss"]),
+            "plan_gib": self.planned_bytes / 2**30,
+        }
+        if self.bench.on_gpu:
+            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            values["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        return values
+
+    def gradient(self) -> Tensor:
+        """(N,) fp32, of the first batch; all parameters one after another, on the CPU."""
+        self.steps = 0
+        self.compute()
+        scale = self.engine.values()["loss_scale"]
+        grads = [p.grad.flatten().float().cpu() / scale for p in self.module.parameters() if p.grad is not None]
+        self.module.zero_grad()
+        return torch.cat(grads)
+
+
+def pretrain(bench: Bench, kind: str, *overrides: str, batches: int = 4) -> Job:
+    """The 24gpu recipe on one device: 30 texts a step."""
+    sizes = bench.sizes
+    recipe = loader.load(
+        PretrainRecipe,
+        CONFIGS / "pretrain/24gpu.yaml",
+        [*_common(bench, sizes.text_length), f"batch.global_size={sizes.texts}", *overrides],
+    )
+    lengths_N = lengths_of(kind, sizes.texts * batches, sizes.text_length, median=100, spread=1.0)
+    generator = np.random.default_rng(1)
+    texts = [
+        EncodedText(generator.integers(5, sizes.vocabulary, n).tolist(), _words(generator, n))
+        for n in lengths_N.tolist()
+    ]
+    collate = PretrainCollate(
+        lambda epochs, rows: [texts[row] for row in rows.tolist()],
+        ShuffledSampler(len(texts), sizes.texts, 0, ""),
+        recipe.batch.plan(1),
+        0,
+        0,
+        _tokenizer(sizes.vocabulary),
+        recipe.mask.encoder,
+    )
+    with bench.device:
+        encoder = load_encoder(recipe.model, AutoModelForMaskedLM, seed=0).model
+        module = RetroMAE(
+            encoder, mask=recipe.mask, decoder=recipe.decoder, max_length=sizes.text_length, bag_of_words=False
+        )
+    stage = PretrainStage(weights=recipe.loss.weights, seed=0, rank=0, device=bench.device)
+    tokens, squares = lengths_N.sum() / batches, (lengths_N**2).sum() / batches
+    layers = (sizes.layers + 1) / sizes.layers  # the decoder's too
+    head = 2 * sizes.width * (sizes.vocabulary + sizes.width) * tokens * (1 + recipe.mask.encoder)
+    flops = 3 * (layers * (sizes.encoder_flops * tokens + sizes.attention_flops * squares) + head)
+    planned = pretrain_plan(recipe, 1, "h100")["peak_memory_bytes"]
+    return _job(bench, recipe, module, stage, collate, batches, flops, planned)
+
+
+def finetune(bench: Bench, kind: str, *overrides: str, batches: int = 4, queries: int | None = None) -> Job:
+    """The 48gpu recipe on one device: 683 queries and their 1,366 passages a step, in one pass where they fit."""
+    sizes, queries = bench.sizes, queries or bench.sizes.queries
+    recipe = loader.load(
+        FinetuneRecipe,
+        CONFIGS / "finetune/48gpu.yaml",
+        [*_common(bench, sizes.text_length), f"batch.global_size={queries}", *overrides],
+    )
+    lengths = [sizes.short_length] * 2 if kind == "full" else [32, sizes.short_length]
+    query_N = lengths_of(kind, queries * batches, lengths[0], median=10, spread=0.4)
+    passage_N = lengths_of(kind, 2 * queries * batches, lengths[1], median=76, spread=0.4, seed=1)
+    collate = FinetuneCollate(
+        datasets=[
+            TrainingDataset(
+                Triples(query_N, passage_N, sizes.vocabulary),  # type: ignore[arg-type]
+                ShuffledSampler(len(query_N), queries, 0, "0"),
+                True,
+            )
+        ],
+        mixture=DatasetMixture([1.0], batches, 0),
+        plan=recipe.batch.plan(1),
+        rank=0,
+        seed=0,
+        negatives=1,
+        pad_id=0,
+    )
+    with bench.device:
+        encoder = load_encoder(recipe.model, AutoModel, seed=0).model
+        module = BiEncoder(encoder, recipe.loss.temperature)
+    stage = FinetuneStage(
+        loss=recipe.loss,
+        global_size=queries,
+        seed=0,
+        device=bench.device,
+        max_length=sizes.short_length,
+        keep_graph=recipe.batch.keep_graph,
+        memory_bytes=Runtime(0, 1, 0, bench.device).memory_bytes(),
+    )
+    all_N = np.concatenate([query_N, passage_N])
+    flops = 3 * (sizes.encoder_flops * all_N.sum() + sizes.attention_flops * (all_N**2).sum()) / batches
+    planned = finetune_plan(recipe, 1, "h100")["peak_memory_bytes"]
+    return _job(bench, recipe, module, stage, collate, batches, flops, planned)
+
+
+def _common(bench: Bench, max_length: int) -> list[str]:
+    return [
+        f"model.encoder={bench.folder}",
+        "model.random_weights=true",
+        f"model.max_length={max_length}",
+        "engine.kind=ddp",
+        "track.to=[]",
+    ]
+
+
+def _job(
+    bench: Bench, recipe: Any, module: Any, stage: Any, collate: Any, batches: int, flops: float, planned: int
+) -> Job:
+    runtime = Runtime(0, 1, 0, bench.device)
+    module.to(bench.device).train()
+    engine = DdpEngine(module, runtime, recipe.optim, recipe.precision, False)
+    made = [collate(step) for step in range(batches)]
+    if bench.on_gpu:
+        made = [batch.pin_memory() for batch in made]
+    return Job(bench, module, stage, engine, made, flops, planned, collate)
+
+
+def _words(generator: np.random.Generator, tokens: int) -> list[int]:
+    """The word of each token, 1.3 tokens each; -1 at both ends."""
+    words = (generator.random(tokens) < 1 / 1.3).cumsum()
+    words[[0, -1]] = -1
+    return words.tolist()
+
+
+def _tokenizer(size: int) -> PreTrainedTokenizerFast:
+    names = {"pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    vocabulary = {name: i for i, name in enumerate([*names.values(), *(f"w{i}" for i in range(size - 3))])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")), **names)
+
+
+class Triples:
+    """Rows of a query, a positive and a negative; every text differs from all others."""
+
+    def __init__(self, query_N: np.ndarray, passage_N: np.ndarray, vocabulary: int) -> None:
+        generator = np.random.default_rng(2)
+        self.queries, self.passages = (
+            [generator.integers(5, vocabulary, n).tolist() for n in lengths.tolist()]
+            for lengths in (query_N, passage_N)
+        )
+
+    def __getitem__(self, rows: list[int]) -> dict[str, list[Any]]:
+        pairs = [(2 * row, 2 * row + 1) for row in rows]
+        return {
+            "query_ids": [self.queries[row] for row in rows],
+            "query_hash": [-1 - row for row in rows],
+            "most_negatives": [1 for _ in rows],
+            "pos_ids": [[self.passages[i]] for i, _ in pairs],
+            "pos_hash": [[i] for i, _ in pairs],
+            "pos_scores": [[] for _ in rows],
+            "neg_ids": [[self.passages[i]] for _, i in pairs],
+            "neg_hash": [[i] for _, i in pairs],
+            "neg_scores": [[] for _ in rows],
+        }
