@@ -32,7 +32,7 @@ from retromae.masks import decoder_visibility, mask_tokens
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 STAGES = {"pretrain": pretrain, "finetune": finetune}
-PACKED = "model.attention=packed"
+PADDED, PACKED = "model.attention=padded", "model.attention=packed"
 
 
 def main(lines: str, *names: str) -> None:
@@ -110,7 +110,7 @@ def speed(bench: Bench, *overrides: str, kinds: tuple[str, ...] = ("natural", "f
 
 
 def padded(bench: Bench) -> Rows:
-    yield from speed(bench)
+    yield from speed(bench, PADDED)
 
 
 def packed(bench: Bench) -> Rows:
@@ -118,19 +118,19 @@ def packed(bench: Bench) -> Rows:
 
 
 def compiled(bench: Bench) -> Rows:
-    for attention in ((), (PACKED,)):
-        for case, values in speed(bench, "model.compile=layers", *attention, kinds=("natural",)):
-            yield f"{case}, {'packed' if attention else 'padded'}, layers compiled", values
+    for attention in (PACKED, PADDED):
+        for case, values in speed(bench, attention, "model.compile=layers", kinds=("natural",)):
+            yield f"{case}, {attention.partition('=')[2]}, layers compiled", values
 
 
 def gradcache(bench: Bench) -> Rows:
     """Micro-batches of which no graph is kept, all are kept, and the step in one pass."""
     rate = product_rate(bench, "bf16", 8192 if bench.on_gpu else 256)
-    size = max(1, bench.sizes.queries // 4)
+    tokens = 3 * bench.sizes.queries * bench.sizes.short_length
     for case, overrides in {
-        "no graph kept": (f"batch.micro_size={size}", "batch.keep_graph=0"),
-        "all graphs kept": (f"batch.micro_size={size}", "batch.keep_graph=1000"),
-        "one pass": (f"batch.micro_size={bench.sizes.queries}",),
+        "no graph kept": (f"batch.micro_tokens={tokens // 8}", "batch.keep_graph=0"),
+        "all graphs kept": (f"batch.micro_tokens={tokens // 8}", "batch.keep_graph=1000"),
+        "one pass": (f"batch.micro_tokens={tokens}",),
     }.items():
         yield f"finetune, natural lengths, {case}", measured(finetune(bench, "natural", *overrides), rate)
         gc.collect()
@@ -151,9 +151,9 @@ def correct(bench: Bench) -> Rows:
     for stage, build in STAGES.items():
         expected = None
         for name, overrides in {
-            "fp32, padded": ("precision=fp32",),
+            "fp32, padded": ("precision=fp32", PADDED),
             "fp32, packed": ("precision=fp32", PACKED),
-            "bf16, padded": ("precision=bf16",),
+            "bf16, padded": ("precision=bf16", PADDED),
             "bf16, packed": ("precision=bf16", PACKED),
             "fp16, packed": ("precision=fp16", PACKED),
         }.items():

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
@@ -30,6 +32,7 @@ from lodestar.config import loader
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.distributed.runtime import Runtime
 from lodestar.models.load import load_encoder
+from lodestar.models.packed import enable_packed
 from lodestar.training.ddp import DdpEngine
 from retromae.collate import Collate as PretrainCollate
 from retromae.collate import EncodedText
@@ -195,26 +198,23 @@ def pretrain(bench: Bench, kind: str, *overrides: str, batches: int = 4) -> Job:
         [*_common(bench, sizes.text_length), f"batch.global_size={sizes.texts}", *overrides],
     )
     lengths_N = lengths_of(kind, sizes.texts * batches, sizes.text_length, median=100, spread=1.0)
-    generator = np.random.default_rng(1)
-    texts = [
-        EncodedText(generator.integers(5, sizes.vocabulary, n).tolist(), _words(generator, n))
-        for n in lengths_N.tolist()
-    ]
+    is_packed = recipe.model.attention == "packed"
     collate = PretrainCollate(
-        lambda epochs, rows: [texts[row] for row in rows.tolist()],
-        ShuffledSampler(len(texts), sizes.texts, 0, ""),
+        Texts(lengths_N, sizes.vocabulary),
+        ShuffledSampler(len(lengths_N), sizes.texts, 0, ""),
         recipe.batch.plan(1),
         0,
         0,
         _tokenizer(sizes.vocabulary),
         recipe.mask.encoder,
+        is_packed,
     )
+    encoder = _encoder(bench, recipe.model, AutoModelForMaskedLM)
     with bench.device:
-        encoder = load_encoder(recipe.model, AutoModelForMaskedLM, seed=0).model
         module = RetroMAE(
             encoder, mask=recipe.mask, decoder=recipe.decoder, max_length=sizes.text_length, bag_of_words=False
         )
-    stage = PretrainStage(weights=recipe.loss.weights, seed=0, rank=0, device=bench.device)
+    stage = PretrainStage(weights=recipe.loss.weights, seed=0, device=bench.device)
     tokens, squares = lengths_N.sum() / batches, (lengths_N**2).sum() / batches
     layers = (sizes.layers + 1) / sizes.layers  # the decoder's too
     head = 2 * sizes.width * (sizes.vocabulary + sizes.width) * tokens * (1 + recipe.mask.encoder)
@@ -234,24 +234,19 @@ def finetune(bench: Bench, kind: str, *overrides: str, batches: int = 4, queries
     lengths = [sizes.short_length] * 2 if kind == "full" else [32, sizes.short_length]
     query_N = lengths_of(kind, queries * batches, lengths[0], median=10, spread=0.4)
     passage_N = lengths_of(kind, 2 * queries * batches, lengths[1], median=76, spread=0.4, seed=1)
+    table = SimpleNamespace(data=_triples(query_N, passage_N, sizes.vocabulary))
+    sampler = ShuffledSampler(len(query_N), queries, 0, "0")
     collate = FinetuneCollate(
-        datasets=[
-            TrainingDataset(
-                Triples(query_N, passage_N, sizes.vocabulary),  # type: ignore[arg-type]
-                ShuffledSampler(len(query_N), queries, 0, "0"),
-                True,
-            )
-        ],
+        datasets=[TrainingDataset(table, sampler, True)],  # type: ignore[arg-type]
         mixture=DatasetMixture([1.0], batches, 0),
         plan=recipe.batch.plan(1),
         rank=0,
         seed=0,
         negatives=1,
         pad_id=0,
+        packed=recipe.model.attention == "packed",
     )
-    with bench.device:
-        encoder = load_encoder(recipe.model, AutoModel, seed=0).model
-        module = BiEncoder(encoder, recipe.loss.temperature)
+    module = BiEncoder(_encoder(bench, recipe.model, AutoModel), recipe.loss.temperature)
     stage = FinetuneStage(
         loss=recipe.loss,
         global_size=queries,
@@ -289,11 +284,31 @@ def _job(
     return Job(bench, module, stage, engine, made, flops, planned, collate)
 
 
-def _words(generator: np.random.Generator, tokens: int) -> list[int]:
-    """The word of each token, 1.3 tokens each; -1 at both ends."""
-    words = (generator.random(tokens) < 1 / 1.3).cumsum()
-    words[[0, -1]] = -1
-    return words.tolist()
+def _encoder(bench: Bench, model: Any, auto_class: Any) -> Any:
+    """The product's, with random weights, created on the device."""
+    with bench.device:
+        encoder = load_encoder(model, auto_class, seed=0).model
+    if model.attention == "packed":
+        enable_packed(encoder)
+    return encoder
+
+
+class Texts:
+    """Random token ids; a word has 1.3 tokens."""
+
+    def __init__(self, lengths_N: np.ndarray, vocabulary: int) -> None:
+        generator, self._lengths_N = np.random.default_rng(1), lengths_N
+        self._texts: list[EncodedText] = []
+        for length in lengths_N.tolist():
+            words = (generator.random(length) < 1 / 1.3).cumsum()
+            words[[0, -1]] = -1
+            self._texts.append(EncodedText(generator.integers(5, vocabulary, length), words))
+
+    def lengths(self, epochs: Tensor, rows: Tensor) -> np.ndarray:
+        return self._lengths_N[rows.numpy()]
+
+    def __call__(self, epochs: Tensor, rows: Tensor) -> list[EncodedText]:
+        return [self._texts[row] for row in rows.tolist()]
 
 
 def _tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -302,26 +317,25 @@ def _tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")), **names)
 
 
-class Triples:
-    """Rows of a query, a positive and a negative; every text differs from all others."""
+def _triples(query_N: np.ndarray, passage_N: np.ndarray, vocabulary: int) -> pa.Table:
+    """Rows of a query, a positive and a negative in the columns of the token cache; no two texts are equal."""
+    generator, rows = np.random.default_rng(2), np.arange(len(query_N))
 
-    def __init__(self, query_N: np.ndarray, passage_N: np.ndarray, vocabulary: int) -> None:
-        generator = np.random.default_rng(2)
-        self.queries, self.passages = (
-            [generator.integers(5, vocabulary, n).tolist() for n in lengths.tolist()]
-            for lengths in (query_N, passage_N)
-        )
+    def texts(lengths: np.ndarray) -> pa.ListArray:
+        ids = generator.integers(5, vocabulary, lengths.sum(), dtype=np.int32)
+        return pa.ListArray.from_arrays(np.concatenate([[0], lengths.cumsum()]).astype(np.int32), ids)
 
-    def __getitem__(self, rows: list[int]) -> dict[str, list[Any]]:
-        pairs = [(2 * row, 2 * row + 1) for row in rows]
-        return {
-            "query_ids": [self.queries[row] for row in rows],
-            "query_hash": [-1 - row for row in rows],
-            "most_negatives": [1 for _ in rows],
-            "pos_ids": [[self.passages[i]] for i, _ in pairs],
-            "pos_hash": [[i] for i, _ in pairs],
-            "pos_scores": [[] for _ in rows],
-            "neg_ids": [[self.passages[i]] for _, i in pairs],
-            "neg_hash": [[i] for _, i in pairs],
-            "neg_scores": [[] for _ in rows],
-        }
+    def one_each(values: Any) -> pa.ListArray:
+        return pa.ListArray.from_arrays(np.arange(len(rows) + 1, dtype=np.int32), values)
+
+    columns: dict[str, Any] = {
+        "query_ids": texts(query_N),
+        "query_hash": pa.array(-1 - rows),
+        "most_negatives": pa.array(np.ones_like(rows)),
+    }
+    for i, kind in enumerate(("pos", "neg")):
+        columns[f"{kind}_ids"] = one_each(texts(passage_N[i::2]))
+        columns[f"{kind}_hash"] = one_each(pa.array(2 * rows + i))
+        no_scores = pa.ListArray.from_arrays(np.zeros(len(rows) + 1, dtype=np.int32), pa.array([], pa.float32()))
+        columns[f"{kind}_scores"] = no_scores
+    return pa.table(columns)
