@@ -185,7 +185,7 @@ def limited(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFacto
     for that, so it gets what the others leave of the processor.
     """
     run = tmp_path_factory.mktemp("limited") / "run"
-    job = submit(cluster, "finetune", overrides("finetune", data, run, 10**6), "--time=3", "--signal=USR1@60")
+    job = submit(cluster, "finetune", overrides("finetune", data, run, 20_000), "--time=3", "--signal=USR1@60")
     wait_for_steps(cluster, job, run)
     for process in psutil.process_iter():
         with suppress(psutil.Error):
