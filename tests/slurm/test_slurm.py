@@ -151,6 +151,7 @@ def overrides(stage: str, data: Path, run: Path, steps: int) -> list[str]:
 def submit(cluster: Cluster, stage: str, arguments: list[str], *options: str) -> str:
     recipe = {"pretrain": "configs/pretrain/24gpu.yaml", "finetune": "configs/finetune/48gpu.yaml"}[stage]
     size = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={cluster.folder}/{stage}-%j.out"]
+    size.append("--oversubscribe")  # not exclusive: other jobs run beside it
     said = cluster.run(
         "sbatch", "--parsable", *size, *options, f"launch/slurm/{stage}.sbatch", recipe, *arguments,
         PYTHON=sys.executable, RANKS_PER_NODE="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
@@ -184,7 +185,7 @@ def limited(cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFacto
     for that, so it gets what the others leave of the processor.
     """
     run = tmp_path_factory.mktemp("limited") / "run"
-    job = submit(cluster, "finetune", overrides("finetune", data, run, 10**6), "--time=3", "--signal=USR1@60")
+    job = submit(cluster, "finetune", overrides("finetune", data, run, 20_000), "--time=3", "--signal=USR1@60")
     wait_for_steps(cluster, job, run)
     for process in psutil.process_iter():
         with suppress(psutil.Error):
