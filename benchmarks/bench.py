@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/bench.py [--threads 1] [NAME ...]
 
-head    summed_nll against torch's cross-entropy on whole logits, forward and backward
-loss    contrastive_local_loss in tiles, as a share of the rate of the same three matrix products alone
+head    summed_nll against torch's fused linear_cross_entropy and its cross-entropy on whole logits, with gradients
+loss    contrastive_local_loss: its share of the rate of the same three matrix products alone; memory beside info_nce's
 masks   the masks of a text of 512 tokens: the encoder's, and 256 sets of the decoder's
 gather  rows from all ranks to all ranks and their gradient back, over gloo
 loader  batches of fine-tuning, built in one process
@@ -24,6 +24,7 @@ import platform
 import resource
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
-from contrastive.config import TILE_BYTES
-from contrastive.loss import contrastive_local_loss
+from contrastive.loss import contrastive_local_loss, info_nce
 from lodestar.distributed.collectives import gather_rows
 from lodestar.distributed.runtime import Placement, joined
 from lodestar.distributed.testing import run_world
@@ -71,35 +72,58 @@ def head(labels: int = 2048, width: int = 256, vocabulary: int = 30_522) -> dict
     weight = (torch.randn(vocabulary, width, generator=CHANCE) / 16).requires_grad_()
     bias = torch.zeros(vocabulary, requires_grad=True)
     target = torch.randint(vocabulary, (labels,), generator=CHANCE)
-    ours = _seconds(lambda: summed_nll(hidden, weight, bias, target).backward())
-    plain = _seconds(lambda: F.cross_entropy(hidden @ weight.T + bias, target, reduction="sum").backward())
-    return {"labels": labels, "width": width, "vocabulary": vocabulary, "ms": ours * 1e3, "plain_ms": plain * 1e3}
+    fused = partial(F.linear_cross_entropy, options=LinearCrossEntropyOptions())
+    arms = {
+        "ms": lambda: summed_nll(hidden, weight, bias, target).backward(),
+        "torch_fused_ms": lambda: fused(hidden, weight, target, linear_bias=bias, reduction="sum").backward(),
+        "plain_ms": lambda: F.cross_entropy(hidden @ weight.T + bias, target, reduction="sum").backward(),
+    }
+    milliseconds = {name: seconds * 1e3 for name, seconds in zip(arms, _interleaved(*arms.values()), strict=True)}
+    return {"labels": labels, "width": width, "vocabulary": vocabulary, **milliseconds}
 
 
-def loss(queries: int = 2048, passages: int = 16_384, width: int = 256, *, once: bool = False) -> dict[str, Any]:
-    q = F.normalize(torch.randn(queries, width, generator=CHANCE), dim=1).requires_grad_()
-    d = F.normalize(torch.randn(passages, width, generator=CHANCE), dim=1).requires_grad_()
-    identity = tiny.distinct_texts(queries, passages)
-    before = _peak_bytes()
-    seconds = _seconds(
-        lambda: contrastive_local_loss(
-            q, d, d[:queries], identity, temperature=0.02, weight=1 / queries
-        ).value.backward(),
-        once=once,
-    )
-    grown = _peak_bytes() - before
-    with torch.no_grad():
-        tile = q[: TILE_BYTES // (4 * passages)]
-        products = _products(tile, d) * queries / len(tile)
+def loss(queries: int = 8192, passages: int = 16_384, width: int = 768, *, once: bool = False) -> dict[str, Any]:
+    q, d = _unit_rows(queries, passages, width)
+    tile, scale = q.detach()[:512], queries / min(512, queries)
+    if once:
+        seconds, products = _seconds(lambda: _local_loss(q, d), once=True), _seconds(_products(tile, d))
+    else:
+        seconds, products = _interleaved(lambda: _local_loss(q, d), _products(tile, d))
+    # `whole` leaves the plain arm out: its scores take 8 GiB, and their gradient as much.
+    arms = ("tiles",) if once else ("tiles", "plain")
+    grown = {name: run_world(_loss_bytes, 1, name, queries, passages, width)[0] / 2**20 for name in arms}
     return {
         "queries": queries,
         "passages": passages,
         "width": width,
         "ms": seconds * 1e3,
-        "products_ms": products * 1e3,
-        "share_of_product_rate": products / seconds,
-        "peak_memory_growth_mib": grown / 2**20,
+        "products_ms": products * scale * 1e3,
+        "share_of_product_rate": products * scale / seconds,
+        **{f"peak_memory_growth_mib_{name}": mib for name, mib in grown.items()},
     }
+
+
+def _unit_rows(queries: int, passages: int, width: int) -> tuple[Tensor, Tensor]:
+    q = F.normalize(torch.randn(queries, width, generator=CHANCE), dim=1).requires_grad_()
+    return q, F.normalize(torch.randn(passages, width, generator=CHANCE), dim=1).requires_grad_()
+
+
+def _local_loss(q: Tensor, d: Tensor) -> tuple[Tensor, ...]:
+    identity, answers = tiny.distinct_texts(len(q), len(d)), d.detach()[: len(q)].requires_grad_()
+    total = contrastive_local_loss(q, d, answers, identity, temperature=0.02, weight=1 / len(q)).value
+    return torch.autograd.grad(total, (q, d, answers))
+
+
+def _loss_bytes(rank: int, size: int, name: str, queries: int, passages: int, width: int) -> int:
+    """How much the peak memory of a fresh process grows; `plain` holds all scores."""
+    _local_loss(*_unit_rows(64, 64, 64))  # libraries are loaded before memory is looked at
+    q, d = _unit_rows(queries, passages, width)
+    before = _peak_bytes()
+    if name == "tiles":
+        _local_loss(q, d)
+    else:
+        torch.autograd.grad(info_nce(q, d, torch.arange(queries), temperature=0.02).mean(), (q, d))
+    return _peak_bytes() - before
 
 
 def masks(texts: int = 32, length: int = 512, sets: int = 256) -> dict[str, Any]:
@@ -129,20 +153,20 @@ def _gather(rank: int, size: int, rows: int, width: int) -> float:
     return _seconds(lambda: gather_rows(x, [rows] * size).sum().backward())
 
 
-def _products(tile: Tensor, d: Tensor) -> float:
-    """Seconds of the three matrix products of one tile of scores, with no memory to be found for their results."""
+def _products(tile: Tensor, d: Tensor) -> Callable[[], None]:
+    """The three matrix products of one tile of scores, with no memory to be found for their results."""
     scores, dq, dd = tile.new_empty(len(tile), len(d)), torch.empty_like(tile), torch.zeros_like(d)
 
     def three() -> None:
-        torch.mm(tile, d.T, out=scores)
-        torch.mm(scores, d, out=dq)
-        dd.addmm_(scores.T, tile, alpha=1e-9)
+        with torch.no_grad():
+            torch.mm(tile, d.T, out=scores)
+            torch.mm(scores, d, out=dq)
+            dd.addmm_(scores.T, tile, alpha=1e-9)
 
-    return _seconds(three)
+    return three
 
 
 def whole(queries: int = 32_768, passages: int = 65_536, width: int = 768) -> dict[str, Any]:
-    loss(256, 1024, 64)  # libraries are loaded before memory is looked at
     return loss(queries, passages, width, once=True)
 
 
@@ -213,6 +237,12 @@ def _recipe(folder: Path, rows: int, micro_size: int, *more: str) -> Any:
         lines = [{"query": made[i], "pos": [made[rows + i]], "neg": [made[2 * rows + i]]} for i in range(rows)]
         tiny.write_jsonl(folder / "finetune.jsonl", lines)
     return steps.recipe("finetune", folder, f"batch.global_size={rows}", f"batch.micro_size={micro_size}", *more)
+
+
+def _interleaved(*calls: Callable[[], Any], rounds: int = 5) -> list[float]:
+    """The fastest of a few calls of each, in turns: what disturbs the machine disturbs all."""
+    times = [[_seconds(call, once=True) for call in calls] for _ in range(rounds + 1)]
+    return [min(column[1:]) for column in zip(*times, strict=True)]
 
 
 def _seconds(call: Callable[[], Any], least: float = 1.0, *, once: bool = False) -> float:

@@ -60,11 +60,12 @@ def main() -> None:
 
 def _run(names: list[str], lines: Path, end: float, flags: list[str]) -> str | None:
     """Run the sections in one process; why it was ended, or ended itself, before the last."""
+    earlier = len(_records(lines))
     worker = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_sections", str(lines), *names, *flags])
     try:
         while worker.poll() is None:
             time.sleep(0.2)
-            begun = [record for record in _records(lines) if "began" in record]
+            begun = [record for record in _records(lines)[earlier:] if "began" in record]
             if time.monotonic() > end:
                 return "the time of all sections is over"
             if begun and time.time() > begun[-1]["began"] + LIMITS_S[begun[-1]["section"]]:

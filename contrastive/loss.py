@@ -3,12 +3,14 @@
 InfoNCE: van den Oord et al. 2018, "Representation learning with contrastive predictive coding", equation 4.
 An anchor is pulled to its answer and pushed from candidates: a query to its passage, from all other passages.
 Shape suffixes: B anchors on this rank, M candidates (of all ranks), D embedding width, G passages of a query's own row,
-T anchors of a tile, N texts, R anchors with the same masking.
+T anchors and C candidates of a tile, N texts, R anchors with the same masking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,6 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from contrastive.config import TILE_BYTES
 from contrastive.negatives import NegativeMask
+from lodestar.devices import can_read, tf32
+
+LEAST_ROWS, MOST_ROWS_ON_CPU = 96, 256
+"""Anchors of a tile: below the first it costs less to compute scores twice, in tiles of some candidates; a CPU gains
+nothing beyond the second."""
 
 
 def info_nce(
@@ -33,7 +40,7 @@ def info_nce(
     The reference for tests: it holds the whole score matrix, which training never does.
     """
     q_BD, d_MD = _full_precision(q_BD, d_MD)
-    with _no_autocast(q_BD):
+    with _exact_products(q_BD):
         scores_BM = q_BD @ d_MD.T / temperature
         if not_negative_BM is not None:
             scores_BM = scores_BM.masked_fill(not_negative_BM, -torch.inf)
@@ -83,23 +90,14 @@ def contrastive_local_loss(
     if not len(d_MD) == len(mask.candidate_M) == len(mask.owner_M):
         raise ValueError(f"{len(d_MD)} candidates, {len(mask.candidate_M)} hashes, {len(mask.owner_M)} owners")
     a_BD, d_MD, answer_BD = _full_precision(a_BD, d_MD, answer_BD)
-    temperature = torch.as_tensor(temperature, dtype=a_BD.dtype, device=a_BD.device)
+    temperature, weight = _scalar(temperature, a_BD), _scalar(weight, a_BD)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (a_BD, d_MD, answer_BD, temperature))
-    with torch.no_grad(), _no_autocast(a_BD):
-        sums = _TileSums(a_BD, d_MD, answer_BD, temperature, needs_grad)
-        weight_B = torch.as_tensor(weight, dtype=a_BD.dtype, device=a_BD.device).expand(len(a_BD))
-        tile_rows = max(1, tile_bytes // max(1, len(d_MD) * a_BD.element_size()))
-        # Anchors that need masks get tiles of their own, so that the others skip the comparisons.
-        has_duplicates_B, in_row_only_B = mask.has_duplicates(), mask.in_row_only_B
-        for in_group_B, mask_equal, mask_outside in (
-            (~has_duplicates_B & ~in_row_only_B, False, False),
-            (has_duplicates_B & ~in_row_only_B, True, False),
-            (in_row_only_B, True, True),
-        ):
-            for rows_T in _tiles(in_group_B.nonzero()[:, 0], tile_rows):
-                equal_TM = mask.equal(rows_T) if mask_equal else None
-                outside_TM = mask.outside(rows_T) if mask_outside else None
-                sums.add(rows_T, mask.positive_index_B[rows_T], weight_B[rows_T], equal_TM, outside_TM)
+    with torch.no_grad(), _exact_products(a_BD):
+        sums = _TileSums(a_BD, d_MD, answer_BD, mask, temperature, needs_grad, tile_bytes // a_BD.element_size())
+        weight_B = weight.expand(len(a_BD))
+        for rows_R, mask_equal in _groups(mask):
+            for rows_T in _tiles(rows_R, sums.max_rows):
+                sums.add(rows_T, weight_B[rows_T], mask_equal)
         negatives = len(a_BD) * max(0, len(d_MD) - 1) - sums.masked - sums.outside
     gradients = sums.gradients() if needs_grad else (None,) * 4
     args = a_BD, d_MD, answer_BD, temperature, sums.value, *gradients
@@ -107,27 +105,50 @@ def contrastive_local_loss(
     return LocalLoss(value, sums.masked, negatives, sums.correct)
 
 
-class _TileSums:
-    """Loss, counts and gradients, summed over tiles of anchors x all candidates."""
+def _groups(mask: NegativeMask) -> Sequence[tuple[Tensor, bool]]:
+    """(rows_R, whether equal texts must be looked for) for all anchors: few of them have duplicates.
 
-    def __init__(self, a_BD: Tensor, d_MD: Tensor, answer_BD: Tensor, temperature: Tensor, needs_grad: bool) -> None:
-        self.a_BD, self.d_MD, self.answer_BD = a_BD.detach(), d_MD.detach(), answer_BD.detach()
+    On a GPU the host would have to wait for their number, so all anchors are compared there.
+    """
+    if not can_read(mask.anchor_B):
+        return [(torch.arange(len(mask.anchor_B), device=mask.anchor_B.device), True)]
+    has_duplicates_B = mask.has_duplicates()
+    return [((~has_duplicates_B).nonzero()[:, 0], False), (has_duplicates_B.nonzero()[:, 0], True)]
+
+
+class _TileSums:
+    """Loss, counts and gradients, summed over tiles of anchors x candidates.
+
+    A tile has all candidates where the memory suffices for LEAST_ROWS anchors or all that there are. Otherwise it is
+    about square, and the scores of a row of tiles are computed twice: for their maximum and sum, then for the gradient.
+    """
+
+    def __init__(
+        self,
+        a_BD: Tensor,
+        d_MD: Tensor,
+        answer_BD: Tensor,
+        mask: NegativeMask,
+        temperature: Tensor,
+        needs_grad: bool,
+        max_scores: int,
+    ) -> None:
+        self.a_BD, self.d_MD, self.answer_BD, self.mask = a_BD.detach(), d_MD.detach(), answer_BD.detach(), mask
         self.temperature, self.needs_grad = temperature.detach(), needs_grad
         if needs_grad:
             self.da_BD, self.dd_MD, self.danswer_BD = map(torch.zeros_like, (self.a_BD, self.d_MD, self.answer_BD))
         self.value = a_BD.new_zeros(())
         self.masked, self.outside, self.correct = a_BD.new_zeros(3, dtype=torch.int64)
+        rows = max_scores // max(1, len(d_MD))
+        if rows < min(LEAST_ROWS, len(a_BD)):
+            rows = max(1, math.isqrt(max_scores))
+        elif a_BD.is_cpu:
+            rows = min(rows, MOST_ROWS_ON_CPU)
+        self.max_rows, self.max_scores = rows, max(rows, max_scores)
         self.buffer = a_BD.new_empty(0)
 
-    def add(
-        self,
-        rows_T: Tensor,
-        positive_index_T: Tensor,
-        weight_T: Tensor,
-        equal_TM: Tensor | None,
-        outside_TM: Tensor | None,
-    ) -> None:
-        """Add one tile: nats = softplus(x), x = logsumexp(negatives) - answer.
+    def add(self, rows_T: Tensor, weight_T: Tensor, mask_equal: bool) -> None:
+        """Add a row of tiles: nats = softplus(x), x = logsumexp(negatives) - answer.
 
         This form stays exact where p(answer) rounds to 1, and so does its gradient: the softmax over the negatives,
         times sigmoid(x) = 1 - p(answer).
@@ -135,42 +156,62 @@ class _TileSums:
         a_TD = self.a_BD[rows_T] / self.temperature
         answer_TD = self.answer_BD[rows_T]
         answer_score_T = (a_TD * answer_TD).sum(1)
-        scores_TM = torch.mm(a_TD, self.d_MD.T, out=self._scores(len(rows_T)))
-        if outside_TM is not None:
-            self.outside += outside_TM.count_nonzero()
-            scores_TM.masked_fill_(outside_TM, -torch.inf)
-        if equal_TM is not None:
-            equal_TM = equal_TM if outside_TM is None else equal_TM & ~outside_TM
-            self.masked += equal_TM.count_nonzero()
-            scores_TM.masked_fill_(equal_TM, -torch.inf)
-        scores_TM.scatter_(1, positive_index_T[:, None], -torch.inf)
-        # With the clamps an anchor without negatives gives 0 nats and no gradient.
-        max_T = scores_TM.amax(1).clamp_(min=torch.finfo(scores_TM.dtype).min)
+        # With this start and the clamp an anchor without negatives gives 0 nats and no gradient.
+        max_T = answer_score_T.new_full((len(rows_T),), torch.finfo(answer_score_T.dtype).min)
+        sum_T = torch.zeros_like(max_T)
+        width = self.max_scores // len(rows_T)
+        tiles = [slice(start, start + width) for start in range(0, len(self.d_MD), width)]
+        exp_TC = sum_T[:, None]
+        for tile in tiles:
+            scores_TC = self._negative_scores(a_TD, rows_T, tile, mask_equal, count=True)
+            previous_T, max_T = max_T, torch.maximum(max_T, scores_TC.amax(1))
+            exp_TC = scores_TC.sub_(max_T[:, None]).exp_()
+            sum_T.mul_((previous_T - max_T).exp_()).add_(exp_TC.sum(1))
         self.correct += (answer_score_T > max_T).count_nonzero()
-        exp_TM = scores_TM.sub_(max_T[:, None]).exp_()
-        sum_T = exp_TM.sum(1).clamp_(min=1.0)
+        sum_T.clamp_(min=1.0)
         x_T = max_T + sum_T.log() - answer_score_T
         self.value += weight_T @ -F.logsigmoid(-x_T)
         if not self.needs_grad:
             return
-        # exp_TM stays unnormalised: its factor is constant along a row, so it multiplies the smaller (T, D) side.
+        # exp_TC stays unnormalised: its factor is constant along a row, so it multiplies the smaller (T, D) side.
         loss_T1 = (weight_T * x_T.sigmoid())[:, None]
         scale_T1 = loss_T1 / sum_T[:, None]
-        da_TD = (exp_TM @ self.d_MD).mul_(scale_T1).sub_(answer_TD * loss_T1)
-        self.da_BD[rows_T] = da_TD.div_(self.temperature)
+        scaled_TD, da_TD = a_TD * scale_T1, torch.zeros_like(a_TD)
+        for tile in reversed(tiles):
+            if tile is not tiles[-1]:  # the last tile's are still there
+                exp_TC = self._negative_scores(a_TD, rows_T, tile, mask_equal).sub_(max_T[:, None]).exp_()
+            da_TD.addmm_(exp_TC, self.d_MD[tile])
+            self.dd_MD[tile].addmm_(exp_TC.T, scaled_TD)
+        self.da_BD[rows_T] = da_TD.mul_(scale_T1).sub_(answer_TD * loss_T1).div_(self.temperature)
         self.danswer_BD[rows_T] = -a_TD * loss_T1
-        self.dd_MD.addmm_(exp_TM.T, a_TD.mul_(scale_T1))
+
+    def _negative_scores(
+        self, a_TD: Tensor, rows_T: Tensor, tile: slice, mask_equal: bool, *, count: bool = False
+    ) -> Tensor:
+        """(T, C) scores of a tile, -inf for pairs that are no negatives; the next call overwrites them."""
+        d_CD, mask = self.d_MD[tile], self.mask
+        scores_TC = torch.mm(a_TD, d_CD.T, out=self._buffer(len(a_TD), len(d_CD)))
+        outside_TC = mask.outside(rows_T, tile) if mask.in_row_only else None
+        equal_TC = mask.equal(rows_T, tile) if mask_equal else None
+        if equal_TC is not None and outside_TC is not None:
+            equal_TC &= ~outside_TC
+        for excluded_TC, counter in ((outside_TC, self.outside), (equal_TC, self.masked)):
+            if excluded_TC is not None:
+                scores_TC.masked_fill_(excluded_TC, -torch.inf)
+                if count:
+                    counter += excluded_TC.count_nonzero()
+        return mask.fill_positive(scores_TC, rows_T, tile, -torch.inf)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """By anchors, candidates, answers and temperature; the last follows from da: scores go with 1 / temperature."""
         return self.da_BD, self.dd_MD, self.danswer_BD, -(self.a_BD * self.da_BD).sum() / self.temperature
 
-    def _scores(self, rows: int) -> Tensor:
-        """(rows, M): the same memory for every tile, because new memory of this size costs page faults."""
-        if self.buffer.numel() < rows * len(self.d_MD):
+    def _buffer(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns): the same memory for every tile, because new memory of this size costs page faults."""
+        if self.buffer.numel() < rows * columns:
             self.buffer = self.buffer.new_empty(0)  # free it before allocating more
-            self.buffer = self.buffer.new_empty(rows * len(self.d_MD))
-        return self.buffer[: rows * len(self.d_MD)].view(rows, len(self.d_MD))
+            self.buffer = self.buffer.new_empty(rows * columns)
+        return self.buffer[: rows * columns].view(rows, columns)
 
 
 class _PrecomputedGradients(torch.autograd.Function):
@@ -184,8 +225,11 @@ class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return (*(grad * grad_output if needed else None for grad, needed in pairs), None, None, None, None, None)
+        grads = ctx.saved_tensors
+        if not (can_read(grad_output) and grad_output == 1):  # a copy of all gradients
+            grads = [grad * grad_output for grad in grads]
+        pairs = zip(grads, ctx.needs_input_grad, strict=False)
+        return (*(grad if needed else None for grad, needed in pairs), None, None, None, None, None)
 
 
 def distillation_local_loss(
@@ -208,8 +252,8 @@ def distillation_local_loss(
     The teacher's scores are not divided by the temperature, as in FlagEmbedding's `kl_div`, which has this gradient.
     """
     q_BD, group_BGD = _full_precision(q_BD, group_BGD)
-    with _no_autocast(q_BD):
-        scores_BG = torch.einsum("bd,bgd->bg", q_BD, group_BGD) / temperature
+    with _exact_products(q_BD):
+        scores_BG = (q_BD[:, None] * group_BGD).sum(2) / temperature  # no product that TF32 reaches in the backward
         valid_BG = ~teacher_BG.isnan() if valid_BG is None else valid_BG & ~teacher_BG.isnan()
         lowest = torch.finfo(scores_BG.dtype).min  # not -inf: a row without valid passages would give NaN
         teacher_BG = teacher_BG.to(scores_BG.dtype).masked_fill(~valid_BG, lowest).log_softmax(1)
@@ -228,14 +272,22 @@ def matryoshka(x_ND: Tensor, width: int) -> Tensor:
     return x_ND if width == x_ND.shape[1] else F.normalize(x_ND[:, :width], dim=1)
 
 
+def _scalar(x: float | Tensor, like: Tensor) -> Tensor:
+    """A tensor of the type and on the device of `like`; filled there, because a copy would make the host wait."""
+    return x.to(like) if isinstance(x, Tensor) else like.new_full((), x)
+
+
 def _full_precision(*tensors: Tensor) -> list[Tensor]:
     """All in fp64 if one of them is, else in fp32."""
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     return [x.to(dtype) for x in tensors]
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
+@contextmanager
+def _exact_products(x: Tensor) -> Generator[None]:
+    """Products as the factors' type says, whatever autocast and TF32 say outside."""
+    with torch.autocast(x.device.type, enabled=False), tf32(False):
+        yield
 
 
 def _tiles(rows_R: Tensor, max_rows: int) -> Sequence[Tensor]:

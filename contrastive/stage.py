@@ -120,14 +120,13 @@ class FinetuneStage:
         passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])
         positive_hash_Q, positive_QD = (x.index_select(0, start_Q) for x in (passage_hash_M, p_MD))
         query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
-        in_row_only_Q = torch.full_like(start_Q, not batch.in_batch_negatives, dtype=torch.bool)
         of_passages = partial(
             NegativeMask,
             same_query_B=query_hash_Q,
             candidate_M=passage_hash_M,
             owner_M=owner_M,
             positive_index_B=start_Q,
-            in_row_only_B=in_row_only_Q,
+            in_row_only=not batch.in_batch_negatives,
             start_B=start_Q,
             end_B=start_Q + tensors["count_Q"],
         )
@@ -145,7 +144,7 @@ class FinetuneStage:
                 candidate_M=hash_G,
                 owner_M=owner_G,
                 positive_index_B=index_Q,
-                in_row_only_B=in_row_only_Q,
+                in_row_only=not batch.in_batch_negatives,
                 start_B=index_Q,
                 end_B=index_Q,
             )

@@ -115,7 +115,7 @@ def targets(field: Node) -> list[str]:
 def kind(field: Node) -> str:
     """The type of a field, for a reader."""
     if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
+        return ", ".join(f"`{'false' if value is False else value}`" for value in field["enum"])
     if "const" in field:
         return f"`{field['const']}`"
     if "$ref" in field:

@@ -37,7 +37,10 @@ def hashed(keys: Tensor, *counters: Tensor | int) -> Tensor:
     """int64 in [0, 2**63): one well-mixed number for each broadcast combination of keys and counters."""
     x = keys
     for counter in counters:
-        x = _mix(x + (torch.as_tensor(counter, dtype=torch.int64, device=keys.device) + 1) * _GOLDEN)
+        if isinstance(counter, int):  # no tensor of it: a GPU would have to wait for the copy
+            x = _mix(x + _signed((counter + 1) * _GOLDEN))
+        else:
+            x = _mix(x + (counter.long() + 1) * _GOLDEN)
     return _mix(x + _GOLDEN) & 0x7FFF_FFFF_FFFF_FFFF
 
 
@@ -55,6 +58,11 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)
+
+
+def _signed(x: int) -> int:
+    """The lowest 64 bits as a signed number, as int64 arithmetic wraps."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Losses on the vocabulary that never hold positions x vocabulary logits at once. No ranks, no model.
 
-Shape suffixes: N labelled positions, R positions of a tile, V vocabulary, D width, B texts, L tokens (padded),
-K tokens of one text's words.
+Shape suffixes: N labelled positions, R positions of a tile, V vocabulary, P columns of a tile (the vocabulary, and on a
+GPU what aligns it), D width, B texts, L tokens (padded).
 """
 
 from __future__ import annotations
@@ -15,6 +15,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from retromae.config import HEAD_LOGITS
+
+try:
+    from retromae.vocabulary_kernel import softmax_nll_
+except ImportError:  # triton comes with torch for GPUs
+    softmax_nll_ = None
+
+ALIGNED_COLUMNS = 64
 
 
 def summed_nll(
@@ -52,56 +59,108 @@ class _SummedNll(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:
         sum_type = torch.promote_types(product_type, torch.float32)
-        N, V = len(hidden_ND), len(weight_VD)
         needs_hidden, needs_weight, needs_bias = (needed and with_grad for needed in ctx.needs_input_grad[:3])
+        needs_any, is_fused = needs_hidden or needs_weight or needs_bias, _is_fused(hidden_ND)
+        N, V = len(hidden_ND), len(weight_VD)
 
         def zeros(x: Tensor | None, needed: bool) -> Tensor | None:
             return torch.zeros_like(x, dtype=sum_type) if needed and x is not None else None
 
-        grad_hidden_ND, grad_weight_VD = zeros(hidden_ND, needs_hidden), zeros(weight_VD, needs_weight)
-        grad_bias_V = zeros(bias_V, needs_bias)
         total = torch.zeros((), dtype=sum_type, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # types are chosen below
-            low_ND, low_VD = hidden_ND.to(product_type), weight_VD.to(product_type)
+            low_ND, low_PD = hidden_ND.to(product_type), weight_VD.to(product_type)
+            if is_fused:  # rows of logits that are not aligned slow the products down
+                low_PD = F.pad(low_PD, (0, 0, 0, -V % ALIGNED_COLUMNS))
+            grad_hidden_ND, grad_weight_PD = zeros(low_ND, needs_hidden), zeros(low_PD, needs_weight)
+            grad_bias_P = zeros(None if bias_V is None else low_PD[:, 0], needs_bias)
             rows = min(tile_rows, N)
-            low_RV = low_ND.new_empty(rows, V)
-            full_RV = low_RV if product_type == sum_type else low_RV.new_empty(rows, V, dtype=sum_type)
+            low_RP = low_ND.new_empty(rows, len(low_PD))
+            full_RP = low_RP if is_fused or product_type == sum_type else low_RP.new_empty(rows, V, dtype=sum_type)
             for start in range(0, N, max(rows, 1)):
                 tile = slice(start, min(start + rows, N))
-                h_RD, target_R1 = low_ND[tile], target_N[tile, None]
-                product_RV = torch.mm(h_RD, low_VD.T, out=low_RV[: len(h_RD)])
-                p_RV = full_RV[: len(h_RD)]
-                if p_RV.dtype != product_RV.dtype:
-                    p_RV.copy_(product_RV)
-                if bias_V is not None:
-                    p_RV += bias_V
-                target_logit_R1, max_logit_R1 = p_RV.gather(1, target_R1), p_RV.amax(1, keepdim=True)
-                torch.softmax(p_RV, 1, out=p_RV)
-                # The largest probability is exp(max_logit - logsumexp), and never denormal.
-                total += (max_logit_R1 - p_RV.amax(1, keepdim=True).log() - target_logit_R1).sum()
-                if not (needs_hidden or needs_weight or needs_bias):
-                    continue
-                p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand_as(target_R1))
-                if grad_bias_V is not None:
-                    grad_bias_V += p_RV.sum(0)
-                if p_RV.dtype != product_RV.dtype:
-                    product_RV.copy_(p_RV)
+                h_RD = low_ND[tile]
+                logits_RP = torch.mm(h_RD, low_PD.T, out=low_RP[: len(h_RD)])
+                if is_fused:
+                    total += _fused_tile(logits_RP, bias_V, target_N[tile], V, grad_bias_P, needs_any)
+                else:
+                    total += _tile(logits_RP, full_RP[: len(h_RD)], bias_V, target_N[tile], grad_bias_P, needs_any)
                 if grad_hidden_ND is not None:
-                    grad_hidden_ND[tile] = product_RV @ low_VD
-                if grad_weight_VD is not None and product_type == sum_type:
-                    grad_weight_VD.addmm_(product_RV.T, h_RD)
-                elif grad_weight_VD is not None:
-                    grad_weight_VD += product_RV.T @ h_RD
+                    grad_hidden_ND[tile] = _product(logits_RP, low_PD)
+                if grad_weight_PD is not None and product_type == sum_type:
+                    grad_weight_PD.addmm_(logits_RP.T, h_RD)
+                elif grad_weight_PD is not None:
+                    grad_weight_PD += _product(logits_RP.T, h_RD)
         ctx.types = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.scale = _scale(product_type) if is_fused else 1.0
+        ctx.save_for_backward(grad_hidden_ND, *(x if x is None else x[:V] for x in (grad_weight_PD, grad_bias_P)))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads = zip(ctx.saved_tensors, ctx.types, strict=True)
-        scaled = [None if grad is None else (grad * grad_output).to(dtype) for grad, dtype in grads]
+        factor, grads = grad_output / ctx.scale, zip(ctx.saved_tensors, ctx.types, strict=True)
+        scaled = [None if grad is None else (grad * factor).to(dtype) for grad, dtype in grads]
         return *scaled, None, None, None, None
+
+
+def _tile(
+    logits_RV: Tensor,
+    p_RV: Tensor,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    grad_bias_V: Tensor | None,
+    needs_gradient: bool,
+) -> Tensor:
+    """(): nats of a tile; logits_RV becomes its gradient, the softmax minus 1 at the target.
+
+    p_RV   memory of the same size in fp32, or logits_RV itself
+    """
+    if p_RV.dtype != logits_RV.dtype:
+        p_RV.copy_(logits_RV)
+    if bias_V is not None:
+        p_RV += bias_V
+    target_R1 = target_R[:, None]
+    target_logit_R1, max_logit_R1 = p_RV.gather(1, target_R1), p_RV.amax(1, keepdim=True)
+    torch.softmax(p_RV, 1, out=p_RV)
+    # The largest probability is exp(max_logit - logsumexp), and never denormal.
+    nats = (max_logit_R1 - p_RV.amax(1, keepdim=True).log() - target_logit_R1).sum()
+    if needs_gradient:
+        p_RV.scatter_add_(1, target_R1, p_RV.new_full((1, 1), -1.0).expand_as(target_R1))
+        if grad_bias_V is not None:
+            grad_bias_V += p_RV.sum(0)
+        if p_RV.dtype != logits_RV.dtype:
+            logits_RV.copy_(p_RV)
+    return nats
+
+
+def _fused_tile(
+    logits_RP: Tensor,
+    bias_V: Tensor | None,
+    target_R: Tensor,
+    vocabulary: int,
+    grad_bias_P: Tensor | None,
+    needs_gradient: bool,
+) -> Tensor:
+    """`_tile` on a GPU, where a kernel leaves the gradient in the logits' own type, times `_scale`."""
+    assert softmax_nll_ is not None
+    nats_R = softmax_nll_(logits_RP, bias_V, target_R, vocabulary, _scale(logits_RP.dtype) if needs_gradient else 0.0)
+    if grad_bias_P is not None:
+        grad_bias_P += _product(logits_RP.new_ones(1, len(logits_RP)), logits_RP)[0]
+    return nats_R.sum()
+
+
+def _is_fused(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float64 and softmax_nll_ is not None
+
+
+def _scale(dtype: torch.dtype) -> float:
+    """A factor of gradients that fp16 needs for small probabilities; their sums are fp32 and do not overflow."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b; on a GPU in fp32 also for half-precision factors, as it is added up there."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype.itemsize == 2 else a @ b
 
 
 def bag_of_words_nll(
@@ -121,31 +180,36 @@ def bag_of_words_nll(
     in_word_BL   bool, tokens of words: neither special, but for [UNK], nor pads
     """
     total = hidden_BLD.new_zeros((), dtype=torch.promote_types(hidden_BLD.dtype, torch.float32))
-    for hidden_LD, ids_L, in_word_L in zip(hidden_BLD, ids_BL, in_word_BL, strict=True):
-        h_KD, ids_K = hidden_LD[in_word_L], ids_L[in_word_L]
-        if len(h_KD):
-            with torch.no_grad():  # the bias is the same at each position, so the argmax does not depend on it
-                argmax_V = (h_KD @ weight_VD.T).max(0).indices  # twice as fast as argmax on a CPU
-            args = h_KD, weight_VD, bias_V, ids_K, argmax_V
-            total += cast(Tensor, checkpoint(_text_nll, *args, use_reentrant=False, preserve_rng_state=False))
+    # Tokens outside words repeat the text's first word: no number that the host does not know decides a shape.
+    position_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+    first_B1 = in_word_BL.int().argmax(1, keepdim=True)
+    position_BL = torch.where(in_word_BL, position_L, first_B1)
+    has_words_B = in_word_BL.any(1)
+    for hidden_LD, ids_L, pos_L, has_words in zip(hidden_BLD, ids_BL, position_BL, has_words_B, strict=True):
+        with torch.no_grad():  # the bias is the same at each position, so the argmax does not depend on it
+            argmax_V = pos_L[(hidden_LD[pos_L] @ weight_VD.T).max(0).indices]  # twice as fast as argmax on a CPU
+        args = hidden_LD, weight_VD, bias_V, ids_L[pos_L], argmax_V
+        nats = cast(Tensor, checkpoint(_text_nll, *args, use_reentrant=False, preserve_rng_state=False))
+        total = total + nats * has_words
     return total
 
 
-def _text_nll(h_KD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_K: Tensor, argmax_V: Tensor) -> Tensor:
-    """Of one text; argmax_V is the position of each vocabulary entry's largest logit."""
-    logits_V = (h_KD[argmax_V] * weight_VD).sum(1, dtype=torch.promote_types(h_KD.dtype, torch.float32))
+def _text_nll(hidden_LD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_L: Tensor, argmax_V: Tensor) -> Tensor:
+    """Of one text; ids_L are of words, argmax_V is the position of each vocabulary entry's largest logit."""
+    logits_V = (hidden_LD[argmax_V] * weight_VD).sum(1, dtype=torch.promote_types(hidden_LD.dtype, torch.float32))
     if bias_V is not None:
         logits_V = logits_V + bias_V
-    in_text_V = torch.zeros_like(logits_V, dtype=torch.bool).scatter_(0, ids_K, True)
+    in_text_V = torch.zeros_like(logits_V, dtype=torch.bool).scatter_(0, ids_L, True)
     return -(F.log_softmax(logits_V, 0) * in_text_V).sum() / in_text_V.sum()
 
 
 def _product_type(x: Tensor) -> torch.dtype:
-    """The type of the large products: autocast's where it is on. fp32 for fp16, which loses small probabilities."""
+    """The type of the large products: autocast's where it is on. Without a kernel that scales, fp32 for fp16, which
+    loses small probabilities."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    return torch.float32 if dtype == torch.float16 else dtype
+    return torch.float32 if dtype == torch.float16 and not _is_fused(x) else dtype
 
 
 def _fast_tile_rows(device: str, vocabulary: int) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lodestar.devices import can_read
 from lodestar.rng import below, hashed, uniform
 
 IGNORED = -100
@@ -99,7 +100,7 @@ def decoder_visibility(words_BL: Tensor, lengths_B: Tensor, rng_key_B: Tensor, r
         set_index_BL = below(lengths_B.clamp(1, sets)[:, None], hashed(rng_key_B, _ROW)[:, None], position_L)
         masked_BSL = masked_BSL[torch.arange(B, device=set_index_BL.device)[:, None], set_index_BL]
     attention_mask_BLL = masked_BSL.logical_not_()
-    attention_mask_BLL[:, :, 0] = True
+    attention_mask_BLL[:, :, 0].fill_(True)
     attention_mask_BLL.diagonal(dim1=1, dim2=2).fill_(False)
     attention_mask_BLL &= (position_L < lengths_B[:, None])[:, None]
     return attention_mask_BLL[:, None]
@@ -111,8 +112,8 @@ def _words(words_BL: Tensor) -> tuple[Tensor, Tensor]:
     starts_BL = in_word_BL.clone()
     starts_BL[:, 1:] &= words_BL[:, 1:] != words_BL[:, :-1]
     word_BL = (starts_BL.cumsum(1) - 1).clamp_(min=0)
-    # There are fewer words than tokens: a cheaper sort. On a GPU reading their number would make the host wait.
-    width = int(word_BL.max()) + 1 if word_BL.is_cpu and word_BL.numel() else words_BL.shape[1]
+    # There are fewer words than tokens: a cheaper sort.
+    width = int(word_BL.max()) + 1 if can_read(word_BL) and word_BL.numel() else words_BL.shape[1]
     size_BW = torch.zeros(len(words_BL), width, dtype=torch.int32, device=words_BL.device)
     size_BW.scatter_add_(1, word_BL, in_word_BL.int())
     return word_BL, size_BW.masked_fill_(size_BW == 0, _TOO_LONG)
@@ -127,22 +128,27 @@ def _shuffled(rng_key_B: Tensor, sets: int, words: int) -> Tensor:
     random_BSW = torch.stack(((bits_BPW & 0x7FFF_FFFF).int(), (bits_BPW >> 32).int()), 2).flatten(1, 2)[:, :sets]
     keys_BSW = (random_BSW >> _WORD_BITS << _WORD_BITS) | word_W.int()
     # numpy sorts with vector instructions: 50 times as fast as torch on a CPU.
-    sorted_BSW = torch.as_tensor(np.sort(keys_BSW.numpy())) if keys_BSW.is_cpu else keys_BSW.sort().values
+    sorted_BSW = torch.as_tensor(np.sort(keys_BSW.numpy())) if can_read(keys_BSW) else keys_BSW.sort().values
     return (sorted_BSW & (2**_WORD_BITS - 1)).long()
 
 
 def _fill(size_NW: Tensor, max_tokens_N: Tensor) -> Tensor:
     """(N, W) bool: in each row the words to mask, taken from left to right if they fit into the tokens that are left.
 
-    A cumulative sum takes all words up to the first that does not fit. From then on that word never fits, so the next
-    round starts after it: there are at most as many rounds as the longest word has tokens.
-
     size_NW        tokens of each word
     max_tokens_N   to mask in each row
     """
+    return (_fill_until_done if can_read(size_NW) else _fill_by_halves)(size_NW, max_tokens_N.int())
+
+
+def _fill_until_done(size_NW: Tensor, free_N: Tensor) -> Tensor:
+    """`_fill` in as many rounds as the rows need, each on the rows that are not finished.
+
+    A cumulative sum takes all words up to the first that does not fit. From then on that word never fits, so the next
+    round starts after it: there are at most as many rounds as the longest word has tokens.
+    """
     masked_NW = torch.zeros_like(size_NW, dtype=torch.bool)
     row_N = torch.arange(len(size_NW), device=size_NW.device)
-    free_N = max_tokens_N.int()
     while len(row_N):
         fits_NW = size_NW <= free_N[:, None]
         used_NW = (size_NW * fits_NW).cumsum(1, dtype=torch.int32)
@@ -152,4 +158,32 @@ def _fill(size_NW: Tensor, max_tokens_N: Tensor) -> Tensor:
         size_NW = size_NW.masked_fill(next_NW, _TOO_LONG)
         is_unfinished_N = (size_NW <= free_N[:, None]).any(1)
         row_N, size_NW, free_N = row_N[is_unfinished_N], size_NW[is_unfinished_N], free_N[is_unfinished_N]
+    return masked_NW
+
+
+def _fill_by_halves(size_NW: Tensor, free_N: Tensor) -> Tensor:
+    """`_fill` in a number of rounds that W alone determines, at least the tokens of each row: the host does not wait.
+
+    A round begins with fewer than 2 * half tokens free and ends with fewer than half, or with no word left. Words of
+    fewer than half tokens fit until then. Of the others at most one is taken, because it leaves fewer than half free:
+    it ends the round, or the small word does after which fewer than half are free.
+    """
+    W = size_NW.shape[1]
+    free_N = free_N.clamp(max=W)
+    none = free_N.new_full((), W)
+    position_W = torch.arange(W, dtype=torch.int32, device=size_NW.device)
+    start_N = torch.zeros_like(free_N)
+    masked_NW = torch.zeros_like(size_NW, dtype=torch.bool)
+    for half in [2**bits for bits in reversed(range(W.bit_length()))]:
+        is_left_NW = position_W >= start_N[:, None]
+        is_small_NW = (size_NW < half) & is_left_NW
+        free_NW = free_N[:, None] - (size_NW * is_small_NW).cumsum(1, dtype=torch.int32)
+        ends_NW = torch.where(is_small_NW, free_NW < half, is_left_NW & (size_NW <= free_NW))
+        end_N = torch.where(ends_NW, position_W, none).amin(1)
+        # Rows that have fewer than half tokens free wait for a later round.
+        end_N = torch.where(free_N < half, start_N - 1, end_N)
+        taken_NW = (is_small_NW & (position_W <= end_N[:, None])) | (ends_NW & (position_W == end_N[:, None]))
+        masked_NW |= taken_NW
+        free_N = free_N - (size_NW * taken_NW).sum(1, dtype=torch.int32)
+        start_N = end_N + 1
     return masked_NW

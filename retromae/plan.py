@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from lodestar.config.schema import HALF_PRECISIONS
 from lodestar.errors import ModelError
 from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import pooling_on_disk
@@ -40,8 +41,9 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
     micro_tokens = -(-examples // batch.num_micro_batches(length)) * length
     if batch.micro_tokens is not None:
         micro_tokens = min(micro_tokens, max(batch.micro_tokens, length))
-    # Logits of one tile and, in half precision, their fp32 copy; gradients of the weight from both uses of the head.
-    logit_bytes = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * (4 if recipe.precision == "fp32" else 6)
+    # Logits of one tile; gradients of the weight from both uses of the head, and what one tile adds to them.
+    logits = min(micro_tokens, HEAD_LOGITS // encoder.vocabulary) * encoder.vocabulary
+    logit_bytes = logits * (2 if recipe.precision in HALF_PRECISIONS else 4)
     return describe(
         recipe,
         world_size,
@@ -51,7 +53,7 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
             shape,
             held_tokens=micro_tokens,
             flops=model_flops(shape, examples * length, length, forwards=3) + head_flops,
-            loss_bytes=(logit_bytes + 2 * 4 * encoder.width) * encoder.vocabulary,
+            loss_bytes=logit_bytes + 3 * 4 * encoder.width * encoder.vocabulary,
         ),
         tokens_per_example=length,
         negatives_per_query=0,

@@ -254,7 +254,7 @@ def distinct_texts(queries: int, passages: int, device: str = "cpu") -> Negative
         candidate_M=hashes,
         owner_M=hashes + passages,
         positive_index_B=place,
-        in_row_only_B=torch.zeros(queries, dtype=torch.bool, device=device),
+        in_row_only=False,
         start_B=place,
         end_B=place,
     )

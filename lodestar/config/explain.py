@@ -142,7 +142,7 @@ def _words(detail: ErrorDetails) -> tuple[str, str]:
         for key, value in detail.get("ctx", {}).items()
     }
     choices = [name.strip(" '") for name in str(context.get("expected") or context.get("expected_tags", "")).replace(
-        " or ", ", ").split(",")]  # fmt: skip
+        " or ", ", ").replace("False", "false").split(",")]  # fmt: skip
     context["choice"] = f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     context["entries"] = "entry" if context.get("min_length") == "1" else "entries"
     otherwise = detail["msg"][:1].lower() + detail["msg"][1:]

@@ -16,13 +16,13 @@ MICRO_TOKENS = 16_384
 NEUTRAL = (
     "run.name", "run.output_dir", "data.train", "data.cache_dir", "data.processes", "data.workers", "data.strict",
     "data.query_instruction", "data.passage_instruction",
-    "model.activation_checkpointing", "batch.micro_size", "batch.micro_tokens", "batch.keep_graph", "model.attention",
-    "engine", "checkpoint", "evaluate", "track",
+    "model.activation_checkpointing", "model.attention", "model.compile", "batch.micro_size", "batch.micro_tokens",
+    "batch.keep_graph", "engine", "checkpoint", "evaluate", "track",
 )  # fmt: skip
 """Keys and sections that do not change what training computes. Content and weights of data.train are checked apart."""
 LearningRate = Annotated[float, Field(gt=0, le=10)]
-Precision = Literal["bf16", "fp16", "fp32"]
-"""Of matrix products; weights, gradients and losses are always fp32."""
+Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+HALF_PRECISIONS = ("bf16", "fp16")
 Pooling = Literal["cls", "mean", "last_token"]
 """From the hidden states of a text to its embedding: that of [CLS], their mean, or that of the last token."""
 
@@ -62,6 +62,9 @@ class ModelConfig(Section):
     """Run the Python code that the encoder's folder brings. Read it first: it can do whatever you can."""
     attention: Literal["padded", "packed"] = "padded"
     """packed: the texts of a micro-batch lie end to end in one row of tokens, without padding; changes no result."""
+    compile: Literal[False, "layers"] = False
+    """layers: compile each layer of the encoder with torch.compile, for texts of any length: a minute or more at the
+    start, then faster steps on a GPU. Changes rounding, and how dropout draws."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, same result."""
 
@@ -243,6 +246,8 @@ class TrainingRecipe(Section):
     optim: OptimConfig
     schedule: ScheduleConfig
     precision: Precision = "bf16"
+    """Of matrix products; weights, gradients and losses are always fp32. tf32: fp32 whose factors a GPU rounds to 10
+    bits of mantissa; on a CPU it is fp32."""
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -255,6 +260,8 @@ class TrainingRecipe(Section):
             raise ValueError(
                 "engine.zero_stage: muon needs whole matrices (use zero_stage 0, 1 or 2, or optim.name: adamw)"
             )
+        if self.model.compile and stage == 3:
+            raise ValueError("model.compile: zero_stage 3 gathers weights inside the layers (use 0, 1 or 2, or false)")
         if self.precision == "fp16" and stage == 0:
             raise ValueError("engine.zero_stage: fp16 needs 1, 2 or 3 under deepspeed (or engine.kind: ddp)")
         return self

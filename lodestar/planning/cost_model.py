@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lodestar.config.schema import Precision, TrainingRecipe
+from lodestar.config.schema import HALF_PRECISIONS, Precision, TrainingRecipe
 
 GIB = 2**30
 
@@ -23,18 +23,19 @@ class Device:
     memory_bytes: int
     half_flops: float
     """bf16 matrix products per second, in FLOP/s (fp16 on a V100)."""
+    tf32_flops: float
     fp32_flops: float
     network_bytes: float
     """Bytes per second that each device sends to other nodes, in a usual cluster of its time."""
 
 
 DEVICES = {
-    "v100-32g": Device(int(31.7 * GIB), 125e12, 15.7e12, 12.5e9),
-    "a100-40g": Device(int(39.4 * GIB), 312e12, 19.5e12, 25e9),
-    "a100-80g": Device(int(79.2 * GIB), 312e12, 19.5e12, 25e9),
-    "h100": Device(int(79.1 * GIB), 989e12, 66.9e12, 50e9),
-    "h200": Device(int(139.8 * GIB), 989e12, 66.9e12, 50e9),
-    "rtx-4090": Device(int(23.5 * GIB), 165e12, 82.6e12, 12.5e9),
+    "v100-32g": Device(int(31.7 * GIB), 125e12, 15.7e12, 15.7e12, 12.5e9),
+    "a100-40g": Device(int(39.4 * GIB), 312e12, 156e12, 19.5e12, 25e9),
+    "a100-80g": Device(int(79.2 * GIB), 312e12, 156e12, 19.5e12, 25e9),
+    "h100": Device(int(79.1 * GIB), 989e12, 494e12, 66.9e12, 50e9),
+    "h200": Device(int(139.8 * GIB), 989e12, 494e12, 66.9e12, 50e9),
+    "rtx-4090": Device(int(23.5 * GIB), 165e12, 82.6e12, 82.6e12, 12.5e9),
 }
 
 MODEL_RATE, LOSS_RATE, NETWORK_RATE = 0.4, 0.8, 0.7
@@ -123,7 +124,7 @@ class Seconds(_Parts):
 
 def activation_bytes(shape: EncoderShape, precision: str, *, checkpointing: bool = False, dropout: bool = True) -> int:
     """Bytes of one token's activations in all layers."""
-    half_precision = precision != "fp32"
+    half_precision = precision in HALF_PRECISIONS
     layer = (
         (24 if half_precision else 32) * shape.width
         + (4 if half_precision else 8) * shape.feed_forward
@@ -135,7 +136,7 @@ def activation_bytes(shape: EncoderShape, precision: str, *, checkpointing: bool
 
 def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
     """Estimated bytes on one device, by what they are for."""
-    engine, half_precision = recipe.engine, recipe.precision != "fp32"
+    engine, half_precision = recipe.engine, recipe.precision in HALF_PRECISIONS
     zero_stage = engine.zero_stage if engine.kind == "deepspeed" else 0
     weight_shards, gradient_shards, state_shards = (
         1 if zero_stage < min_stage else world_size for min_stage in (3, 2, 1)
@@ -167,11 +168,11 @@ def model_flops(shape: EncoderShape, tokens: int, length: int, *, forwards: floa
 def seconds(cost: StepCost, device: Device, precision: Precision, world_size: int) -> Seconds:
     """Estimated seconds of one step, by what they are for."""
     shape = cost.shape
-    flops_rate = (device.fp32_flops if precision == "fp32" else device.half_flops) * MODEL_RATE
+    flops = {"fp32": device.fp32_flops, "tf32": device.tf32_flops}.get(precision, device.half_flops)
     network_rate = device.network_bytes * NETWORK_RATE
     fraction_of_others = (world_size - 1) / world_size
     return Seconds(
-        model=cost.flops / flops_rate,
+        model=cost.flops / (flops * MODEL_RATE),
         reduction=2 * fraction_of_others * 4 * shape.parameters / network_rate,
         gather=2 * fraction_of_others * 4 * shape.width * cost.gathered_embeddings / network_rate,
         loss=6 * shape.width * cost.scored_pairs / (device.fp32_flops * LOSS_RATE),

@@ -11,6 +11,7 @@ from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import LodestarError
 from lodestar.files import read_object
+from lodestar.models.compile import check_compiler
 from lodestar.models.folder_checks import check_model
 from lodestar.models.pooling_config import PoolingChoice, pooling_on_disk
 from lodestar.planning.cost_model import (
@@ -86,6 +87,8 @@ def describe(
     plan = batch.plan(world_size)
     if batch.micro_tokens == AUTO:
         warnings.lines.append(f"batch.micro_tokens: auto: measured when a run starts; planned with {plan.micro_tokens}")
+    if recipe.model.compile:
+        warnings.or_default(None, check_compiler, "a GPU does not need it")
     tokens = [examples * tokens_per_example for examples in plan.examples_per_rank]
     rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)

@@ -7,13 +7,14 @@ their libraries average, so they multiply the local loss by the world size, and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lodestar.devices import tf32
 from lodestar.errors import CheckpointError
 from lodestar.training.host_memory import HostMemory
 
@@ -82,8 +83,8 @@ class Engine(Protocol):
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """Matrix products in half precision on fp32 weights, so that gradients of micro-batches are added in fp32."""
-    return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else nullcontext()
+    """Matrix products in the recipe's precision on fp32 weights; gradients of micro-batches are added in fp32."""
+    return torch.autocast(device.type, _HALF[precision]) if precision in _HALF else tf32(precision == "tf32")
 
 
 class Autocast(nn.Module):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from lodestar.config.schema import Precision
 from lodestar.errors import ModelError
+from lodestar.training.engine import autocast
 from retrieval.embedding.config import Role
 
 
@@ -48,10 +48,9 @@ def encode_texts(
     token_counts, truncated = _token_counts(model, texts, role)
     longest_first = sorted(range(len(texts)), key=token_counts.__getitem__, reverse=True)
     max_tokens = batch_tokens or (4096 if model.device.type == "cpu" else 65536)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     result_ND, pending = torch.empty(len(texts), model.get_embedding_dimension() or 0), None
     bar = tqdm(total=len(texts), unit="text", disable=not progress, leave=False)
-    with bar, torch.inference_mode(), torch.autocast(model.device.type, dtype) if dtype else nullcontext():
+    with bar, torch.inference_mode(), autocast(model.device, precision):
         for indices in cut_batches(longest_first, token_counts, max_tokens):
             batch = [texts[i] for i in indices]
             batch_BD = encode(batch, batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False)

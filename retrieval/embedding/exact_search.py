@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lodestar.devices import tf32
 from lodestar.distributed.collectives import gather_rows, rank, world_size
 
 
@@ -35,7 +36,8 @@ def search(query_QD: Tensor, document_ND: Tensor, k: int, *, block: int = 8192) 
     for block_qD in query_QD.float().split(1024):
         keys_qK = torch.empty(len(block_qD), 0, dtype=torch.int64, device=block_qD.device)
         for start in range(0, len(document_ND), block):
-            scores = block_qD @ document_ND[start : start + block].to(block_qD.device).float().T
+            with tf32(False):
+                scores = block_qD @ document_ND[start : start + block].to(block_qD.device).float().T
             keys = torch.cat([keys_qK, _sort_keys(scores, start)], dim=1)
             keys_qK = keys.topk(min(k, keys.shape[1]), dim=1).values
         best_keys.append(keys_qK)

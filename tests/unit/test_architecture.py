@@ -18,8 +18,8 @@ MAY_IMPORT = {
 }
 FLOORS = {  # each imports only those before it
     "lodestar": (
-        "secrets", "errors", "commands", "recipes_cli", "__main__", "rng", "files", "config", "data", "distributed",
-        "models", "planning", "cli", "reporting", "training",
+        "secrets", "errors", "commands", "recipes_cli", "__main__", "rng", "devices", "files", "config", "data",
+        "distributed", "models", "planning", "cli", "reporting", "training",
     ),
     "retrieval": ("embedding", "evaluation", "mining", "search", "export", "check"),
 }  # fmt: skip

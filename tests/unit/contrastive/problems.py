@@ -34,7 +34,7 @@ def distinct(positive_B: Tensor, passages: int = M) -> NegativeMask:
         candidate_M=1 + torch.arange(passages),
         owner_M=torch.full((passages,), -1).index_copy(0, positive_B, query_hash_B),
         positive_index_B=positive_B,
-        in_row_only_B=zero_B.bool(),
+        in_row_only=False,
         start_B=zero_B,
         end_B=zero_B,
     )
@@ -71,7 +71,7 @@ def not_negative_by_loops(mask: NegativeMask) -> Tensor:
                 continue
             equal = mask.candidate_M[m] in (mask.answer_B[i], mask.anchor_B[i])
             same_query = mask.owner_M[m] == mask.same_query_B[i]
-            outside = mask.in_row_only_B[i] and not mask.start_B[i] <= m < mask.end_B[i]
+            outside = mask.in_row_only and not mask.start_B[i] <= m < mask.end_B[i]
             not_negative_BM[i, m] = bool(equal or same_query or outside)
     return not_negative_BM
 

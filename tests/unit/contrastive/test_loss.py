@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from contrastive import loss
 from contrastive.loss import contrastive_local_loss, info_nce
 from contrastive.negatives import NegativeMask
 from tests.unit.contrastive.problems import (
@@ -73,11 +74,40 @@ def test_the_order_of_passages_does_not_matter(tiled: bool):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 100])  # of 7: alone, an uneven last tile, all at once
 @pytest.mark.parametrize("rules", ["", "psq"])
-def test_tiles_give_the_plain_loss_and_its_gradients(rows: int, rules: str):
+def test_tiles_give_the_plain_loss_and_its_gradients(rows: int, rules: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     q_BD, d_MD, positive_B = problem()
     mask = with_equal_texts(positive_B, rules)
     reference = by_reference(q_BD, d_MD, positive_B, mask.not_negative())
     torch.testing.assert_close(by_tiles(q_BD, d_MD, mask, rows), reference, **TIGHT)
+
+
+@pytest.mark.parametrize("scores", [1, 2, 5, 9, 16, 30, 60, 132])  # tiles of 1 x 1, 1 x 2, 2 x 2, ..., the whole
+@pytest.mark.parametrize("in_row_only", [False, True])
+def test_tiles_of_some_candidates_give_the_plain_loss_and_its_gradients(scores: int, in_row_only: bool):
+    q_BD, d_MD, positive_B = problem()
+    mask = replace(with_equal_texts(positive_B), in_row_only=in_row_only, start_B=positive_B, end_B=positive_B + 3)
+    inputs = q_BD.requires_grad_(), d_MD.requires_grad_()
+    weight_B = torch.linspace(0.1, 1.0, B, dtype=torch.float64)
+    options = {"temperature": 0.05, "weight": weight_B}
+    with Shapes() as shapes:
+        tiled = query_to_passage_loss(*inputs, mask, **options, tile_bytes=8 * scores)
+    nats_B = info_nce(*inputs, positive_B, temperature=0.05, not_negative_BM=mask.not_negative())
+    reference = gradients((weight_B * nats_B).sum(), *inputs)
+    torch.testing.assert_close(gradients(tiled.value, *inputs), reference, **TIGHT)
+    whole = query_to_passage_loss(*inputs, mask, **options)
+    assert tiled[1:] == whole[1:] and tiled.masked > 0
+    # Each score is computed at most twice, and none outside a tile.
+    assert max(rows * columns for rows, columns in shapes.of_products) <= scores
+    assert B * M <= sum(rows * columns for rows, columns in shapes.of_products) < 2 * B * M
+
+
+@pytest.mark.parametrize("passages", [70, 5000])
+def test_scores_are_computed_once_where_a_tile_has_enough_rows(passages: int):
+    q_BD, d_MD = unit(200, D, seed=0), unit(passages, D, seed=1)
+    with Shapes() as shapes:
+        by_tiles(q_BD, d_MD, distinct(torch.arange(200) % 70, passages), rows=loss.LEAST_ROWS)
+    assert sum(rows * columns for rows, columns in shapes.of_products) == 200 * passages
 
 
 @pytest.mark.parametrize("rules", ["", "psq"])
@@ -227,6 +257,20 @@ def test_bf16_embeddings_are_multiplied_in_fp32_whatever_autocast_says():
     torch.testing.assert_close([x.double() for x in actual[1:]], reference[1:], rtol=2**-8, atol=1e-4)
 
 
+class Shapes(TorchDispatchMode):
+    """Records the shapes of matrix products that are written into a buffer: the scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_products: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.out:
+            self.of_products.append(tuple(result.shape))
+        return result
+
+
 class Largest(TorchDispatchMode):
     """Records the bytes of the largest tensor that any operation returns."""
 
@@ -253,7 +297,7 @@ def test_no_more_than_a_tile_of_scores_is_held(rules: str):
         candidate_M=texts_M,
         owner_M=owner_M,
         positive_index_B=positive_B,
-        in_row_only_B=zero_B.bool(),
+        in_row_only=False,
         start_B=zero_B,
         end_B=zero_B,
     )

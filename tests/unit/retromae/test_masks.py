@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lodestar.rng import hashed, key
+from retromae import masks
 from retromae.masks import _DECODER, _ROW, IGNORED, decoder_visibility, mask_tokens, num_to_mask, whole_word_masking
 
 MASK_ID, FIRST_ORDINARY, VOCABULARY = 4, 5, 1000
@@ -206,3 +207,23 @@ def test_encoder_and_decoder_draw_independently() -> None:
     hidden[:, 0] = False
     hidden &= words >= 0
     assert not torch.equal(hidden, labels != IGNORED)
+
+
+@pytest.mark.parametrize("longest_word", [1, 4, 60])
+def test_the_masks_of_a_gpu_are_those_of_a_cpu(longest_word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, lengths, keys = a_batch(12, texts=30, longest=90, longest_word=longest_word)
+    on_cpu = [whole_word_masking(words, num_to_mask(lengths, ratio), keys, 5) for ratio in (0.1, 0.3, 0.5, 0.9, 1.2)]
+    monkeypatch.setattr(masks, "can_read", lambda x: False)
+    on_gpu = [whole_word_masking(words, num_to_mask(lengths, ratio), keys, 5) for ratio in (0.1, 0.3, 0.5, 0.9, 1.2)]
+    assert torch.equal(torch.stack(on_gpu), torch.stack(on_cpu))
+
+
+def test_halves_take_the_words_that_rounds_take_also_when_each_round_takes_one() -> None:
+    sizes = [size for longest in range(20, 0, -1) for size in (1, longest)]
+    size_NW = torch.full((200, sum(sizes)), 2**30, dtype=torch.int32)
+    size_NW[:, : len(sizes)] = torch.tensor(sizes)
+    free_N = torch.arange(200, dtype=torch.int32)
+    by_rounds = masks._fill_until_done(size_NW, free_N)
+    assert torch.equal(masks._fill_by_halves(size_NW, free_N), by_rounds)
+    one_round = (size_NW.cumsum(1) <= free_N[:, None]) & (size_NW < 2**30)
+    assert not torch.equal(one_round, by_rounds)

@@ -171,7 +171,7 @@ def test_a_nul_in_the_path_is_told() -> None:
         ("data.train=[{weight: 1}]", "data.train.0.path: not set (it has no default: add it)"),
         ("data.train=[!!str x]", "data.train.0: tag !!str: a recipe holds plain values only (remove the tag)"),
         ("model.pooling=max", "model.pooling: must be one of cls, mean, last_token or auto, got \"max\" (correct it)"),
-        ("precision=fp8", "precision: must be one of bf16, fp16, fp32, got \"fp8\" (correct it)"),
+        ("precision=fp8", "precision: must be one of bf16, fp16, tf32, fp32, got \"fp8\" (correct it)"),
         ("model.random_weights=yes", 'model.random_weights: must be true or false, got "yes" (write'),
         ("evaluate.dta=x", "evaluate.dta: unknown key (did you mean 'data'?)"),  # in a section that the file lacks
         ("foo.bar=1", "foo: unknown key (known here: run, model"),

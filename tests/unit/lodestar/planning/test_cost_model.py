@@ -27,7 +27,7 @@ from lodestar.planning.cost_model import (
 )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize(("width", "feed_forward", "layers"), [(64, 256, 2), (128, 256, 4)])
 def test_activations_are_what_autograd_saves(precision: str, width: int, feed_forward: int, layers: int):
     config = BertConfig(
@@ -78,6 +78,7 @@ def test_the_time_of_a_step_is_made_of_counted_operations_and_bytes():
     cost = StepCost(BERT_BASE, held_tokens=0, flops=19.5e12 * 0.4, gathered_embeddings=1000, scored_pairs=10**6)
     step = seconds(cost, device, "fp32", world_size=2)
     assert step.model == pytest.approx(1.0)
+    assert seconds(cost, device, "tf32", world_size=2).model == pytest.approx(19.5 / 156)
     assert step.gather == pytest.approx(2 * 0.5 * 4 * 768 * 1000 / (25e9 * 0.7))
     assert step.loss == pytest.approx(6 * 768 * 1e6 / (19.5e12 * 0.8))
     single = seconds(StepCost(BERT_BASE, held_tokens=0, flops=0), device, "bf16", world_size=1)
