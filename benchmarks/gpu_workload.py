@@ -31,6 +31,7 @@ from contrastive.stage import FinetuneStage
 from lodestar.config import loader
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.distributed.runtime import Runtime
+from lodestar.models.compile import compile_layers
 from lodestar.models.load import load_encoder
 from lodestar.models.packed import enable_packed
 from lodestar.training.ddp import DdpEngine
@@ -290,6 +291,8 @@ def _encoder(bench: Bench, model: Any, auto_class: Any) -> Any:
         encoder = load_encoder(model, auto_class, seed=0).model
     if model.attention == "packed":
         enable_packed(encoder)
+    if model.compile:
+        compile_layers(encoder, bench.device)
     return encoder
 
 
