@@ -23,6 +23,7 @@ from lodestar.data.token_cache import check_repeated, print_findings, tokenized
 from lodestar.distributed.collectives import agreed, on_main, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
+from lodestar.models.compile import compile_layers
 from lodestar.models.folder_checks import find_folder
 from lodestar.models.load import load_encoder, load_tokenizer
 from lodestar.models.packed import enable_packed
@@ -65,6 +66,8 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
         print(loaded, file=sys.stderr)
     if model.attention == "packed":
         enable_packed(loaded.model)
+    if model.compile:
+        compile_layers(loaded.model, runtime.device)
     module = RetroMAE(
         loaded.model,
         mask=recipe.mask,
