@@ -118,9 +118,8 @@ def packed(bench: Bench) -> Rows:
 
 
 def compiled(bench: Bench) -> Rows:
-    for attention in (PACKED, PADDED):
-        for case, values in speed(bench, attention, "model.compile=layers", kinds=("natural",)):
-            yield f"{case}, {attention.partition('=')[2]}, layers compiled", values
+    for case, values in speed(bench, PACKED, "model.compile=layers"):
+        yield f"{case}, packed, layers compiled", values
 
 
 def gradcache(bench: Bench) -> Rows:

@@ -31,8 +31,8 @@ from contrastive.stage import FinetuneStage
 from lodestar.config import loader
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.distributed.runtime import Runtime
+from lodestar.models.hidden_states import prepare
 from lodestar.models.load import load_encoder
-from lodestar.models.packed import enable_packed
 from lodestar.training.ddp import DdpEngine
 from retromae.collate import Collate as PretrainCollate
 from retromae.collate import EncodedText
@@ -288,8 +288,7 @@ def _encoder(bench: Bench, model: Any, auto_class: Any) -> Any:
     """The product's, with random weights, created on the device."""
     with bench.device:
         encoder = load_encoder(model, auto_class, seed=0).model
-    if model.attention == "packed":
-        enable_packed(encoder)
+    prepare(encoder, model, bench.device)
     return encoder
 
 

@@ -27,10 +27,9 @@ from lodestar.data.training_examples import ROW_FEATURES, check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.compile import compile_layers
 from lodestar.models.folder_checks import find_folder
+from lodestar.models.hidden_states import prepare
 from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
-from lodestar.models.packed import enable_packed
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
@@ -190,10 +189,7 @@ def _model(recipe: FinetuneRecipe, runtime: Runtime, pooling: Pooling) -> BiEnco
     loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed, pooling=pooling)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
-    if recipe.model.attention == "packed":
-        enable_packed(loaded.model)
-    if recipe.model.compile:
-        compile_layers(loaded.model, runtime.device)
+    prepare(loaded.model, recipe.model, runtime.device)
     full_width = loaded.model.config.hidden_size
     for width in recipe.loss.matryoshka:
         if width >= full_width:

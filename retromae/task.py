@@ -23,10 +23,9 @@ from lodestar.data.token_cache import check_repeated, print_findings, tokenized
 from lodestar.distributed.collectives import agreed, on_main, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
-from lodestar.models.compile import compile_layers
 from lodestar.models.folder_checks import find_folder
+from lodestar.models.hidden_states import prepare
 from lodestar.models.load import load_encoder, load_tokenizer
-from lodestar.models.packed import enable_packed
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
@@ -64,10 +63,7 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
     loaded = load_encoder(model, AutoModelForMaskedLM, seed=seed, random_head=model.random_head)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
-    if model.attention == "packed":
-        enable_packed(loaded.model)
-    if model.compile:
-        compile_layers(loaded.model, runtime.device)
+    prepare(loaded.model, model, runtime.device)
     module = RetroMAE(
         loaded.model,
         mask=recipe.mask,
