@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,17 @@ class StepBatch:
         return replace(self, tensors=self.tensors.pin_memory())
 
 
+class SampledDataset(Protocol):
+    """One entry of data.train, cached or streamed."""
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    def at(self, epochs: Tensor) -> TrainingDataset:
+        """What holds the rows of a batch."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingDataset:
     """One entry of data.train; each batch comes from one of them."""
@@ -95,6 +106,10 @@ class TrainingDataset:
     table: datasets.Dataset
     sampler: Sampler
     in_batch_negatives: bool
+
+    def at(self, epochs: Tensor) -> TrainingDataset:
+        """What holds the rows of a batch."""
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the columns: they read the table's file again."""
@@ -165,7 +180,7 @@ class _Drawn:
 class Collate:
     """step -> this rank's StepBatch; a pure function of (seed, step)."""
 
-    datasets: Sequence[TrainingDataset]
+    datasets: Sequence[SampledDataset]
     mixture: DatasetMixture
     plan: BatchPlan
     rank: int
@@ -176,8 +191,9 @@ class Collate:
 
     def __call__(self, step: int) -> StepBatch:
         dataset_index, batch_index = self.mixture.at(step)
-        dataset = self.datasets[dataset_index]
-        epochs_G, rows_G = dataset.sampler.batch(batch_index, range(self.plan.global_size))
+        sampled = self.datasets[dataset_index]
+        epochs_G, rows_G = sampled.sampler.batch(batch_index, range(self.plan.global_size))
+        dataset = sampled.at(epochs_G)
         rows = rows_G.numpy()
         drawn = self._draw(dataset, epochs_G, rows_G)
         lengths_M = drawn.values(dataset, lambda passages: passages.ids.lengths)

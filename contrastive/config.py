@@ -47,7 +47,7 @@ class WeightedDataset(Section):
     path: Location
     """A file, glob, folder or hub name."""
     weight: Annotated[float, Field(gt=0, le=10**6)] = 1.0
-    """How often its examples are drawn, relative to a data set of weight 1."""
+    """How often its examples are drawn, relative to a data set of weight 1; of streams: how often its batches are."""
     in_batch_negatives: bool = True
     """false: each query is scored against its own passages only, as for classification data with few labels."""
 
@@ -117,6 +117,12 @@ class FinetuneRecipe(TrainingRecipe):
     loss: LossConfig = LossConfig()
     batch: FinetuneBatchConfig
     evaluate: FinetuneEvaluateConfig = FinetuneEvaluateConfig()
+
+    @model_validator(mode="after")
+    def _a_stream_has_steps(self) -> FinetuneRecipe:
+        if self.data.streaming and self.schedule.steps is None:
+            raise ValueError("data.streaming: a stream has no known length (set schedule.steps instead of epochs)")
+        return self
 
     @model_validator(mode="after")
     def _keep_best_needs_data(self) -> FinetuneRecipe:

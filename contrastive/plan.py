@@ -60,6 +60,7 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
         world_size,
         device,
         train=[dataset.path for dataset in data.sets],
+        cache_dir=data.cache_dir,
         cost=StepCost(
             shape,
             held_tokens=num_graphs * micro_tokens,

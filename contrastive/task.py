@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 
-from contrastive.collate import Collate, TrainingDataset
+from contrastive.collate import Collate, SampledDataset, StepBatch, TrainingDataset
 from contrastive.config import DataConfig, FinetuneRecipe
 from contrastive.model import BiEncoder
 from contrastive.plan import plan
 from contrastive.stage import FinetuneStage
+from contrastive.stream import StreamedDataset
 from contrastive.tokenization import FEATURES, Tokenize, settings
 from lodestar.config.schema import Pooling
 from lodestar.data.loader import step_batches
 from lodestar.data.readers import Row, Source, find_sources
 from lodestar.data.sampler import DatasetMixture, MakeSampler, ShuffledSampler
+from lodestar.data.stream_windows import StreamSampler
 from lodestar.data.token_cache import TokenizedDataset, check_repeated, print_findings, tokenized
-from lodestar.data.training_examples import ROW_FEATURES, check_row
+from lodestar.data.training_examples import check_row
 from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.folder_checks import find_folder
+from lodestar.models.hidden_states import prepare
 from lodestar.models.load import folder_prompts, load_encoder, load_tokenizer
-from lodestar.models.packed import enable_packed
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
+from lodestar.training.streams import Streams
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
 from retrieval.embedding.known_models import resolve_prompts
@@ -50,16 +54,9 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
             raise ConfigError("model.tokenizer: has no padding token (add one)")
     data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
     max_lengths = {role: data.length(role, recipe.model.max_length) for role in ("query", "passage")}
-    tokenized_datasets = _tokenized_datasets(recipe, runtime, tokenizer, max_lengths)
-    if runtime.is_main:
-        print_findings([dataset.stats for dataset in tokenized_datasets])
-    fingerprints = [dataset.stats.fingerprint for dataset in tokenized_datasets]
-    require_same({"data.train": fingerprints}, "data")
-    counts = Counter[str]()
-    for dataset in tokenized_datasets:
-        counts.update(dataset.stats.counts())
-    total_steps = recipe.schedule.total_steps(counts["rows"], size)
-    collate = _collate(recipe, runtime, tokenizer, tokenized_datasets, make_sampler, total_steps)
+    training = _training_data(recipe, runtime, tokenizer, max_lengths, make_sampler)
+    require_same({"data.train": training.identity}, "data")
+    collate, total_steps = training.collate, training.total_steps
     module = _model(recipe, runtime, pooling)
     prompts = {"query": data.query_instruction or "", "document": data.passage_instruction or ""}
 
@@ -78,18 +75,17 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
             memory_bytes=runtime.memory_bytes(),
         ),
         total_steps=total_steps,
-        rows=counts["rows"],
-        batches=lambda start: step_batches(
-            collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
-        ),
-        first_batch=lambda plan: replace(collate, plan=plan, rank=0)(0),
+        rows=training.rows,
+        batches=training.batches,
+        first_batch=None if data.streaming else lambda plan: replace(collate, plan=plan, rank=0)(0),
         held_micro_batches=max(1, int(recipe.batch.keep_graph)),
         counters={"masked": "masked_false_negatives"},
         identity={
             "stage": "finetune",
             "seed": seed,
             "global_size": size,
-            "data": fingerprints,
+            "data": training.identity,
+            **({"samples": list(training.samples)} if training.samples else {}),
             "pooling": pooling,
             "data.train.weight": [dataset.weight for dataset in data.sets],
             "data.train.in_batch_negatives": [dataset.in_batch_negatives for dataset in data.sets],
@@ -103,16 +99,33 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
             pooling=pooling,
         ),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts=prompts),
-        data_counts=dict(counts),
-        examples_at=lambda step: _example_names(data, collate, step),
+        data_counts=training.counts,
+        examples_at=None if data.streaming else lambda step: _example_names(data, collate, step),
         keep_best=recipe.evaluate.keep_best,
     )
 
 
-def _tokenized_datasets(
-    recipe: FinetuneRecipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, max_lengths: Mapping[str, int]
-) -> list[TokenizedDataset]:
-    """One for each entry of data.train."""
+class _TrainingData(NamedTuple):
+    """What depends on whether examples are cached or streamed."""
+
+    identity: Sequence[object]
+    """Of each data set, equal for equal examples; ready for JSON."""
+    total_steps: int
+    collate: Collate
+    batches: Callable[[int], Generator[StepBatch]]
+    counts: Mapping[str, int]
+    rows: int | None = None
+    samples: Sequence[Sequence[str | None]] = ()
+    """Of streams: hashes of parts of each file."""
+
+
+def _training_data(
+    recipe: FinetuneRecipe,
+    runtime: Runtime,
+    tokenizer: PreTrainedTokenizerBase,
+    max_lengths: Mapping[str, int],
+    make_sampler: MakeSampler,
+) -> _TrainingData:
     data = recipe.data
     instructions = data.query_instruction or "", data.passage_instruction or ""
     tokenize = Tokenize(tokenizer, *instructions, max_lengths["query"], max_lengths["passage"])
@@ -120,6 +133,50 @@ def _tokenized_datasets(
         tokenize.check_lengths()
         sources = [find_sources([dataset.path]) for dataset in data.sets]
         check_repeated([*chain(*sources)], strict=data.strict, tell=runtime.is_main)
+    pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+    if data.streaming:
+        return _streamed_data(recipe, runtime, tokenize, pad_id, sources)
+    return _cached_data(recipe, runtime, tokenize, pad_id, sources, make_sampler)
+
+
+def _streamed_data(
+    recipe: FinetuneRecipe, runtime: Runtime, tokenize: Tokenize, pad_id: int, sources: Sequence[Sequence[Source]]
+) -> _TrainingData:
+    data, size, total_steps = recipe.data, recipe.batch.global_size, recipe.schedule.steps or 0
+    streams = Streams(
+        recipe,
+        data,
+        runtime,
+        sources,
+        check=check_row,
+        tokenize=tokenize,
+        features=FEATURES,
+        settings=settings(tokenize),
+    )
+    datasets = [
+        StreamedDataset(windows, StreamSampler(size, recipe.run.seed, str(i)), dataset.in_batch_negatives)
+        for i, (windows, dataset) in enumerate(zip(streams.windows, data.sets, strict=True))
+    ]
+    collate = _collate(recipe, runtime, pad_id, datasets, [dataset.weight for dataset in data.sets], total_steps)
+    return _TrainingData(
+        streams.sizes,
+        total_steps,
+        collate,
+        batches=lambda start: streams.batches(collate, start, collate.mixture.at),
+        counts=streams.counts,
+        samples=streams.samples,
+    )
+
+
+def _cached_data(
+    recipe: FinetuneRecipe,
+    runtime: Runtime,
+    tokenize: Tokenize,
+    pad_id: int,
+    sources: Sequence[Sequence[Source]],
+    make_sampler: MakeSampler,
+) -> _TrainingData:
+    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
 
     def tokenized_dataset(sources_of_set: Sequence[Source]) -> TokenizedDataset:
         return tokenized(
@@ -128,38 +185,54 @@ def _tokenized_datasets(
             settings=settings(tokenize),
             tokenize=tokenize,
             check=check_row,
-            row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
             strict=data.strict,
             first_on_node=runtime.local_rank == 0,
         )
 
-    return once_per_node(lambda: [*map(tokenized_dataset, sources)], runtime.local_rank)
+    tokenized_datasets = once_per_node(lambda: [*map(tokenized_dataset, sources)], runtime.local_rank)
+    stats, tables = [one.stats for one in tokenized_datasets], [one.rows for one in tokenized_datasets]
+    if runtime.is_main:
+        print_findings(stats)
+    counts = Counter[str]()
+    for one in stats:
+        counts.update(one.counts())
+    total_steps = recipe.schedule.total_steps(counts["rows"], size)
+    datasets = [
+        TrainingDataset(table, make_sampler(len(table), size, seed, str(i)), dataset.in_batch_negatives)
+        for i, (dataset, table) in enumerate(zip(data.sets, tables, strict=True))
+    ]
+    weights = [dataset.weight * len(table) for dataset, table in zip(data.sets, tables, strict=True)]
+    collate = _collate(recipe, runtime, pad_id, datasets, weights, total_steps)
+    return _TrainingData(
+        [one.fingerprint for one in stats],
+        total_steps,
+        collate,
+        batches=lambda start: step_batches(
+            collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
+        ),
+        counts=dict(counts),
+        rows=counts["rows"],
+    )
 
 
 def _collate(
     recipe: FinetuneRecipe,
     runtime: Runtime,
-    tokenizer: PreTrainedTokenizerBase,
-    tokenized_datasets: Sequence[TokenizedDataset],
-    make_sampler: MakeSampler,
+    pad_id: int,
+    datasets: Sequence[SampledDataset],
+    weights: Sequence[float],
     total_steps: int,
 ) -> Collate:
-    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
-    tables = [dataset.rows for dataset in tokenized_datasets]
-    weights = [dataset.weight * len(table) for dataset, table in zip(data.sets, tables, strict=True)]
     return Collate(
-        datasets=[
-            TrainingDataset(table, make_sampler(len(table), size, seed, str(i)), dataset.in_batch_negatives)
-            for i, (dataset, table) in enumerate(zip(data.sets, tables, strict=True))
-        ],
-        mixture=DatasetMixture(weights, total_steps, seed),
+        datasets=datasets,
+        mixture=DatasetMixture(weights, total_steps, recipe.run.seed),
         plan=recipe.batch.plan(runtime.world_size),
         rank=runtime.rank,
-        seed=seed,
-        negatives=data.negatives_per_query,
-        pad_id=tokenizer.pad_token_id,  # type: ignore[arg-type]
+        seed=recipe.run.seed,
+        negatives=recipe.data.negatives_per_query,
+        pad_id=pad_id,
         packed=recipe.model.attention == "packed",
     )
 
@@ -189,8 +262,7 @@ def _model(recipe: FinetuneRecipe, runtime: Runtime, pooling: Pooling) -> BiEnco
     loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed, pooling=pooling)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
-    if recipe.model.attention == "packed":
-        enable_packed(loaded.model)
+    prepare(loaded.model, recipe.model, runtime.device)
     full_width = loaded.model.config.hidden_size
     for width in recipe.loss.matryoshka:
         if width >= full_width:
@@ -210,7 +282,7 @@ def _synthetic_row(recipe: FinetuneRecipe, fraction: float, index: int) -> Row:
 
 
 def _with_training_file(recipe: FinetuneRecipe, file: Path, cache_dir: Path) -> FinetuneRecipe:
-    data = recipe.data.model_copy(update={"train": [str(file)], "cache_dir": str(cache_dir)})
+    data = recipe.data.model_copy(update={"train": [str(file)], "streaming": False, "cache_dir": str(cache_dir)})
     return recipe.model_copy(update={"data": data})
 
 

@@ -13,7 +13,9 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Generator, Iterable, Mapping
+import sys
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -160,17 +162,20 @@ def sync(path: Path) -> None:
 def write_manifest(folder: Path, **values: Any) -> None:
     """Write size and SHA-256 of every file below `folder`, `values`, and a hash of all that; fsync all of it."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
     content = {"format": FORMAT, **values, "files": files}
     (folder / MANIFEST).write_bytes(_as_bytes({**content, "sha256": _hash_of(content)}))
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
-def damage(folder: Path, required: Iterable[str], **values: Any) -> str | None:
+def damage(
+    folder: Path, required: Iterable[str], hash_of: Callable[[Path], str] | None = None, **values: Any
+) -> str | None:
     """What is wrong with a folder that has a manifest, in a few words; none where every byte is as it was written.
 
     required   files that the manifest must list
+    hash_of    the SHA-256 of a file, where it need not be computed again
     values     that the manifest must have
     """
     try:
@@ -190,7 +195,7 @@ def damage(folder: Path, required: Iterable[str], **values: Any) -> str | None:
         if not _is_inside(name):
             return f"{MANIFEST}: {shown(name)}: not a file of the folder"
     for name, (size, digest) in files.items():
-        if problem := _damage_of_file(folder / name, size, digest):
+        if problem := _damage_of_file(folder / name, size, digest, hash_of or sha256):
             return f"{name}: {problem}"
     return None
 
@@ -227,11 +232,11 @@ def _is_inside(name: str) -> bool:
     return name == str(path) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
-def _damage_of_file(path: Path, size: int, digest: str) -> str | None:
+def _damage_of_file(path: Path, size: int, digest: str, hash_of: Callable[[Path], str]) -> str | None:
     if problem := _problem_in_folder(path):
         return problem
     try:
-        is_whole = path.stat().st_size == size and _sha256(path) == digest
+        is_whole = path.stat().st_size == size and hash_of(path) == digest
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if is_whole else "damaged: its hash is not the manifest's"
@@ -253,7 +258,7 @@ def replacing_hashed_file(path: Path) -> Generator[Path]:
     """As `replacing_file`, with a hidden file of the hash beside it, for `kept_file_problem`."""
     with replacing_file(path) as tmp:
         yield tmp
-        write_text(_hash_path(path), f"{_sha256(tmp)}  {path.name}\n")  # as sha256sum has it
+        write_text(_hash_path(path), f"{sha256(tmp)}  {path.name}\n")  # as sha256sum has it
 
 
 NO_HASH = "its hash is missing"
@@ -266,7 +271,7 @@ def kept_file_problem(path: Path) -> str | None:
         return problem
     try:
         written = _hash_path(path).read_bytes() if file_problem(_hash_path(path)) is None else None
-        if written == f"{_sha256(path)}  {path.name}\n".encode():
+        if written == f"{sha256(path)}  {path.name}\n".encode():
             return None
     except OSError as error:
         return f"cannot be read: {error.strerror}"
@@ -277,7 +282,8 @@ def _hash_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.sha256")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -289,12 +295,14 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, field: str) -> Generator[None]:
+def locked(folder: Path, field: str, name: str = ".lock", *, wait: bool = False) -> Generator[None]:
     """Hold the lock of `folder` against other processes, on this host or another; ConfigError names its holder.
 
     The kernel releases the lock when the process ends, for whatever reason; the file only names the holder.
+
+    wait   until the holder ends, with a line every minute
     """
-    path = folder / ".lock"
+    path = folder / name
     if (problem := file_problem(path)) not in (None, NO_SUCH_FILE):
         raise ConfigError(f"{field}: {path}: {problem} (delete it)")
     try:
@@ -304,17 +312,25 @@ def locked(folder: Path, field: str) -> Generator[None]:
             f"{field}: {path}: cannot be opened: {error.strerror} (mend its permissions, or delete it)"
         ) from None
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked worker would hold too
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                yield
-                return
+        next_line = time.monotonic()
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which a forked worker would hold too
+                break
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    yield
+                    return
             file.seek(0)
             holder = file.read(100).strip() or "another process"
-            raise ConfigError(
-                f"{field}: {folder}: in use by {holder} (wait until it ends, or choose another {field})"
-            ) from None
+            if not wait:
+                raise ConfigError(
+                    f"{field}: {folder}: in use by {holder} (wait until it ends, or choose another {field})"
+                )
+            if time.monotonic() >= next_line:
+                print(f"{field}: {folder}: waits for {holder}", file=sys.stderr, flush=True)
+                next_line += 60
+            time.sleep(0.2)
         with suppress(OSError):  # a full disk: the holder has no name then
             os.ftruncate(file.fileno(), 0)
             holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"

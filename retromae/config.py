@@ -70,8 +70,6 @@ class DataConfig(TrainingDataConfig):
     """The field of a row that holds the text."""
     long_texts: Literal["cut", "split"] = "cut"
     """Texts longer than max_length: truncate them, or split them into several examples."""
-    streaming: bool = False
-    """Read during training, without a cache; needs schedule.steps. Texts are shuffled within windows."""
 
 
 class PretrainRecipe(TrainingRecipe):

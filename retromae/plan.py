@@ -49,6 +49,7 @@ def plan(recipe: PretrainRecipe, world_size: int, device: str | None) -> Plan:
         world_size,
         device,
         train=recipe.data.train,
+        cache_dir=recipe.data.cache_dir,
         cost=StepCost(
             shape,
             held_tokens=micro_tokens,

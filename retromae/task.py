@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,20 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 
 from lodestar.config.schema import BatchPlan
 from lodestar.data.loader import step_batches
-from lodestar.data.readers import Row, Source, find_sources, stream_rows
+from lodestar.data.readers import Row, Source, find_sources
 from lodestar.data.sampler import MakeSampler, ShuffledSampler
+from lodestar.data.stream_windows import StreamSampler
 from lodestar.data.token_cache import check_repeated, print_findings, tokenized
-from lodestar.distributed.collectives import agreed, on_main, once_per_node, require_same
+from lodestar.distributed.collectives import agreed, once_per_node, require_same
 from lodestar.distributed.runtime import Runtime
 from lodestar.errors import ConfigError
 from lodestar.models.folder_checks import find_folder
+from lodestar.models.hidden_states import prepare
 from lodestar.models.load import load_encoder, load_tokenizer
-from lodestar.models.packed import enable_packed
 from lodestar.models.pooling_config import resolve_pooling
 from lodestar.training.crash_loop import places
 from lodestar.training.export import encoder_export
+from lodestar.training.streams import Streams
 from lodestar.training.synthetic import generated_text
 from lodestar.training.task import TaskSpec, TrainingTask
 from retrieval.evaluation.in_training import in_training_evaluation
@@ -37,9 +38,9 @@ from retromae.config import PretrainRecipe
 from retromae.model import RetroMAE
 from retromae.plan import plan
 from retromae.stage import PretrainStage
-from retromae.stream import SequentialSampler, StreamWindow
+from retromae.stream import StreamTexts
 from retromae.text_check import TextCheck
-from retromae.tokenization import FEATURES, ROW_FEATURES, Tokenize, settings
+from retromae.tokenization import FEATURES, Tokenize, settings
 
 
 def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampler = ShuffledSampler) -> TrainingTask:
@@ -63,8 +64,7 @@ def build_task(recipe: PretrainRecipe, runtime: Runtime, make_sampler: MakeSampl
     loaded = load_encoder(model, AutoModelForMaskedLM, seed=seed, random_head=model.random_head)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
-    if model.attention == "packed":
-        enable_packed(loaded.model)
+    prepare(loaded.model, model, runtime.device)
     module = RetroMAE(
         loaded.model,
         mask=recipe.mask,
@@ -117,23 +117,27 @@ class _TrainingData(NamedTuple):
 def _streamed_data(
     recipe: PretrainRecipe, runtime: Runtime, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Source]
 ) -> _TrainingData:
-    seed, size, total_steps = recipe.run.seed, recipe.batch.global_size, recipe.schedule.steps or 0
-    plan, counts = recipe.batch.plan(runtime.world_size), Counter[str]()
-
-    def batches(start: int) -> Generator[StepBatch]:
-        check, tokenize = TextCheck(recipe.data.field), _tokenize(recipe, tokenizer)
-        counts.clear()
-        window = StreamWindow(lambda: stream_rows(sources), check, tokenize, size, seed, counts)
-        collate = Collate(
-            window, SequentialSampler(size), plan, runtime.rank, seed, tokenizer, recipe.mask.encoder,
-            recipe.model.attention == "packed",
-        )  # fmt: skip
-        return window.batches(collate, start, total_steps)
-
-    # Hashing all texts would take as long as reading them.
-    samples = on_main(lambda: [source.sample_fingerprint for source in sources])
-    sizes = [source.size_bytes for source in sources]
-    return _TrainingData(sizes, total_steps, batches, counts=counts, samples=samples)
+    data, seed, size = recipe.data, recipe.run.seed, recipe.batch.global_size
+    streams = Streams(
+        recipe,
+        data,
+        runtime,
+        [sources],
+        check=TextCheck(data.field),
+        tokenize=_tokenize(recipe, tokenizer),
+        features=FEATURES,
+        settings=settings(data, tokenizer, recipe.model.max_length),
+    )
+    plan, is_packed = recipe.batch.plan(runtime.world_size), recipe.model.attention == "packed"
+    texts, sampler = StreamTexts(streams.windows[0]), StreamSampler(size, seed)
+    collate = Collate(texts, sampler, plan, runtime.rank, seed, tokenizer, recipe.mask.encoder, is_packed)
+    return _TrainingData(
+        streams.sizes[0],
+        recipe.schedule.steps or 0,
+        batches=lambda start: streams.batches(collate, start, lambda step: (0, step)),
+        counts=streams.counts,
+        samples=streams.samples[0],
+    )
 
 
 def _cached_data(
@@ -151,7 +155,6 @@ def _cached_data(
             settings=settings(data, tokenizer, recipe.model.max_length),
             tokenize=_tokenize(recipe, tokenizer),
             check=TextCheck(data.field),
-            row_features=ROW_FEATURES,
             features=FEATURES,
             processes=data.processes,
             version=Tokenize.version,
@@ -187,7 +190,8 @@ def _example_names(
     sources: Sequence[Source], check: TextCheck, table: datasets.Dataset, rows: Sequence[int]
 ) -> list[str]:
     """FILE:LINE of the text of each row of the token cache; the number of the row where a text gave no row."""
-    text_of_row = (np.asarray(table["part"]) == 0).cumsum() - 1
+    part: np.ndarray = table.data.column("part").to_numpy()
+    text_of_row = (part == 0).cumsum() - 1
     found, count = places(sources, check, {int(text_of_row[row]) for row in rows})
     if count != text_of_row[-1] + 1:
         return [f"row {row} of the token cache" for row in rows]

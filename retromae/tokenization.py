@@ -18,9 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from lodestar.models.load import tokenizer_identity
 from retromae.config import DataConfig
 
-ROW_FEATURES = datasets.Features({"text": datasets.Value("string")})
-
-
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),

@@ -233,6 +233,9 @@ class TrainingDataConfig(Section):
     """Processes that tokenize."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Processes on each rank that prepare batches ahead; 0: none."""
+    streaming: bool = False
+    """Read and tokenize during training, some batches ahead, which are shuffled together; needs schedule.steps. Nothing
+    is kept in cache_dir."""
     strict: bool = False
     """true: what is only warned of is an error: a misspelt field, an empty file, a query equal to its positive, ..."""
 

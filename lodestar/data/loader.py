@@ -52,7 +52,7 @@ def step_batches(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=begin_worker,
     )
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit the mask
     try:
@@ -79,7 +79,7 @@ def lost_workers_told(rank: int) -> Iterator[None]:
         ) from None
 
 
-def _begin_worker(worker: int) -> None:
+def begin_worker(worker: int = 0) -> None:
     """Ignore the signals that launchers and terminals send to whole process trees: only the rank decides when to stop.
 
     Its workers end with it, however it ends.

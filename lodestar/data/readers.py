@@ -14,7 +14,8 @@ from typing import Any
 
 from pyarrow import parquet
 
-from lodestar.data.lines import OnError, fail, is_encodable, read_lines
+from lodestar.data.file_record import FileRecord
+from lodestar.data.lines import OnError, Place, fail, is_encodable, read_lines, read_lines_from
 from lodestar.errors import DataError, first_line, shown
 from lodestar.files import NO_SUCH_FILE, file_problem, open_regular
 
@@ -22,6 +23,8 @@ Row = Mapping[str, Any]
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt", ".txt.gz")
 
+ROWS = "rows"
+"""In a FileRecord: the number of rows of a file."""
 _SAMPLES, _SAMPLE_BYTES = 256, 1 << 20
 
 
@@ -37,13 +40,24 @@ class Source:
     @property
     def fingerprint(self) -> str:
         """Changes with the content."""
-        if self.kind in ("saved", "hub"):
+        if not self.is_file:
             return str(_open(self)._fingerprint)
         digest = hashlib.blake2b(digest_size=16)
         with open_regular(self.path) as file:
             while block := file.read(1 << 22):
                 digest.update(block)
         return digest.hexdigest()
+
+    def known_fingerprint(self, record: FileRecord) -> str:
+        """`fingerprint`; a file that has not changed since it was recorded is not read."""
+        if self.is_file:
+            return record.value(self.path, "blake2b", lambda: self.fingerprint)
+        return self.fingerprint
+
+    @property
+    def is_file(self) -> bool:
+        """Not a folder saved by `datasets` or a data set of the hub."""
+        return self.kind not in ("saved", "hub")
 
     @property
     def sample_fingerprint(self) -> str | None:
@@ -62,10 +76,14 @@ class Source:
             digest.update(file.read())
         return digest.hexdigest()
 
+    def known_sample(self, record: FileRecord) -> str | None:
+        """`sample_fingerprint`; a file that has not changed since it was recorded is not read."""
+        return record.value(self.path, "sample", lambda: str(self.sample_fingerprint)) if self.is_file else None
+
     @property
     def size_bytes(self) -> int | None:
         """Of a file; none otherwise."""
-        if self.kind in ("saved", "hub"):
+        if not self.is_file:
             return None
         with open_regular(self.path) as file:
             return os.fstat(file.fileno()).st_size
@@ -115,20 +133,27 @@ def repeated(sources: Sequence[Source]) -> list[str]:
 
 def read_rows(source: Source, on_error: OnError = fail) -> Iterator[tuple[str, Row]]:
     """(where, row) for each row of a source; `where` is FILE:LINE, for error messages. Raises DataError."""
+    return ((where, row) for _, where, row in read_rows_from(source, Place(), on_error))
+
+
+def read_rows_from(source: Source, start: Place, on_error: OnError = fail) -> Iterator[tuple[Place, str, Row]]:
+    """As `read_rows` from a place that an earlier call gave: (place after the row, where, row)."""
     if source.kind in ("jsonl", "json"):
-        yield from read_json(source.path, on_error)
+        yield from _json_rows(source.path, start, on_error)
     elif source.kind == "txt":
-        for number, line in read_lines(source.path, on_error):
-            yield f"{source.path}:{number}", {"text": line.strip()}
+        for place, line in read_lines_from(source.path, start, on_error):
+            yield place, f"{source.path}:{place.line}", {"text": line.strip()}
     elif source.kind == "parquet":
-        yield from _numbered(source, _parquet_rows(source.path))
+        yield from _numbered(source, _parquet_rows(source.path, start.line), start.line)
     else:
-        yield from _numbered(source, iter(_open(source)))
+        table = _open(source)
+        rows = iter(table.select(range(start.line, len(table))) if start.line < len(table) else ())
+        yield from _numbered(source, rows, start.line)
 
 
-def _numbered(source: Source, rows: Iterator[Any]) -> Iterator[tuple[str, Row]]:
-    """Rows of a table, from 0; DataError names the row that cannot be read."""
-    number = 0
+def _numbered(source: Source, rows: Iterator[Any], start: int) -> Iterator[tuple[Place, str, Row]]:
+    """Rows of a table, from `start` on; DataError names the row that cannot be read."""
+    number = start
     while True:
         try:
             row = next(rows)
@@ -140,26 +165,36 @@ def _numbered(source: Source, rows: Iterator[Any]) -> Iterator[tuple[str, Row]]:
             raise DataError(
                 f"{source.path}:{number}: row: cannot be read: {first_line(error)} (fetch it again)"
             ) from None
-        yield f"{source.path}:{number}", row
+        yield Place(number + 1), f"{source.path}:{number}", row
         number += 1
 
 
-def _parquet_rows(path: str) -> Iterator[Row]:
+def _parquet_rows(path: str, start: int) -> Iterator[Row]:
+    """From row `start` on; row groups before it are not read."""
     with open_regular(path), parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(1000):
-            yield from batch.to_pylist()
+        group = 0
+        while group < file.num_row_groups and start >= file.metadata.row_group(group).num_rows:
+            start -= file.metadata.row_group(group).num_rows
+            group += 1
+        for batch in file.iter_batches(1000, row_groups=[*range(group, file.num_row_groups)]):
+            yield from batch[start:].to_pylist()
+            start = max(0, start - len(batch))
 
 
 def read_json(path: str | Path, on_error: OnError = fail) -> Iterator[tuple[str, Row]]:
     """(FILE:LINE, object) for each line of a JSONL file, gz or not; DataError for a line that is none."""
-    for number, line in read_lines(path, on_error):
-        where = f"{path}:{number}"
+    return ((where, row) for _, where, row in _json_rows(path, Place(), on_error))
+
+
+def _json_rows(path: str | Path, start: Place, on_error: OnError) -> Iterator[tuple[Place, str, Row]]:
+    for place, line in read_lines_from(path, start, on_error):
+        where = f"{path}:{place.line}"
         try:
             row = _parse(line)
         except ValueError as error:
             on_error(DataError(f"{where}: row: {error}"))
         else:
-            yield where, row
+            yield place, where, row
 
 
 def _parse(line: str) -> Row:
@@ -205,20 +240,21 @@ def _open(source: Source, *, streaming: bool = False) -> Any:
     return loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
 
 
-def stream_rows(sources: Sequence[Source]) -> Iterator[tuple[str, Row]]:
-    """As `read_rows`, of one source after the other; data sets of the hub are never stored on the disk."""
-    for source in sources:
-        if source.kind == "hub":
-            yield from _numbered(source, iter(_open(source, streaming=True)))
-        else:
-            yield from read_rows(source)
+def stream_rows(source: Source, start: Place) -> Iterator[tuple[Place, str, Row]]:
+    """As `read_rows_from`; a data set of the hub is never stored on the disk."""
+    if source.kind == "hub":
+        return _numbered(source, iter(_open(source, streaming=True).skip(start.line)), start.line)
+    return read_rows_from(source, start)
 
 
-def count_rows(sources: Sequence[Source]) -> int | None:
-    """Rows of the sources, by counting lines; none where that would take long."""
+def count_rows(sources: Sequence[Source], record: FileRecord | None = None) -> int | None:
+    """Rows of the sources, from the record or by counting lines; none where that would take long."""
     total, budget_bytes = 0, 1 << 27
     for source in sources:
         size_bytes = source.size_bytes
+        if record is not None and source.is_file and (rows := record.get(source.path, ROWS)) is not None:
+            total += rows
+            continue
         if size_bytes is None or source.kind == "parquet":
             return None
         budget_bytes -= size_bytes * (4 if source.path.endswith(".gz") else 1)

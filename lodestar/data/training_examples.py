@@ -12,21 +12,7 @@ from lodestar.data.findings import Findings
 from lodestar.data.readers import Row
 from lodestar.errors import DataError, closest, shown
 
-_TEXTS, SCORES = datasets.List(datasets.Value("string")), datasets.List(datasets.Value("float32"))
-
-ROW_FEATURES = datasets.Features(
-    {
-        "query": datasets.Value("string"),
-        "prompt": datasets.Value("string"),
-        "type": datasets.Value("string"),
-        "pos": _TEXTS,
-        "pos_scores": SCORES,
-        "neg": _TEXTS,
-        "neg_scores": SCORES,
-    }
-)
-
-
+SCORES = datasets.List(datasets.Value("float32"))
 TYPES = ("normal", "only_1neg", "symmetric_class", "symmetric_sts", "symmetric_clustering")
 
 

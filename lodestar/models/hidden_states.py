@@ -10,9 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
+from lodestar.config.schema import ModelConfig
 from lodestar.data.padding import TextShape, is_token
-from lodestar.models.packed import packed_hidden
+from lodestar.models.compile import compile_layers
+from lodestar.models.packed import enable_packed, packed_hidden
+
+
+def prepare(encoder: PreTrainedModel, model: ModelConfig, device: torch.device) -> None:
+    """Let an encoder read texts as the recipe says, and compile its layers for the device if it says so.
+
+    Raises ModelError where its family cannot read packed texts, ConfigError where nothing can be compiled.
+    """
+    if model.attention == "packed":
+        enable_packed(encoder)
+    if model.compile:
+        compile_layers(encoder, device)
 
 
 def hidden_states(base: nn.Module, ids: Tensor, lengths_B: Tensor, shape: TextShape | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lodestar.config.schema import AUTO, ModelConfig, TrainingRecipe
+from lodestar.data.file_record import FileRecord
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.errors import LodestarError
 from lodestar.files import read_object
@@ -77,6 +78,7 @@ def describe(
     device: str | None,
     *,
     train: Sequence[str],
+    cache_dir: str,
     cost: StepCost,
     tokens_per_example: int,
     negatives_per_query: int,
@@ -90,7 +92,8 @@ def describe(
     if recipe.model.compile:
         warnings.or_default(None, check_compiler, "a GPU does not need it")
     tokens = [examples * tokens_per_example for examples in plan.examples_per_rank]
-    rows = warnings.or_default(None, lambda: count_rows(find_sources(train)), "rows are not known")
+    record = FileRecord(Path(cache_dir))
+    rows = warnings.or_default(None, lambda: count_rows(find_sources(train), record), "rows are not known")
     steps = schedule.steps or (schedule.total_steps(rows, batch.global_size) if rows is not None else None)
     device_memory = memory(cost, recipe, world_size)
     on_device: Plan = {}

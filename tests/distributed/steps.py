@@ -84,9 +84,12 @@ def one_step(rank: int, size: int, run_recipe: Any, device: str = "cpu") -> tupl
     task, runtime = built_task(run_recipe, rank, size, device)
     engine = build(task.module, runtime, run_recipe.engine, run_recipe.optim, run_recipe.precision)
     engine.module.train()
-    local_scalars = task.stage.backward(next(task.batches(0)), engine, 0)
-    scalars = {name: float(sum_over_ranks(scalar.detach().double())) for name, scalar in local_scalars.items()}
-    engine.step(1.0)
+    batch = next(task.batches(0))
+    for _ in range(16):  # under fp16 a step is skipped until its loss scale fits
+        local_scalars = task.stage.backward(batch, engine, 0)
+        scalars = {name: float(sum_over_ranks(scalar.detach().double())) for name, scalar in local_scalars.items()}
+        if not float(engine.step(1.0).skipped):
+            break
     gradient = {
         name.removesuffix(":exp_avg"): value.double() / (1 - run_recipe.optim.betas[0])
         for name, value in on_all(engine.optimizer_state()).items()

@@ -16,7 +16,7 @@ from lodestar.data.findings import Findings
 from lodestar.data.readers import find_sources
 from lodestar.data.sampler import DatasetMixture, ShuffledSampler
 from lodestar.data.token_cache import tokenized
-from lodestar.data.training_examples import ROW_FEATURES, check_row, content_hash
+from lodestar.data.training_examples import check_row, content_hash
 from lodestar.errors import ConfigError, DataError
 from tests import tiny
 
@@ -257,7 +257,6 @@ def test_rows_of_all_kinds_may_be_mixed_in_any_order(rows: list[dict[str, Any]],
         settings={},
         tokenize=Tokenize(TOKENIZER, "search: ", "", 32, 32),
         check=check_row,
-        row_features=ROW_FEATURES,
         features=FEATURES,
         processes=1,
     ).rows

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,12 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lodestar.config.schema import BatchPlan
-from lodestar.data.readers import find_sources, stream_rows
 from lodestar.data.sampler import ShuffledSampler
 from lodestar.errors import DataError
 from retromae.collate import INPUTS, Collate, EncodedText, StepBatch, ordinary_ids
 from retromae.masks import IGNORED, decoder_visibility
-from retromae.stream import StreamWindow
 from retromae.text_check import TextCheck
 from retromae.tokenization import Tokenize
 from tests import tiny
@@ -195,20 +192,3 @@ def test_a_row_without_a_text_is_named_and_an_empty_one_dropped() -> None:
     assert accept("f:1", {"text": " a "}) == {"text": " a "} and accept("f:1", {"text": " "}) is None
     with pytest.raises(DataError, match=r"f:2: text: must be a text, got NoneType \(set data\.field; here: body\)"):
         accept("f:2", {"body": "a"})
-
-
-def test_a_stream_reads_rows_whose_columns_come_late(tmp_path: Path) -> None:
-    """And names the line of one that is wrong."""
-    rows: list[dict[str, Any]] = [{"text": text} for text in LONG * 20]
-    rows.append({"text": "mask", "source": "late", "score": 0.5})
-    sources = find_sources([str(tiny.write_jsonl(tmp_path / "a.jsonl", rows))])
-
-    def read() -> list[Any]:
-        tokenize = Tokenize(tiny.tokenizer("bert"), max_length=64, split=False)
-        stream = StreamWindow(lambda: stream_rows(sources), TextCheck("text"), tokenize, 8, 1)
-        return list(islice(stream._endless_texts(), len(rows)))
-
-    assert len(read()) == len(rows)
-    tiny.write_jsonl(tmp_path / "a.jsonl", [*rows[:1200], {"score": 1}])
-    with pytest.raises(DataError, match=r"a\.jsonl:1201: text: must be a text"):
-        read()

@@ -1,0 +1,319 @@
+"""The token cache: built once, read without reading the corpus, rebuilt where it is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import pytest
+
+from lodestar.data import tokenized_shards
+from lodestar.data.file_record import FileRecord
+from lodestar.data.findings import Findings
+from lodestar.data.readers import count_rows, find_sources
+from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
+from lodestar.errors import DataError
+from lodestar.files import write_manifest
+from retromae.text_check import TextCheck
+from retromae.tokenization import FEATURES as PRETRAIN_FEATURES
+from retromae.tokenization import Tokenize as PretrainTokenize
+from tests import processes, tiny
+
+FEATURES = datasets.Features(
+    {"length": datasets.Value("int32"), "tokens": datasets.Value("int32"), "truncated": datasets.Value("bool")}
+)
+calls = 0
+
+
+def tokenize(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    global calls
+    calls += 1
+    lengths = [len(text) for text in columns["text"]]
+    return {"length": lengths, "tokens": lengths, "truncated": [length > 60 for length in lengths]}
+
+
+def check(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str, Any] | None:
+    if "text" not in row:
+        raise DataError(f"{where}: text: missing")
+    return {"text": row["text"]} if row["text"] else None
+
+
+def build(
+    tmp_path: Path, *names: str, processes: int = 1, version: int = 1, strict: bool = False, **settings: Any
+) -> TokenizedDataset:
+    return tokenized(
+        find_sources([str(tmp_path / name) for name in names]),
+        cache_dir=tmp_path / "cache", settings=settings, tokenize=tokenize, check=check,
+        features=FEATURES, processes=processes, version=version, strict=strict,
+    )  # fmt: skip
+
+
+def in_cache(tmp_path: Path) -> list[Path]:
+    """What is in the cache, without its locks."""
+    return [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+def test_texts_are_tokenised_once_and_again_when_content_or_settings_change(tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    assert build(tmp_path, "a.jsonl").stats == first.stats and calls == before
+    assert build(tmp_path, "a.jsonl", max_length=3).stats.fingerprint != first.stats.fingerprint and calls > before
+    tiny.pretrain_file(tmp_path / "a.jsonl", 11)
+    assert build(tmp_path, "a.jsonl").stats.rows == 11
+    assert len(in_cache(tmp_path)) == 3  # nothing unfinished is left
+
+
+def test_another_version_tokenises_again_and_has_the_same_fingerprint(tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
+    assert build(tmp_path, "a.jsonl", version=2).stats == first.stats and calls == before + 1
+    assert len(in_cache(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("change", [{"a later count": 1}, {"findings": None}])
+def test_the_counts_of_another_version_of_lodestar_are_counted_again(change: dict[str, Any], tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first, before = build(tmp_path, "a.jsonl"), calls
+    (folder,) = in_cache(tmp_path)
+    values = json.loads((folder / "facts.json").read_text()) | change
+    (folder / "facts.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    assert build(tmp_path, "a.jsonl").stats == first.stats and calls == before + 1
+
+
+def test_every_dropped_and_cut_text_is_counted(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 70}, {"text": ""}, {"text": "y"}])
+    stats = build(tmp_path, "a.jsonl").stats
+    assert (stats.rows, stats.tokens, stats.truncated, stats.dropped) == (2, 71, 1, 1)
+
+
+def test_what_is_found_is_kept_with_the_cache_and_told_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 3)
+    (tmp_path / "empty.jsonl").touch()
+    for _ in range(2):
+        print_findings([build(tmp_path, "a.jsonl", "empty.jsonl").stats])
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+        assert line.startswith(f"warning: {tmp_path}/empty.jsonl:1: row: a file is empty; 1 so (") and line[-1] == ")"
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"empty\.jsonl:1: row: a file is empty"):
+            build(tmp_path, "a.jsonl", "empty.jsonl", strict=True)
+        shutil.rmtree(tmp_path / "cache")
+
+
+def test_texts_without_a_token_are_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": text} for text in ("rows " * 40, "\u200b\x01", "[CLS] [SEP]", " ", "graph")]
+    tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    for split, num_rows in ((False, 3), (True, 5)):
+        stats = tokenized(
+            find_sources([str(tmp_path / "a.jsonl")]),
+            cache_dir=tmp_path / "cache", settings={"split": split}, check=TextCheck("text"), processes=1,
+            tokenize=PretrainTokenize(tiny.tokenizer("bert"), max_length=16, split=split),
+            features=PRETRAIN_FEATURES,
+        ).stats  # fmt: skip
+        assert (stats.rows, stats.truncated, stats.dropped, stats.without_tokens) == (num_rows, not split, 2, 2)
+    (finding,) = stats.findings.values()
+    assert finding["count"] == 2
+
+
+def test_a_bad_row_is_named_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"txt": "b"}])
+    with pytest.raises(DataError, match=r"a\.jsonl:2: text: missing"):
+        build(tmp_path, "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: row: not valid JSON"):
+        build(tmp_path, "b.jsonl")
+    tiny.write_jsonl(tmp_path / "c.jsonl", [{"text": ""}])
+    with pytest.raises(DataError, match="no row is left"):
+        build(tmp_path, "c.jsonl")
+    assert in_cache(tmp_path) == []
+
+
+def test_a_file_that_grows_while_it_is_read_is_an_error_and_leaves_no_cache(tmp_path: Path) -> None:
+    path = tiny.pretrain_file(tmp_path / "a.jsonl", 40)
+
+    def growing(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str, Any] | None:
+        if where.endswith(":40"):
+            with path.open("a") as file:
+                file.write('{"text": "one more"}\n')
+        return check(where, row, findings)
+
+    sources = find_sources([str(path)])
+    options: Any = {"cache_dir": tmp_path / "cache", "settings": {}, "tokenize": tokenize, "features": FEATURES}
+    options |= {"processes": 1}
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        tokenized(sources, check=growing, **options)
+    assert in_cache(tmp_path) == []
+    tiny.pretrain_file(path, 40)
+    assert tokenized(sources, check=check, **options).stats.rows == 40
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing", "no manifest", "emptied"])
+def test_a_damaged_cache_is_rebuilt_with_one_line(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first = build(tmp_path, "a.jsonl")
+    rows, stats = first.rows.to_dict(), first.stats
+    folder = tmp_path / "cache" / stats.fingerprint
+    (arrow,) = (folder / "rows").glob("*.arrow")
+    content = bytearray(arrow.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+        arrow.write_bytes(content)
+    elif damage == "cut":
+        arrow.write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        (folder / "facts.json").unlink()
+    elif damage == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        (folder / "facts.json").write_text("")
+    capsys.readouterr()
+    again = build(tmp_path, "a.jsonl")
+    assert again.rows.to_dict() == rows and again.stats == stats
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(folder) in line and "rebuilt" in line
+    build(tmp_path, "a.jsonl")
+    assert "warning" not in capsys.readouterr().err
+
+
+# --- what a second run reads -----------------------------------------------------------------
+
+
+def make_older(*paths: Path) -> None:
+    """As if they had last changed an hour ago, and not in the last two seconds."""
+    for path in paths:
+        os.utime(path, (time.time() - 3600,) * 2)
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """With as many bytes, and the time of change of before: what a run must not notice if it reads none of them."""
+    status = path.stat()
+    assert len(content) == status.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_second_run_reads_no_byte_of_the_corpus_and_a_changed_file_is_read(tmp_path: Path) -> None:
+    path = tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    make_older(path)
+    first, size = build(tmp_path, "a.jsonl").stats, path.stat().st_size
+    overwrite(path, b"?" * size)
+    assert build(tmp_path, "a.jsonl").stats == first
+    sources = find_sources([str(path)])
+    assert count_rows(sources, FileRecord(tmp_path / "cache")) == 10 and count_rows(sources) == 1
+    os.utime(path)
+    with pytest.raises(DataError, match=r"a\.jsonl:1: row: not valid JSON"):
+        build(tmp_path, "a.jsonl")
+
+
+def test_a_file_that_has_just_changed_is_read_again(tmp_path: Path) -> None:
+    path = tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    build(tmp_path, "a.jsonl")
+    overwrite(path, b"?" * path.stat().st_size)  # the clock of a file system may not tell these two apart
+    with pytest.raises(DataError, match=r"a\.jsonl:1: row: not valid JSON"):
+        build(tmp_path, "a.jsonl")
+
+
+def test_a_cache_is_hashed_once_until_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    folder = tmp_path / "cache" / build(tmp_path, "a.jsonl").stats.fingerprint
+    (arrow,) = (folder / "rows").glob("*.arrow")
+    make_older(*folder.rglob("*.*"))
+    build(tmp_path, "a.jsonl")  # hashes it
+    whole = arrow.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 1
+    overwrite(arrow, bytes(flipped))
+    build(tmp_path, "a.jsonl")
+    assert "rebuilt" not in capsys.readouterr().err  # not read
+    os.utime(arrow)
+    build(tmp_path, "a.jsonl")
+    assert "data-00000.arrow: damaged: its hash is not the manifest's; rebuilt" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    first = build(tmp_path, "a.jsonl").stats
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    for lock in (tmp_path / "cache").glob("*.lock"):
+        lock.unlink()
+    assert build(tmp_path, "a.jsonl").stats == first and not list((tmp_path / "cache").glob("*.lock"))
+
+
+# --- several processes -----------------------------------------------------------------------
+
+BUILDING = """
+import sys, time
+from pathlib import Path
+from tests.unit.lodestar.data import test_token_cache
+folder, cache_dir = map(Path, sys.argv[1:])
+def slowly(columns):
+    with (folder / "calls").open("a") as file:
+        file.write("called\\n")
+    time.sleep(1)
+    return test_token_cache.tokenize(columns)
+dataset = test_token_cache.tokenized(
+    test_token_cache.find_sources([str(folder / "a.jsonl")]), cache_dir=cache_dir, settings={}, tokenize=slowly,
+    check=test_token_cache.check, features=test_token_cache.FEATURES, processes=1,
+)
+print(len(dataset.rows))
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_of_runs_that_share_a_cache_one_builds_it_and_the_others_wait(shared: bool, tmp_path: Path) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    caches = [str(tmp_path / ("cache" if shared else f"cache {i}")) for i in range(3)]
+    runs = [processes.start([sys.executable, "-c", BUILDING, str(tmp_path), cache]) for cache in caches]
+    outputs = [processes.finish(run, limit_s=120) for run in runs]
+    assert [out for out, _ in outputs] == ["10\n"] * 3
+    assert len((tmp_path / "calls").read_text().split()) == (1 if shared else 3)
+    waiting = [errors for _, errors in outputs if "waits for process" in errors]
+    assert bool(waiting) == shared
+    assert all(errors.count("waits for process") == 1 for errors in waiting)
+
+
+def test_rows_keep_their_order_whatever_the_number_of_processes_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 230)
+    expected = build(tmp_path, "a.jsonl")
+    monkeypatch.setattr(tokenized_shards, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(tokenized_shards, "BATCH_BYTES", 400)
+    monkeypatch.setattr(tokenized_shards, "SHARD_BYTES", 1000)
+    for number in (1, 3):
+        shutil.rmtree(tmp_path / "cache")
+        dataset = build(tmp_path, "a.jsonl", processes=number)
+        assert dataset.rows.to_dict() == expected.rows.to_dict() and dataset.stats == expected.stats
+        assert len(dataset.rows.cache_files) > 1
+    assert len(expected.rows.cache_files) == 1
+
+
+def end_process(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    psutil.Process().kill()
+    return {}
+
+
+def test_a_killed_tokenizing_process_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 30)
+    monkeypatch.setattr(tokenized_shards, "CHUNK_ROWS", 10)
+    with pytest.raises(DataError, match=r"data\.processes: a process that tokenized was killed \("):
+        tokenized(
+            find_sources([str(tmp_path / "a.jsonl")]),
+            cache_dir=tmp_path / "cache", settings={}, tokenize=end_process, check=check, features=FEATURES,
+            processes=2,
+        )  # fmt: skip
+    assert in_cache(tmp_path) == []
