@@ -102,6 +102,6 @@ def _begin(encode: _Encode) -> None:
     _encode = encode
 
 
-def _encode_chunk(rows: list[Row]) -> tuple[pa.Table, Counter[str]]:
+def _encode_chunk(rows: Sequence[Row]) -> tuple[pa.Table, Counter[str]]:
     assert _encode is not None
     return _encode(rows)
