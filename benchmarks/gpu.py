@@ -20,17 +20,15 @@ from typing import Any
 
 LIMITS_S = {
     "yardstick": 40,
-    "padded": 90,
-    "packed": 90,
-    "correct": 60,
-    "waits": 40,
-    "parts": 60,
-    "profile": 60,
+    "packed": 70,
+    "padded": 70,
+    "inside": 90,
+    "correct": 120,
     "gradcache": 60,
     "head": 40,
     "attention": 40,
-    "compile": 150,
     "whole": 90,
+    "compile": 180,
 }
 """Seconds after which a section is ended, by name, in the order in which they run."""
 

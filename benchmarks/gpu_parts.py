@@ -1,15 +1,19 @@
-"""Where the time of a training step goes: by part of the step, and by kind of kernel."""
+"""Where the time of a training step goes: by part of the step, by kind of kernel, and where the host waits."""
 
 from __future__ import annotations
 
 import time
+import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_workload import Job
 
@@ -128,13 +132,16 @@ KINDS = {
 """Parts of kernels' names; the first that fits counts."""
 
 
-def kernel_kinds(recorded: Any, wall_ms: float, on_gpu: bool) -> dict[str, Any]:
+def kernels_of_step(job: Job, wall_ms: float) -> dict[str, Any]:
     """Milliseconds by kind, the number of kernels, idle time, and the longest kernels in detail."""
+    on_gpu = job.bench.on_gpu
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
+        job.step()
+        job.bench.now()
     ms: Counter[str] = Counter()
     kernels: list[tuple[str, float, int]] = []
     for event in recorded.key_averages():
-        on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if on_device != on_gpu or event.key.startswith("ProfilerStep"):
+        if (event.device_type == torch.autograd.DeviceType.CUDA) != on_gpu:
             continue
         spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3
         kind = next((kind for kind, names in KINDS.items() if any(n in event.key.lower() for n in names)), "other")
@@ -148,3 +155,24 @@ def kernel_kinds(recorded: Any, wall_ms: float, on_gpu: bool) -> dict[str, Any]:
         **dict(ms.most_common()),
         "detail": kernels[:40],
     }
+
+
+def waits_of_step(job: Job) -> dict[str, Any]:
+    """How often the host waits for the device, and the lines that make it wait."""
+    found: Counter[str] = Counter()
+
+    def record(message: Any, *args: Any, **options: Any) -> None:
+        if "prototype" in str(message):  # of the debug mode itself
+            return
+        frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and "gpu_parts" not in f.filename]
+        found[" < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[:-4:-1])] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = record  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            job.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return {"waits": sum(found.values()), "where": dict(found.most_common(8))}

@@ -11,8 +11,6 @@ import json
 import sys
 import time
 import traceback
-import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_parts import kernel_kinds, parts_of_step
+from benchmarks.gpu_parts import kernels_of_step, parts_of_step, waits_of_step
 from benchmarks.gpu_workload import TINY, Bench, Job, Sizes, bench_on, finetune, lengths_of, pretrain
 from lodestar import rng
 from lodestar.planning.cost_model import DEVICES
@@ -190,57 +187,19 @@ def same_masks(bench: Bench) -> Rows:
     yield "masks on both devices", {"equal": all(x.equal(y) for x, y in pairs)}
 
 
-def waits(bench: Bench) -> Rows:
-    """Where the host waits for the device in a step, and how often."""
-    if not bench.on_gpu:
-        yield "needs a GPU", {}
-        return
+def inside(bench: Bench) -> Rows:
+    """What a step does: where the host waits, the time by part and by kind of kernel, and that of making its batch."""
     for stage, build in STAGES.items():
-        for attention in ("padded", "packed"):
-            job = build(bench, "natural", f"model.attention={attention}", batches=2)
-            job.step()
-            found: Counter[str] = Counter()
-
-            def record(*args: Any, found: Counter[str] = found, **options: Any) -> None:
-                frames = [f for f in traceback.extract_stack() if "gpu_sections" not in f.filename]
-                product = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "/torch/" not in f.filename]
-                found[" < ".join(product[-3:][::-1])] += 1
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                warnings.showwarning = record  # type: ignore[assignment]
-                torch.cuda.set_sync_debug_mode("warn")
-                try:
-                    job.step()
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-            yield f"{stage}, {attention}", {"waits": sum(found.values()), "where": dict(found.most_common(8))}
-
-
-def parts(bench: Bench) -> Rows:
-    """The time of a step by part, on the device; and of making its batch, on one core of the host."""
-    for stage, build in STAGES.items():
-        for attention in ("padded", "packed"):
-            job = build(bench, "natural", f"model.attention={attention}")
-            job.measure(3)
+        for attention in ("packed", "padded"):
+            job, name = build(bench, "natural", f"model.attention={attention}"), f"{stage}, {attention}"
+            wall_ms = job.measure()["ms"]
             start = time.perf_counter()
             job.collate(0)
             loader_ms = (time.perf_counter() - start) * 1e3
-            yield f"{stage}, {attention}, ms", {**parts_of_step(job), "loader (on the host)": loader_ms}
-            gc.collect()
-
-
-def profiled(bench: Bench) -> Rows:
-    """The device's time by kind of kernel; idle: what is left of the wall time."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])]
-    for stage, build in STAGES.items():
-        for attention in ("padded", "packed"):
-            job = build(bench, "natural", f"model.attention={attention}")
-            wall_ms = job.measure(3)["ms"]
-            with profile(activities=activities) as recorded:
-                job.step()
-                bench.now()
-            yield f"{stage}, {attention}, ms", kernel_kinds(recorded, wall_ms, bench.on_gpu)
+            yield f"{name}, ms by part", {**parts_of_step(job), "loader (one core of the host)": loader_ms}
+            yield f"{name}, ms by kernel", kernels_of_step(job, wall_ms)
+            if bench.on_gpu:
+                yield f"{name}, waits of the host", waits_of_step(job)
             gc.collect()
 
 
@@ -254,20 +213,25 @@ def head(bench: Bench) -> Rows:
     target = torch.randint(sizes.vocabulary, (labels,), device=bench.device)
     flops = 6 * labels * sizes.width * sizes.vocabulary
 
-    def run(function: Any) -> float:
+    def run(function: Any) -> Tensor:
         hidden.grad = weight.grad = bias.grad = None
         with torch.autocast(bench.device.type, torch.bfloat16):
             loss = function()
         loss.backward()
-        return float(loss.detach())
+        return loss.detach()
 
+    expected = None
     for name, function in {
-        "summed_nll": lambda: summed_nll(hidden, weight, bias, target),
         "whole logits": lambda: F.cross_entropy(F.linear(hidden, weight, bias).float(), target, reduction="sum"),
+        "summed_nll": lambda: summed_nll(hidden, weight, bias, target),
     }.items():
-        nats = run(function)
+        nats = float(run(function))
+        assert weight.grad is not None
+        expected = weight.grad.clone() if expected is None else expected
+        error = float((weight.grad - expected).norm() / expected.norm())
         seconds = bench.seconds(lambda f=function: run(f), 3)
-        yield f"{labels} labels, {name}", {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12, "nats": nats}
+        values = {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12, "nats": nats, "gradient_error": error}
+        yield f"{labels} labels, {name}", values
 
 
 def attention(bench: Bench) -> Rows:
@@ -298,9 +262,8 @@ def attention(bench: Bench) -> Rows:
 
 
 SECTIONS = {
-    "yardstick": yardstick, "padded": padded, "packed": packed, "correct": correct, "waits": waits, "parts": parts,
-    "profile": profiled, "gradcache": gradcache, "head": head, "attention": attention, "compile": compiled,
-    "whole": whole,
+    "yardstick": yardstick, "packed": packed, "padded": padded, "inside": inside, "correct": correct,
+    "gradcache": gradcache, "head": head, "attention": attention, "whole": whole, "compile": compiled,
 }  # fmt: skip
 
 if __name__ == "__main__":

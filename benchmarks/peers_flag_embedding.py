@@ -23,8 +23,10 @@ RETROMAE = Path(".venv-peers/retromae/FlagEmbedding/baai_general_embedding")
 
 
 def finetune(problem: dict[str, Any]) -> Callable[[int], object]:
-    from FlagEmbedding.abc.finetune.embedder.AbsDataset import AbsEmbedderCollator
-    from FlagEmbedding.finetune.embedder.encoder_only.base import BiEncoderOnlyEmbedderModel
+    from FlagEmbedding.abc.finetune.embedder.AbsDataset import AbsEmbedderCollator  # type: ignore[import-not-found]
+    from FlagEmbedding.finetune.embedder.encoder_only.base import (  # type: ignore[import-not-found]
+        BiEncoderOnlyEmbedderModel,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(problem["encoder"])
     model = BiEncoderOnlyEmbedderModel(

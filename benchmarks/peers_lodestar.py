@@ -1,6 +1,8 @@
 """Lodestar's own stages, for `make bench-peers`: the loader, the step and the optimizer of a run, without its hooks.
 
 python -m benchmarks.peers_lodestar pretrain|finetune|encode|loss|loss_whole|products PROBLEM.json
+
+Each command imports what it needs alone, because the memory of the whole process is measured.
 """
 
 from __future__ import annotations
@@ -16,47 +18,42 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.peers_worker import serve
-from contrastive.config import FinetuneRecipe
-from contrastive.loss import contrastive_local_loss
-from contrastive.task import build_task as build_finetune_task
+from lodestar.commands import COMMANDS, load
 from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Placement, Runtime, joined
-from lodestar.training.build_engine import build
-from retrieval.embedding.encode_texts import encode_texts
-from retrieval.embedding.load_model import load_model
-from retromae.config import PretrainRecipe
-from retromae.task import build_task as build_pretrain_task
-from tests import tiny
 
-STAGES = {"pretrain": (PretrainRecipe, build_pretrain_task), "finetune": (FinetuneRecipe, build_finetune_task)}
+TASKS = {"pretrain": "retromae.task:build_task", "finetune": "contrastive.task:build_task"}
 
 
 def train(stage: str, problem: dict[str, Any], folder: Path, runtime: Runtime) -> Callable[[int], object]:
     """Steps on one process. The problem's examples are one global batch, in another order in each step."""
-    pretrains = stage == "pretrain"
-    rows = [{"text": text} for text in problem["texts"]] if pretrains else [
+    from lodestar.training.build_engine import build
+
+    rows = [{"text": text} for text in problem.get("texts", ())] or [
         {"query": query, "pos": [positive], "neg": [negative]} for query, positive, negative in problem["triples"]
-    ]  # fmt: skip
-    lengths = {} if pretrains else {f"{role}_max_length": problem[f"{role}_tokens"] for role in ("query", "passage")}
-    values = {
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    values: dict[str, Any] = {
         "run": {"output_dir": str(folder / "run")},
         "model": {
             "encoder": problem["encoder"], "max_length": problem["max_tokens"], "attention": problem["attention"],
         },
         "data": {
-            "train": [str(tiny.write_jsonl(folder / "train.jsonl", rows))], "cache_dir": str(folder / "cache"),
-            "workers": 0, "processes": 1, **lengths,
+            "train": [str(folder / "train.jsonl")], "cache_dir": str(folder / "cache"), "workers": 0, "processes": 1,
         },
         "batch": {"global_size": len(rows), **problem["batch"]},
         "optim": {"lr": 1e-5},
         "schedule": {"steps": 10**6},
         "precision": "fp32",
         "engine": {"kind": "ddp"},
-        **({} if pretrains else {"loss": {"temperature": problem["temperature"]}}),
     }  # fmt: skip
-    schema, build_task = STAGES[stage]
+    if stage == "finetune":
+        values["data"] |= {f"{role}_max_length": problem[f"{role}_tokens"] for role in ("query", "passage")}
+        values["loss"] = {"temperature": problem["temperature"]}
+    schema: Any = load(COMMANDS[stage].recipe)
     recipe: Any = recipe_of(schema, values)
-    task: Any = build_task(recipe, runtime)
+    build_task: Any = load(TASKS[stage])
+    task = build_task(recipe, runtime)
     engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
     engine.module.train()
     batches = task.batches(0)
@@ -69,17 +66,23 @@ def train(stage: str, problem: dict[str, Any], folder: Path, runtime: Runtime) -
 
 
 def encode(problem: dict[str, Any]) -> Callable[[int], object]:
+    from retrieval.embedding.encode_texts import encode_texts
+    from retrieval.embedding.load_model import load_model
+
     model = load_model(problem["model"], "cpu")
     return lambda i: encode_texts(model, problem["texts"], "document")
 
 
 def losses(name: str, problem: dict[str, Any]) -> Callable[[int], object]:
     """The contrastive loss and its gradient: in tiles, from the whole matrix, and the matrix products alone."""
+    from contrastive.loss import contrastive_local_loss
+    from tests.tiny import distinct_texts
+
     queries, passages, width = problem["queries"], problem["passages"], problem["width"]
     generator = torch.Generator().manual_seed(0)
     q = F.normalize(torch.randn(queries, width, generator=generator), dim=1).requires_grad_()
     d = F.normalize(torch.randn(passages, width, generator=generator), dim=1).requires_grad_()
-    mask, target, temperature = tiny.distinct_texts(queries, passages), torch.arange(queries), problem["temperature"]
+    mask, target, temperature = distinct_texts(queries, passages), torch.arange(queries), problem["temperature"]
 
     def loss(i: int) -> None:
         arguments = {"temperature": temperature, "weight": 1 / queries}
@@ -107,7 +110,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     name, problem = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     with TemporaryDirectory() as folder:
-        if name in STAGES:
+        if name in TASKS:
             with joined(Placement(0, 1, 0), init_method=f"file://{folder}/store") as runtime:
                 serve(train(name, problem, Path(folder), runtime))
         else:

@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from benchmarks.peers_worker import serve
 
-COLUMNS = ("anchor", "positive", "negative")
+COLUMNS: tuple[str, ...] = ("anchor", "positive", "negative")
 
 
 def finetune(problem: dict[str, Any], loss_class: Any = MultipleNegativesRankingLoss) -> Callable[[int], object]:

@@ -1,7 +1,7 @@
-"""A process of `make bench-peers` that takes steps when it is told to. Needs nothing but Python: each package has an
-environment of its own.
+"""A process of `make bench-peers` that takes steps when it is told to.
 
-It prints a line once it is ready, one after each step, and one at the end of its input.
+It needs nothing but Python, because each package has an environment of its own. It prints a line once it is ready, one
+after each step, and one at the end of its input.
 """
 
 from __future__ import annotations

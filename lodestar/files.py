@@ -72,8 +72,10 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 @contextmanager
 def replacing_file(path: Path) -> Generator[Path]:
     """A temporary path of this process whose file replaces `path` at the end, once it is on the disk; unless an error
-    occurs.
+    occurs. ConfigError where `path` is a folder.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, not a file (delete it)")
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp

@@ -92,7 +92,8 @@ def _problem(folder: Path, hashed: Hashed | None = None) -> str | None:
     if signature and hashed.get(folder) == signature:
         return None
     named = _NAME.fullmatch(folder.name)
-    if problem := damage(folder, REQUIRED_FILES, **({"step": int(named[1])} if named else {})):
+    values: dict[str, Any] = {"step": int(named[1])} if named else {}
+    if problem := damage(folder, REQUIRED_FILES, **values):
         return problem
     try:
         values, step = read_object(folder / "state.json"), read_object(folder / MANIFEST).get("step")

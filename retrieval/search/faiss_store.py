@@ -29,7 +29,7 @@ _HASH_BYTES = len(_HASH_FOLLOWS) + hashlib.sha256().digest_size
 
 
 def _append_hash(path: Path) -> None:
-    digest = hashlib.sha256(np.memmap(path, np.uint8, "r")).digest()
+    digest = hashlib.sha256(np.memmap(path, np.uint8, "r").data).digest()
     with open(path, "ab") as file:
         file.write(_HASH_FOLLOWS + digest)
 
@@ -38,7 +38,7 @@ def _check_hash(path: Path) -> None:
     content = np.memmap(path, np.uint8, "r")
     digest = content[-_HASH_BYTES:].tobytes()
     if digest.startswith(_HASH_FOLLOWS):
-        expected = _HASH_FOLLOWS + hashlib.sha256(content[:-_HASH_BYTES]).digest()
+        expected = _HASH_FOLLOWS + hashlib.sha256(content[:-_HASH_BYTES].data).digest()
         if digest != expected:
             remedy = "restore a copy, or delete both files and index again"
             raise ConfigError(f"{path}: is damaged: its hash is another ({remedy})")

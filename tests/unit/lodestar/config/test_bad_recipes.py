@@ -191,10 +191,13 @@ def test_a_nul_in_the_path_is_told() -> None:
         ("evaluate.keep_best=ndcg@10", "evaluate.keep_best: not a metric, got \"ndcg@10\" (did you mean"),
         ("evaluate.keep_best=mrr_at_10", "evaluate.keep_best: needs evaluate.data (name a BEIR folder)"),
         ("engine={kind: deepspeed, zero_stage: 0}", "engine.zero_stage: fp16 needs 1, 2 or 3 under deepspeed ("),
+        ("model.compile=true", "model.compile: must be one of false, layers, got true (correct it)"),
+        ("model.compile=layers", "model.compile: zero_stage 3 gathers weights inside the layers (use 0, 1 or 2, or"),
     ],
 )  # fmt: skip
 def test_an_override_that_cannot_be_is_told_in_one_line(override: str, message: str, tmp_path: Path) -> None:
     more = ["precision=fp16"] if "deepspeed" in override else []
+    more += ["engine={kind: deepspeed, zero_stage: 3}"] if "compile" in override else []
     told = mistake(tmp_path, RECIPE, override, *more)
     assert told.startswith("command line: ") and message in told
 

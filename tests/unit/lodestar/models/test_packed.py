@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForMaskedLM, MPNetConfig, MPNetModel, PreTrainedModel
 
 from lodestar.errors import ModelError
 from lodestar.models import packed
+from lodestar.models.compile import layers_of
 from lodestar.models.packed import NAME, enable_packed, packed_hidden, pool_packed, text_index, text_positions
 from lodestar.models.pooling import pool
 from lodestar.models.pooling_config import POOLINGS
@@ -200,6 +202,22 @@ def test_a_gpu_runs_flash_attention_and_waits_for_nothing(
     assert calls.windows == ([whole, local] if family == "modernbert" else [whole, whole])
     with pytest.raises(NotImplementedError, match="no data"):  # lengths are asked for
         run_without_data(family, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_layer_is_compiled_once_for_all_lengths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_on_gpu", lambda x: True)
+    config = encoder(family, tmp_path, dropout=0.1).config
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation=NAME, dtype=torch.bfloat16).train()
+        for layer in layers_of(model):
+            layer.compile(backend=counter, dynamic=True, fullgraph=True)
+        for tokens, texts, longest in ((30, 4, 9), (41, 5, 12), (55, 7, 40)):
+            ids_T, offsets_N1 = torch.ones(tokens, dtype=torch.int64), torch.ones(texts + 1).long()
+            packed_hidden(model, ids_T, offsets_N1, max_length=longest).sum().backward()
+    assert counter.frame_count == (2 if family == "modernbert" else 1)  # its layers are of two kinds
 
 
 def test_a_family_with_attention_of_its_own_is_refused_in_one_line() -> None:

@@ -44,6 +44,7 @@ def recipe(folder: Path, tmp_path: Path, *train: Path, **more: Any) -> str:
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()  # what libraries print at their first import
     code = main(["--json", "--config", *arguments])
     return code, json.loads(capsys.readouterr().out)
 
