@@ -111,8 +111,9 @@ def _measure_starts(rows: int) -> int:
 def _make_older(folder: Path) -> None:
     """Files that changed in the last two seconds are hashed in any case."""
     for path in folder.rglob("*"):
-        earlier = path.stat().st_mtime - 10
-        os.utime(path, (earlier, earlier))
+        earlier = time.time() - 10
+        if path.stat().st_mtime > earlier:
+            os.utime(path, (earlier, earlier))
 
 
 def _prepare(folder: Path, stage: str) -> list[str]:

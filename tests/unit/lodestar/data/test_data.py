@@ -94,8 +94,6 @@ def test_rows_are_padded_to_a_multiple_of_8_and_cut_evenly() -> None:
     assert [len(part) for part in cut([1], 3)] == [0, 0, 1]
 
 
-
-
 LOADING = """
 import os, sys, time
 from lodestar.data.lines import Place

@@ -15,7 +15,8 @@ from lodestar.data.file_record import RECORD, FileRecord
 def old_file(path: Path, content: str = "content") -> Path:
     """That last changed an hour ago."""
     path.write_text(content)
-    os.utime(path, (time.time() - 3600,) * 2)
+    an_hour_ago = time.time() - 3600
+    os.utime(path, (an_hour_ago, an_hour_ago))
     return path
 
 

@@ -60,7 +60,7 @@ def test_what_is_before_a_place_is_not_read(tmp_path: Path) -> None:
     path.write_bytes(b"?" * place.offset + path.read_bytes()[place.offset :])
     assert [*read_rows_from(source, place)] == rows[5:]
     with pytest.raises(DataError, match="not valid JSON"):
-        [*read_rows_from(source, rows[3][0])]
+        list(read_rows_from(source, rows[3][0]))
 
 
 def check(where: str, row: Row) -> Row | None:

@@ -132,7 +132,7 @@ def test_a_killed_writer_is_told_and_its_folder_is_deleted_by_the_next_run(tmp_p
 
     one = writer(tmp_path)
     with pytest.raises(DataError, match=r"data\.streaming: the process that reads the stream was killed \("):
-        [*written_ahead(batches, [one], 0, 2, lambda step: (0, step), lambda stream, window: None)]
+        list(written_ahead(batches, [one], 0, 2, lambda step: (0, step), lambda stream, window: None))
     abandoned, in_use = (stream_folder(str(tmp_path / "cache"), name) for name in ("killed", "running"))
     for folder, process_id in ((abandoned, 2**30), (in_use, os.getpid())):
         (folder / "0/00000001").mkdir(parents=True)
