@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import datasets
@@ -44,7 +44,18 @@ def _code() -> dict[str, str]:
         digest.update(path.read_bytes())
     packages = ("lodestar-embeddings", "torch", "transformers", "tokenizers", "deepspeed")
     python = platform.python_version()
-    return {"python": python, **{name: version(name) for name in packages}, "sources of lodestar": digest.hexdigest()}
+    return {"python": python, **versions(packages), "sources of lodestar": digest.hexdigest()}
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of each package by name; a clone of ours may run without having been installed."""
+    found: dict[str, str] = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def quiet(main: bool) -> None:

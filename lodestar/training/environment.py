@@ -5,13 +5,13 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lodestar.distributed.runtime import Runtime
+from lodestar.distributed.session import versions
 from lodestar.secrets import hidden_arguments
 
 
@@ -21,7 +21,7 @@ def environment(runtime: Runtime, output_dir: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else platform.processor()
     return {
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": versions(packages),
         "platform": platform.platform(),
         "device": device or platform.machine(),
         "world_size": runtime.world_size,

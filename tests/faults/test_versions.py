@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from lodestar.distributed.session import versions
 from tests import processes
 from tests.faults import runs
 from tests.processes import ROOT, environment, free_port
@@ -34,3 +36,8 @@ def test_ranks_with_other_code_are_told_in_one_line(tmp_path: Path) -> None:
     (line,) = [line for text in said for line in runs.errors(text)]
     assert line.startswith("error: code: not the same as on rank 0: rank 1 has sources of lodestar '"), line
     assert [process.returncode for process in started] == [2, 2]
+
+
+def test_a_clone_that_was_not_installed_has_versions_too() -> None:
+    found = versions(("torch", "no-such-package"))
+    assert found == {"torch": torch.__version__, "no-such-package": "not installed"}
