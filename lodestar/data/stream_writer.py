@@ -136,7 +136,8 @@ def writing(writer: WindowWriter, first_batch: int) -> Iterator[Any]:
     with inherited_by_processes():
         process.start()
     atexit.register(process.kill)  # or Python would wait for it
-    threading.Thread(target=_tell_end, args=(process, folder), daemon=True).start()
+    teller = threading.Thread(target=_tell_end, args=(process, folder), daemon=True)
+    teller.start()
     try:
         yield batch
     finally:
@@ -144,6 +145,7 @@ def writing(writer: WindowWriter, first_batch: int) -> Iterator[Any]:
         shutil.rmtree(folder, ignore_errors=True)
         process.kill()
         process.join()
+        teller.join()  # or it could tell the next run of this folder
         shutil.rmtree(folder, ignore_errors=True)  # what it wrote meanwhile
         with suppress(OSError):  # another stream of this run has its own folder there
             folder.parent.rmdir()

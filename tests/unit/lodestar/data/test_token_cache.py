@@ -257,13 +257,16 @@ def test_a_cache_that_cannot_be_written_to_is_read(tmp_path: Path, monkeypatch: 
 # --- several processes -----------------------------------------------------------------------
 
 BUILDING = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from tests.unit.lodestar.data import test_token_cache
 folder, cache_dir = map(Path, sys.argv[1:])
+(folder / f"started-{os.getpid()}").touch()
 def slowly(columns):
     with (folder / "calls").open("a") as file:
         file.write("called\\n")
+    while len([*folder.glob("started-*")]) < 3:
+        time.sleep(0.05)
     time.sleep(1)
     return test_token_cache.tokenize(columns)
 dataset = test_token_cache.tokenized(
