@@ -136,15 +136,16 @@ def writing(writer: WindowWriter, first_batch: int) -> Iterator[Any]:
     with inherited_by_processes():
         process.start()
     atexit.register(process.kill)  # or Python would wait for it
-    threading.Thread(target=_tell_end, args=(process, folder), daemon=True).start()
+    teller = threading.Thread(target=_tell_end, args=(process, folder), daemon=True)
+    teller.start()
     try:
         yield batch
     finally:
         atexit.unregister(process.kill)
-        shutil.rmtree(folder, ignore_errors=True)
         process.kill()
         process.join()
-        shutil.rmtree(folder, ignore_errors=True)  # what it wrote meanwhile
+        teller.join()  # or it could tell of this end in a folder of the same name
+        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another stream of this run has its own folder there
             folder.parent.rmdir()
 
