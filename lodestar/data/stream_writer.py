@@ -142,11 +142,10 @@ def writing(writer: WindowWriter, first_batch: int) -> Iterator[Any]:
         yield batch
     finally:
         atexit.unregister(process.kill)
-        shutil.rmtree(folder, ignore_errors=True)
         process.kill()
         process.join()
-        teller.join()  # or it could tell the next run of this folder
-        shutil.rmtree(folder, ignore_errors=True)  # what it wrote meanwhile
+        teller.join()  # or it could tell of this end in a folder of the same name
+        shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # another stream of this run has its own folder there
             folder.parent.rmdir()
 

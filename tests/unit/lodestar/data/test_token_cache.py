@@ -231,7 +231,8 @@ def test_a_file_that_has_just_changed_is_read_again(tmp_path: Path) -> None:
 def test_a_cache_is_hashed_once_until_it_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
     first = build(tmp_path, "a.jsonl")
-    folder, rows = tmp_path / "cache" / first.stats.fingerprint, first.rows.to_dict()
+    folder = tmp_path / "cache" / first.stats.fingerprint
+    rows: Any = first.rows.to_dict()
     (arrow,) = (folder / "rows").glob("*.arrow")
     make_older(*folder.rglob("*.*"))
     build(tmp_path, "a.jsonl")  # hashes it
