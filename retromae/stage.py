@@ -22,6 +22,7 @@ class PretrainStage:
 
     def backward(self, batch: StepBatch, engine: Engine, step: int) -> Mapping[str, Tensor]:
         batch = batch.to(self._device)
+        assert [*batch.label_counts] == [*self._weights]  # in one order
         counts = sum_over_ranks(batch.tensors["label_counts"]).float().clamp(min=1)
         local_losses = torch.zeros(len(counts), device=self._device)
         count = batch.num_micro_batches

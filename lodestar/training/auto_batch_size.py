@@ -104,8 +104,10 @@ def _fits(recipe: Recipe, task: TrainingTask, runtime: Runtime, spec: TaskSpec[R
         return False  # the kernel overcommits memory, and kills the process when it is used
     module = task.module.to(runtime.device).train()
     parts = {**plan["memory"], "weights": 0, "activations": 0}
-    # Gradients are allocated below.
-    reserved_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters())) + unseen_bytes
+    # Gradients are allocated below. On a CPU the part that is not seen is counted above: a process may be limited.
+    reserved_bytes = max(0, sum(parts.values()) - sum(p.nbytes for p in module.parameters()))
+    if runtime.device.type == "cuda":
+        reserved_bytes += unseen_bytes
     held, micro_tokens = task.held_micro_batches, recipe.batch.plan(1).micro_tokens
     texts = (held + 1) * -(-(micro_tokens or 1) // recipe.model.max_length)
     assert task.first_batch is not None

@@ -161,7 +161,7 @@ def test_a_finished_run_says_so_and_does_nothing(folder: Path, finetuned: Path) 
 @pytest.mark.slow
 def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: Path) -> None:
     before = sorted(folder.rglob("*"))
-    overrides = ["batch.micro_size=auto", f"run.output_dir={folder}/rehearsed"]
+    overrides = ["batch.micro_tokens=auto", f"run.output_dir={folder}/rehearsed"]
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "launch/finetune.py"]
     done = run([*launcher, "--config", str(folder / "finetune.yaml"), "--rehearse", "4", *overrides])
     assert done.returncode == 0, done.stderr
@@ -174,7 +174,7 @@ def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: 
         "12 steps",
     ):
         assert told in done.stdout, done.stdout
-    assert "batch.micro_size: 4 examples" in done.stderr
+    assert "batch.micro_tokens: 384 tokens at a time" in done.stderr
     assert sorted(folder.rglob("*")) == before
 
 
