@@ -111,6 +111,14 @@ class TrainingDataset:
         """What holds the rows of a batch."""
         return self
 
+    def with_columns(self) -> TrainingDataset:
+        """Reads the columns that each batch needs now: loader workers inherit them, instead of each reading its own."""
+        for numbers in (self.query_hash, self.most_negatives, self.positives.hash, self.negatives.hash):
+            _ = numbers.all
+        for lists in (self.queries, self.positives.ids, self.negatives.ids):
+            _ = lists.lengths
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the columns: they read the table's file again."""
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}

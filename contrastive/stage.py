@@ -136,8 +136,7 @@ class FinetuneStage:
         ]
         if weights.keys() & {"passage_to_query", "query_to_query"}:
             queries_GD, index_Q = self._queries(batch, q_QD, all_ND)
-            queries_per_rank = batch.queries_per_rank
-            hash_G, owner_G = self._gathered(queries_per_rank, query_hash_Q, positive_hash_Q)
+            hash_G, owner_G = self._gathered(batch.queries_per_rank, query_hash_Q, positive_hash_Q)
             of_queries = partial(
                 NegativeMask,
                 same_query_B=positive_hash_Q,

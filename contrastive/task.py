@@ -200,7 +200,7 @@ def _cached_data(
         counts.update(one.counts())
     total_steps = recipe.schedule.total_steps(counts["rows"], size)
     datasets = [
-        TrainingDataset(table, make_sampler(len(table), size, seed, str(i)), dataset.in_batch_negatives)
+        TrainingDataset(table, make_sampler(len(table), size, seed, str(i)), dataset.in_batch_negatives).with_columns()
         for i, (dataset, table) in enumerate(zip(data.sets, tables, strict=True))
     ]
     weights = [dataset.weight * len(table) for dataset, table in zip(data.sets, tables, strict=True)]
