@@ -8,6 +8,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -48,6 +50,7 @@ def entry_point(
         tree = loader.read(options.config, options.overrides)
         recipe = loader.validate(schema, tree)
         if options.plan is None:
+            placement = replace(placement, located=partial(located, schema, tree))
             placement.prepare()
         if options.plan is None and options.rehearse is not None:
             if rehearse is None:

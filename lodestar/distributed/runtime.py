@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +37,8 @@ class Placement:
     rank: int
     world_size: int
     local_rank: int
+    located: Callable[[str], str] = str
+    """An error's text with the place in the recipe of the key with which it begins, for what other ranks print."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Placement:

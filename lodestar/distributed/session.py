@@ -31,7 +31,10 @@ def distributed_session(
     stacks   a folder for the stacks of ranks where one hangs
     """
     quiet(placement.rank == 0)
-    with joined(placement, timeout_minutes=timeout_minutes) as runtime, watchdog(runtime, timeout_minutes, stacks):
+    with (
+        joined(placement, timeout_minutes=timeout_minutes) as runtime,
+        watchdog(runtime, timeout_minutes, stacks, placement.located),
+    ):
         require_same(_code(), "code")
         require_same(loader.flat(recipe, without=["data.cache_dir"]), "recipe")
         yield runtime

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -102,11 +102,14 @@ class Peer:
 
 
 @contextmanager
-def watchdog(runtime: Runtime, timeout_minutes: float, stacks: Path | None = None) -> Iterator[None]:
+def watchdog(
+    runtime: Runtime, timeout_minutes: float, stacks: Path | None = None, located: Callable[[str], str] = str
+) -> Iterator[None]:
     """Ends this process and its peers with one line, when one of them is lost, hangs or fails alone inside.
 
     timeout_minutes   how long a rank may be silent, or in one phase of a step
     stacks            a folder for the stacks of ranks where one hangs
+    located           adds the place in the recipe to an error's text
     """
     if runtime.world_size == 1:
         yield
@@ -129,6 +132,7 @@ def watchdog(runtime: Runtime, timeout_minutes: float, stacks: Path | None = Non
         try:
             yield
         except LodestarError as error:
+            error.args = (located(str(error)),)  # rank 0 prints it as it is told
             watch.fail_alone(error)
             raise
         except RuntimeError as error:
