@@ -1,24 +1,36 @@
 """Texts to embeddings on one device, by sentence-transformers, in batches of similar length.
 
-Shape suffixes: N texts, B texts of a batch, D embedding width.
+Shape suffixes: N texts, B texts of a batch, C texts of a chunk, L tokens, D embedding width.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import Tensor
 from tqdm import tqdm
+from transformers import BatchEncoding
 
 from lodestar.config.schema import Precision
 from lodestar.errors import ModelError
 from lodestar.training.engine import autocast
 from retrieval.embedding.config import Role
+
+CHUNK = 1024
+"""Texts that are tokenized at once, while the model reads those before."""
+PROMPT_NAMES: dict[Role, tuple[str, ...]] = {
+    "query": ("query",),
+    "document": ("document", "passage", "corpus"),
+    "text": (),  # not even the model's default one
+}
+"""The names under which a model may hold a role's prompt, as sentence-transformers looks for them."""
 
 
 class TextEmbeddings(NamedTuple):
@@ -26,6 +38,29 @@ class TextEmbeddings(NamedTuple):
     """fp32, on the CPU, in the order of the texts."""
     truncated: int
     """Number of texts that were longer than the model reads."""
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the model reads of one chunk of texts."""
+
+    indices: Sequence[int]
+    """Of the texts."""
+    inputs: BatchEncoding
+    """Tensors of shape (C, L), and what is not one of each text."""
+    token_counts: list[int]
+    truncated: int
+    """Number of texts that were longer than the model reads."""
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        """The model's inputs of some texts of the chunk, without columns that are padding in all of them."""
+        mask_BL = self.inputs["attention_mask"][rows]
+        columns_L = mask_BL.any(0)
+        shape_CL = self.inputs["attention_mask"].shape
+        return {
+            name: value[rows][:, columns_L] if isinstance(value, Tensor) and value.shape == shape_CL else value
+            for name, value in self.inputs.items()
+        }
 
 
 def encode_texts(
@@ -43,23 +78,23 @@ def encode_texts(
     batch_tokens  tokens of one batch, padding included; none: 4,096 on a CPU, 65,536 on a GPU
     width         number of leading dimensions to keep, normalised again (Matryoshka); none: all
     """
-    without_prompt = partial(model.encode, prompt="")  # not even the model's default one
-    encode = {"query": model.encode_query, "document": model.encode_document, "text": without_prompt}[role]
-    token_counts, truncated = _token_counts(model, texts, role)
-    longest_first = sorted(range(len(texts)), key=token_counts.__getitem__, reverse=True)
     max_tokens = batch_tokens or (4096 if model.device.type == "cpu" else 65536)
-    result_ND, pending = torch.empty(len(texts), model.get_embedding_dimension() or 0), None
+    result_ND, truncated = torch.empty(len(texts), model.get_embedding_dimension() or 0), 0
+    pending: tuple[list[int], Tensor] | None = None
     bar = tqdm(total=len(texts), unit="text", disable=not progress, leave=False)
     with bar, torch.inference_mode(), autocast(model.device, precision):
-        for indices in cut_batches(longest_first, token_counts, max_tokens):
-            batch = [texts[i] for i in indices]
-            batch_BD = encode(batch, batch_size=len(batch), convert_to_tensor=True, show_progress_bar=False)
-            if batch_BD.shape[1] != result_ND.shape[1]:
-                result_ND = torch.empty(len(texts), batch_BD.shape[1])
-            if pending:  # copy one batch late: the GPU computes this batch meanwhile
-                result_ND[pending[0]] = pending[1].float().cpu()
-            pending = indices, batch_BD
-            bar.update(len(batch))
+        for chunk in _tokenized(model, texts, role):
+            truncated += chunk.truncated
+            longest_first = sorted(range(len(chunk.indices)), key=chunk.token_counts.__getitem__, reverse=True)
+            for rows in cut_batches(longest_first, chunk.token_counts, max_tokens):
+                outputs = model(batch_to_device(chunk.batch(rows), model.device), **_task(role))
+                batch_BD = truncate_embeddings(outputs["sentence_embedding"], model.truncate_dim)
+                if batch_BD.shape[1] != result_ND.shape[1]:
+                    result_ND = torch.empty(len(texts), batch_BD.shape[1])
+                if pending:  # copy one batch late: the GPU computes this batch meanwhile
+                    result_ND[pending[0]] = pending[1].float().cpu()
+                pending = [chunk.indices[row] for row in rows], batch_BD
+                bar.update(len(rows))
         if pending:
             result_ND[pending[0]] = pending[1].float().cpu()
     if not result_ND.isfinite().all():
@@ -69,12 +104,34 @@ def encode_texts(
     return TextEmbeddings(result_ND, truncated)
 
 
-def _token_counts(model: SentenceTransformer, texts: Sequence[str], role: Role) -> tuple[list[int], int]:
-    """(tokens of each text as the model reads it, number of truncated texts)."""
-    prompt = model.prompts.get(role) or ""
-    token_ids = model.tokenizer([prompt + text for text in texts], verbose=False)["input_ids"] if texts else []
-    max_length = model.max_seq_length or sys.maxsize
-    return [min(max_length, len(ids)) for ids in token_ids], sum(len(ids) > max_length for ids in token_ids)
+def _tokenized(model: SentenceTransformer, texts: Sequence[str], role: Role) -> Iterator[_Tokens]:
+    """Chunks of texts of similar length, longest first, each tokenized while the model reads the one before."""
+    longest_first = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+    ahead: Future[_Tokens] | None = None
+    with ThreadPoolExecutor(1) as pool:
+        for start in range(0, len(texts), CHUNK):
+            ready, ahead = ahead, pool.submit(_tokenize, model, texts, role, longest_first[start : start + CHUNK])
+            if ready:
+                yield ready.result()
+        if ahead:
+            yield ahead.result()
+
+
+def _tokenize(model: SentenceTransformer, texts: Sequence[str], role: Role, indices: Sequence[int]) -> _Tokens:
+    prompt = next((model.prompts[name] for name in PROMPT_NAMES[role] if name in model.prompts), "") or ""
+    chunk = [texts[i] for i in indices]
+    inputs: Any = model.preprocess(chunk, prompt=prompt, **_task(role))
+    if inputs.encodings:
+        truncated = sum(bool(encoding.overflowing) for encoding in inputs.encodings)
+    else:  # a tokenizer written in Python does not tell
+        whole = model.tokenizer([prompt + text for text in chunk], verbose=False)["input_ids"]
+        truncated = sum(len(ids) > (model.max_seq_length or sys.maxsize) for ids in whole)
+    return _Tokens(indices, inputs, inputs["attention_mask"].sum(1).tolist(), truncated)
+
+
+def _task(role: Role) -> dict[str, str]:
+    """Models with a module for each role choose by it."""
+    return {} if role == "text" else {"task": role}
 
 
 def cut_batches(longest_first: Sequence[int], token_counts: Sequence[int], max_tokens: int) -> Iterator[Sequence[int]]:

@@ -10,6 +10,7 @@ import torch
 from lodestar.errors import ModelError
 from retrieval.embedding.encode_texts import cut_batches, encode_texts
 from retrieval.embedding.load_model import load_model
+from tests import tiny
 
 
 def test_embeddings_that_are_not_numbers_are_an_error_not_a_low_score(model_folder: Path) -> None:
@@ -23,6 +24,25 @@ def test_embeddings_that_are_not_numbers_are_an_error_not_a_low_score(model_fold
 def test_truncated_texts_are_counted(model_folder: Path) -> None:
     model = load_model(model_folder, "cpu")
     assert encode_texts(model, ["mask", "mask " * 30, "mask " * 31, "mask " * 100], "document").truncated == 2
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_texts_of_any_length_are_embedded_as_sentence_transformers_does(
+    include_prompt: bool, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retrieval.embedding.encode_texts.CHUNK", 7)
+    model = load_model(model_folder, "cpu")
+    model.prompts = {"query": "mask the", "passage": "a text:", "default": "cover"}
+    model.default_prompt_name = "default"
+    model.set_pooling_include_prompt(include_prompt)
+    texts = [*tiny.texts(20, seed=3), "", "mask " * 100]
+    for role, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        expected_ND = torch.from_numpy(encode(texts, batch_size=1))
+        vectors_ND = encode_texts(model, texts, role, batch_tokens=64).vectors_ND
+        torch.testing.assert_close(vectors_ND, expected_ND, rtol=0, atol=1e-6)
+    plain_ND = encode_texts(model, texts, "text").vectors_ND
+    torch.testing.assert_close(plain_ND, torch.from_numpy(model.encode(texts, prompt="")), rtol=0, atol=1e-6)
+    assert (plain_ND - vectors_ND).abs().max() > 1e-3
 
 
 def test_batches_keep_to_the_budget_and_hold_each_text_once() -> None:
