@@ -6,6 +6,7 @@ that errors in a recipe are printed at once, by one rank.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -28,6 +29,8 @@ _LAUNCHERS = {
     "torchrun or deepspeed": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 }
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,10 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
     device = choose_device(placement.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    elif placement.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks compete for cores
+    else:
+        keep_pages()
+        if placement.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks compete for cores
     torch.set_flush_denormal(True)  # softmax gradients have many denormals, which make products on CPUs 60 times slower
     _complete_environment(placement)
     timeout = timedelta(minutes=timeout_minutes)
@@ -211,6 +216,17 @@ def prepare_deepspeed() -> None:
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def keep_pages() -> None:
+    """Keep the pages of large tensors that are freed, for those that follow; the process never gets smaller.
+
+    glibc gives them back to the kernel, and each step would wait for all of them again, a page fault for 4 KiB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def own_address() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lodestar.errors import LaunchError
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker, read_metrics
 from lodestar.training.schedule import lr_factor
+from tests import processes
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "24", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
@@ -109,3 +111,24 @@ def test_metrics_are_lines_and_a_resumed_run_deletes_later_ones(tmp_path: Path) 
     tracker.resume_at(2)
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
     Tracker.silent().log({"step": 1})
+
+
+FAULTS = """
+import resource, sys, torch
+from lodestar.distributed.runtime import keep_pages
+if sys.argv[1] == "kept":
+    keep_pages()
+for _ in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MiB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of glibc")
+def test_large_tensors_take_the_pages_of_those_before_once_pages_are_kept() -> None:
+    kept, returned = (
+        int(processes.run([sys.executable, "-c", FAULTS, what], processes.environment(), limit_s=60).stdout)
+        for what in ("kept", "returned")
+    )
+    assert kept == 0 and returned > 30
