@@ -43,7 +43,7 @@ test: install-all ## run the fast tests: under five minutes on two cores
 	$(PYTEST)
 
 test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
-	$(PYTEST) -m slow
+	$(PYTEST) --numprocesses 3 -m slow  # many of them wait
 
 test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
 	$(PYTEST) -m 'slow or not slow'
