@@ -100,7 +100,7 @@ def build_task(recipe: FinetuneRecipe, runtime: Runtime, make_sampler: MakeSampl
         ),
         evaluate=in_training_evaluation(recipe, tokenizer, runtime, embed, prompts=prompts),
         data_counts=training.counts,
-        examples_at=None if data.streaming else lambda step: _example_names(data, collate, step),
+        examples_at=training.examples_at,
         keep_best=recipe.evaluate.keep_best,
     )
 
@@ -114,6 +114,7 @@ class _TrainingData(NamedTuple):
     collate: Collate
     batches: Callable[[int], Generator[StepBatch]]
     counts: Mapping[str, int]
+    examples_at: Callable[[int], Sequence[str]]
     rows: int | None = None
     samples: Sequence[Sequence[str | None]] = ()
     """Of streams: hashes of parts of each file."""
@@ -164,6 +165,7 @@ def _streamed_data(
         collate,
         batches=lambda start: streams.batches(collate, start, collate.mixture.at),
         counts=streams.counts,
+        examples_at=lambda step: streams.examples_at(*collate.mixture.at(step)),
         samples=streams.samples,
     )
 
@@ -213,6 +215,7 @@ def _cached_data(
             collate, start=start, total=total_steps, workers=data.workers, pin=runtime.device.type == "cuda"
         ),
         counts=dict(counts),
+        examples_at=lambda step: _example_names(data, collate, step),
         rows=counts["rows"],
     )
 

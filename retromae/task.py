@@ -137,6 +137,7 @@ def _streamed_data(
         batches=lambda start: streams.batches(collate, start, lambda step: (0, step)),
         counts=streams.counts,
         samples=streams.samples[0],
+        examples_at=lambda step: streams.examples_at(0, step),
     )
 
 

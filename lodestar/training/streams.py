@@ -17,7 +17,7 @@ from lodestar.data.file_record import FileRecord
 from lodestar.data.loader import StepBatch, step_batches
 from lodestar.data.parallel_tokenize import Tokenize
 from lodestar.data.readers import Row, Source
-from lodestar.data.stream_windows import Windows, WindowStarts, window_batches
+from lodestar.data.stream_windows import Windows, WindowStart, WindowStarts, window_batches
 from lodestar.data.stream_writer import WindowWriter, stream_folder, written_ahead
 from lodestar.distributed.collectives import on_main
 from lodestar.distributed.runtime import Runtime
@@ -40,6 +40,7 @@ class Streams:
     ) -> None:
         """settings   everything besides the rows that determines their examples; JSON values"""
         self._data, self._runtime, self._total = data, runtime, recipe.schedule.steps or 0
+        self._sources, self._batches = sources, window_batches(recipe.batch.global_size)
         size = recipe.batch.global_size
         self.sizes = [[source.size_bytes for source in of_stream] for of_stream in sources]
         self.samples: list[list[str | None]] = on_main(lambda: _samples(data, sources))
@@ -63,7 +64,7 @@ class Streams:
                 tokenize,
                 features,
                 data.processes,
-                window_batches(size),
+                self._batches,
                 size,
                 starts=of_starts,
                 add_start=starts.add if runtime.is_main else lambda number, start: None,
@@ -84,6 +85,15 @@ class Streams:
             batch_at,
             self._count,
         )
+
+    def examples_at(self, stream: int, batch: int) -> list[str]:
+        """Where the window of a batch begins, by FILE:LINE: all of its examples are shuffled."""
+        window = batch // self._batches
+        start = self._starts[stream].read().get(window, WindowStart() if window == 0 else None)
+        if start is None:
+            return []
+        path, line = self._sources[stream][start.cursor.source].path, start.cursor.line + 1
+        return [f"those of {self._batches} batches from {path}:{line} on"]
 
     def _count(self, stream: int, window: int) -> None:
         """Note what was counted up to the end of a window."""

@@ -121,8 +121,8 @@ def _tokenize(model: SentenceTransformer, texts: Sequence[str], role: Role, indi
     prompt = next((model.prompts[name] for name in PROMPT_NAMES[role] if name in model.prompts), "") or ""
     chunk = [texts[i] for i in indices]
     inputs: Any = model.preprocess(chunk, prompt=prompt, **_task(role))
-    if inputs.encodings:
-        truncated = sum(bool(encoding.overflowing) for encoding in inputs.encodings)
+    if encodings := getattr(inputs, "encodings", None):
+        truncated = sum(bool(encoding.overflowing) for encoding in encodings)
     else:  # a tokenizer written in Python does not tell
         whole = model.tokenizer([prompt + text for text in chunk], verbose=False)["input_ids"]
         truncated = sum(len(ids) > (model.max_seq_length or sys.maxsize) for ids in whole)

@@ -86,3 +86,11 @@ def test_neither_a_stop_signal_nor_crashes_in_different_steps_stop_a_run(tmp_pat
     codes, said = ends("pretrain", tmp_path, *runs)
     assert codes == [-KILL, -KILL, -KILL, -KILL, 3, -KILL, -KILL, 0], said
     assert "resumes from step 4 of 6" in said and not record.exists()
+
+
+@pytest.mark.slow
+def test_of_a_stream_the_place_is_named_from_which_the_examples_were_read(tmp_path: Path) -> None:
+    codes, said = ends("pretrain", tmp_path, *[(3, KILL, "data.streaming=true")] * 4)
+    assert codes == [-KILL, -KILL, -KILL, 2]
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert f"in step 4 with the examples those of 64 batches from {tmp_path}/pretrain.jsonl:1 on (" in line
