@@ -7,7 +7,7 @@ they are scored against, K passages of one query, B texts of a micro-batch, L to
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -120,16 +120,22 @@ class FinetuneStage:
         passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])
         positive_hash_Q, positive_QD = (x.index_select(0, start_Q) for x in (passage_hash_M, p_MD))
         query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
-        of_passages = partial(
-            NegativeMask,
-            same_query_B=query_hash_Q,
-            candidate_M=passage_hash_M,
-            owner_M=owner_M,
-            positive_index_B=start_Q,
-            in_row_only=not batch.in_batch_negatives,
-            start_B=start_Q,
-            end_B=start_Q + tensors["count_Q"],
-        )
+
+        def masks(
+            same_Q: Tensor, candidate_M: Tensor, owner_M: Tensor, start_Q: Tensor, end_Q: Tensor
+        ) -> Callable[..., NegativeMask]:
+            return partial(
+                NegativeMask,
+                same_query_B=same_Q,
+                candidate_M=candidate_M,
+                owner_M=owner_M,
+                positive_index_B=start_Q,
+                in_row_only=not batch.in_batch_negatives,
+                start_B=start_Q,
+                end_B=end_Q,
+            )
+
+        of_passages = masks(query_hash_Q, passage_hash_M, owner_M, start_Q, start_Q + tensors["count_Q"])
         directions = [
             ("query_to_passage", query, positive, p_MD, of_passages),
             ("passage_to_passage", positive, query, p_MD, of_passages),
@@ -137,16 +143,7 @@ class FinetuneStage:
         if weights.keys() & {"passage_to_query", "query_to_query"}:
             queries_GD, index_Q = self._queries(batch, q_QD, all_ND)
             hash_G, owner_G = self._gathered(batch.queries_per_rank, query_hash_Q, positive_hash_Q)
-            of_queries = partial(
-                NegativeMask,
-                same_query_B=positive_hash_Q,
-                candidate_M=hash_G,
-                owner_M=owner_G,
-                positive_index_B=index_Q,
-                in_row_only=not batch.in_batch_negatives,
-                start_B=index_Q,
-                end_B=index_Q,
-            )
+            of_queries = masks(positive_hash_Q, hash_G, owner_G, index_Q, index_Q)
             directions += [
                 ("passage_to_query", positive, query, queries_GD, of_queries),
                 ("query_to_query", query, positive, queries_GD, of_queries),

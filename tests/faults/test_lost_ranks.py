@@ -78,7 +78,7 @@ def test_a_rank_without_memory_is_told_once_with_a_smaller_micro_batch(folder: P
     said = runs.finish_all(started, limit_s=120)
     assert [process.returncode for process in started] == [2, 2], said
     (line,) = [line for text in said for line in runs.errors(text)]
-    assert line.startswith("error: batch.micro_size: rank 1 is out of memory at 4500 examples"), line
+    assert line.startswith("error: command line: batch.micro_size: rank 1 is out of memory at 4500 examples"), line
     assert "(set batch.micro_size=2250, which changes no result" in line and "error: " in said[0]
 
 
@@ -89,5 +89,5 @@ def test_a_killed_loader_worker_is_told_once_by_rank_0(folder: Path) -> None:
     psutil.Process(started[1].pid).children()[0].kill()
     said = runs.finish_all(started, limit_s=20)
     (line,) = [line for text in said for line in runs.errors(text)]
-    assert line.startswith("error: data.workers: rank 1: DataLoader worker (pid"), said
+    assert line.startswith("error: command line: data.workers: rank 1: DataLoader worker (pid"), said
     assert [process.returncode for process in started] == [2, 2]

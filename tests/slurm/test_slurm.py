@@ -1,4 +1,4 @@
-"""The shipped batch scripts on a real SLURM of two simulated nodes: signalled, saved, requeued, and exact.
+"""The shipped batch scripts on a real SLURM of simulated nodes: signalled, saved, requeued, and exact.
 
 `make slurm` installs SLURM where it can (root and apt); without it these tests skip themselves.
 """
@@ -42,12 +42,15 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
+NODES = ("n1", "n2", "n3", "n4")
+
+
 class Cluster:
-    """Two nodes of one core on this machine, with daemons of their own in a folder of their own."""
+    """Nodes of one core on this machine, enough for two jobs, with daemons of their own in a folder of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, host = folder, socket.gethostname()
-        control, *nodes = free_ports(3)
+        control, *ports = free_ports(1 + len(NODES))
         key = folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
@@ -63,8 +66,8 @@ class Cluster:
             "SelectType=select/cons_tres\nSelectTypeParameters=CR_Core\nSlurmdParameters=config_overrides\n"
             "ReturnToService=2\nMpiDefault=none\nKillWait=30\nSchedulerType=sched/backfill\n"
             + "".join(
-                f"NodeName=n{i} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 State=UNKNOWN\n"
-                for i, port in enumerate(nodes, 1)
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 State=UNKNOWN\n"
+                for node, port in zip(NODES, ports, strict=True)
             )
             + "PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP\n"
         )
@@ -78,9 +81,10 @@ class Cluster:
                      f"--seed-file={folder}/munge.seed")  # fmt: skip
         self._wait(lambda: (folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
-        for node in ("n1", "n2"):
+        for node in NODES:
             self._daemon("slurmd", "-D", "-c", "-N", node, "-f", str(self.conf))
-        self._wait(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "2", "two idle nodes")
+        count = str(len(NODES))
+        self._wait(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == count, f"{count} idle nodes")
 
     def stop(self) -> None:
         for daemon in reversed(self.daemons):
@@ -179,9 +183,7 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     stage: str, steps: int, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    job = submit(cluster, stage, overrides(stage, data, whole, steps), "--time=10")
-    assert ended(cluster, job, 300) == "COMPLETED after 0 restarts", log(cluster, job)
-    assert json.loads((whole / "environment.json").read_text())["world_size"] == 2
+    undisturbed = submit(cluster, stage, overrides(stage, data, whole, steps), "--time=10")
     job = submit(cluster, stage, overrides(stage, data, parts, steps), "--time=10")
     deadline = time.monotonic() + 120
     while not (parts / "metrics.jsonl").is_file():
@@ -190,6 +192,8 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     cluster.run("scancel", "--signal=USR1", job)
     assert ended(cluster, job, 400) == "COMPLETED after 1 restarts", log(cluster, job)
     assert "run: stopped" in log(cluster, job) and "run: finished" in log(cluster, job)
+    assert ended(cluster, undisturbed, 300) == "COMPLETED after 0 restarts", log(cluster, undisturbed)
+    assert json.loads((whole / "environment.json").read_text())["world_size"] == 2
     last = f"checkpoints/step-{steps:08d}/weights.safetensors"
     first, second = load_file(whole / last), load_file(parts / last)
     assert all(first[name].equal(second[name]) for name in first)
@@ -199,7 +203,7 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
 def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """SLURM itself sends it, up to a minute early: the shortest limits take two minutes."""
     job = submit(
-        cluster, "finetune", overrides("finetune", data, tmp_path / "run", 10**6), "--time=2", "--signal=USR1@20"
+        cluster, "finetune", overrides("finetune", data, tmp_path / "run", 10**6), "--time=2", "--signal=USR1@45"
     )
     deadline = time.monotonic() + 180
     while "Restarts=1" not in cluster.run("scontrol", "show", "job", job):
