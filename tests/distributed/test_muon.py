@@ -59,7 +59,7 @@ def single(folder: Path) -> dict[tuple[str, bool], Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest, folder: Path) -> dict[tuple[str, bool], Any]:
     return run_world(jobs, request.param, folder)[-1]
 

@@ -255,6 +255,7 @@ def test_a_mistake_is_one_line_before_torch_is_imported(folder: Path) -> None:
     assert not any(line.endswith(" torch") for line in found.stderr.splitlines())
 
 
+@pytest.mark.slow
 def test_torchrun_with_a_single_process_meets_itself(folder: Path) -> None:
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "launch/finetune.py"]
     config, encoder = str(recipe(folder, "finetune")), f"model.encoder={folder}/bert"

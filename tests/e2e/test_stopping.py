@@ -65,7 +65,7 @@ def to_inner_launcher(process: subprocess.Popen[str], number: signal.Signals) ->
         ("deepspeed", signal.SIGINT, to_group),  # Ctrl-C at a terminal
         pytest.param("deepspeed", signal.SIGTERM, to_group, marks=pytest.mark.slow),
         pytest.param("deepspeed", signal.SIGTERM, to_inner_launcher, marks=pytest.mark.slow),
-        ("torchrun", signal.SIGINT, to_group),
+        pytest.param("torchrun", signal.SIGINT, to_group, marks=pytest.mark.slow),
         pytest.param("python", signal.SIGINT, to_group, marks=pytest.mark.slow),
     ],
 )

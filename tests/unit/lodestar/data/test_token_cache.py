@@ -278,7 +278,7 @@ print(len(dataset.rows))
 """
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_of_runs_that_share_a_cache_one_builds_it_and_the_others_wait(shared: bool, tmp_path: Path) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
     caches = [str(tmp_path / ("cache" if shared else f"cache {i}")) for i in range(3)]
