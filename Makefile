@@ -48,12 +48,13 @@ test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
 test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
 	$(PYTEST) -m 'slow or not slow'
 
-# torch 2.11, the lowest, may come as a CUDA build of gigabytes: MINIMUM_TORCH=2.11.0 tests it.
+# torch 2.11, the lowest, may come as a CUDA build of gigabytes: MINIMUM_TORCH=2.11.0 tests it. tests/conformance is about
+# the locked versions of other packages.
 MINIMUM_TORCH ?= 2.13.0
-MINIMUM_TESTS ?= tests/unit tests/databases tests/recipes tests/conformance tests/e2e/test_families.py
+MINIMUM_TESTS ?= tests/unit tests/databases tests/recipes tests/e2e/test_families.py
 
 test-minimum: $(MINIMUM_VENV)/installed ## run most tests with the lowest versions that pyproject.toml allows
-	$(subst $(VENV),$(MINIMUM_VENV),$(RUN))/python -m pytest $(MINIMUM_TESTS)
+	PYTHONPATH=. $(subst $(VENV),$(MINIMUM_VENV),$(RUN))/python -m pytest $(MINIMUM_TESTS)
 
 $(MINIMUM_VENV)/installed: pyproject.toml tests/lowest_versions.py
 	$(PYTHON) -m venv --clear $(MINIMUM_VENV)

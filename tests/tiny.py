@@ -168,7 +168,7 @@ def decoder(folder: Path, **options: Any) -> Path:
     """
     backend = Tokenizer.from_str(tokenizer("modernbert").backend_tokenizer.to_str())
     backend.post_processor = processors.ByteLevel()  # type: ignore[assignment]
-    names = {"eos_token": "[SEP]", "bos_token": "[CLS]", "unk_token": "[UNK]"}
+    names = {"eos_token": "[SEP]", "bos_token": "[CLS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
     own_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
     torch.manual_seed(0)
     config = Qwen2Config(

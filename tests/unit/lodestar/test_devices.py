@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def exact_again() -> Iterator[None]:
+def exact() -> Iterator[None]:
+    """Before each test too: other libraries set it."""
+    set_tf32(False)
     yield
     set_tf32(False)
 
