@@ -217,4 +217,4 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
     while f"resumes from step {step} " not in log(cluster, job):
         assert time.monotonic() < deadline, log(cluster, job)
         time.sleep(1)
-    cluster.run("scancel", "--full", "--signal=KILL", job)  # or the daemons would wait for it
+    cluster.run("scancel", job)
