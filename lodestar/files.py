@@ -159,14 +159,23 @@ def sync(path: Path) -> None:
 # --- manifests -------------------------------------------------------------------------------
 
 
-def write_manifest(folder: Path, **values: Any) -> None:
-    """Write size and SHA-256 of every file below `folder`, `values`, and a hash of all that; fsync all of it."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
+def write_manifest(folder: Path, *, hash_of: Callable[[Path], str] | None = None, **values: Any) -> None:
+    """Write size and SHA-256 of every file below `folder`, `values`, and a hash of all that; fsync all of it.
+
+    hash_of   the SHA-256 of a file, where it need not be computed again
+    """
+    hash_of, manifest = hash_of or sha256, folder / MANIFEST
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != manifest)
+    files = {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_of(path)} for path in paths}
     content = {"format": FORMAT, **values, "files": files}
-    (folder / MANIFEST).write_bytes(_as_bytes({**content, "sha256": _hash_of(content)}))
+    manifest.write_bytes(_as_bytes({**content, "sha256": _hash_of(content)}))
     for path in (*folder.rglob("*"), folder):
         sync(path)
+
+
+def manifest_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file that a folder's manifest lists; ValueError, in a few words, where that is damaged."""
+    return {name: entry["sha256"] for name, entry in _read_manifest(folder / MANIFEST, {})["files"].items()}
 
 
 def damage(
@@ -294,9 +303,13 @@ def sha256(path: Path) -> str:
 # --- locks -----------------------------------------------------------------------------------
 
 
+class InUseError(ConfigError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def locked(folder: Path, field: str, name: str = ".lock", *, wait: bool = False) -> Generator[None]:
-    """Hold the lock of `folder` against other processes, on this host or another; ConfigError names its holder.
+    """Hold the lock of `folder` against other processes, on this host or another; InUseError names its holder.
 
     The kernel releases the lock when the process ends, for whatever reason; the file only names the holder.
 
@@ -324,7 +337,7 @@ def locked(folder: Path, field: str, name: str = ".lock", *, wait: bool = False)
             file.seek(0)
             holder = file.read(100).strip() or "another process"
             if not wait:
-                raise ConfigError(
+                raise InUseError(
                     f"{field}: {folder}: in use by {holder} (wait until it ends, or choose another {field})"
                 )
             if time.monotonic() >= next_line:

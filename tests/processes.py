@@ -65,9 +65,13 @@ def wait_until(ready: Callable[[], object], *processes: subprocess.Popen[str], l
 def stop(process: subprocess.Popen[str]) -> str:
     """End it and all that it started; returns what they said, stacks included."""
     family = _family(process.pid)
-    _signal(family, signal.SIGABRT)  # faulthandler prints the stacks of all threads
-    psutil.wait_procs(family, timeout=5)
-    _signal(family, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    for member in family:  # one by one: they may share a pipe, and would cut each other's lines
+        _signal(member, signal.SIGABRT)  # faulthandler prints the stacks of all threads
+        while _is_alive(member) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    for member in family:
+        _signal(member, signal.SIGKILL)
     try:
         return "".join(text or "" for text in process.communicate(timeout=5))
     except subprocess.TimeoutExpired:
@@ -75,12 +79,20 @@ def stop(process: subprocess.Popen[str]) -> str:
 
 
 def _family(process_id: int) -> list[psutil.Process]:
-    """The process, its descendants, and what is left of its session where those between have ended."""
+    """The process, its descendants, and what is left of its session where those between have ended; the oldest first,
+    because a parent may end in its own way once its children have.
+    """
     family = {other for other in psutil.process_iter() if _session(other.pid) == process_id}
     for member in list(family):
         with suppress(psutil.NoSuchProcess):
             family |= set(member.children(recursive=True))
-    return list(family)
+    return sorted(family, key=lambda member: (_created(member), member.pid))
+
+
+def _created(process: psutil.Process) -> float:
+    with suppress(psutil.NoSuchProcess):
+        return process.create_time()
+    return 0.0
 
 
 def _session(process_id: int) -> int | None:
@@ -90,7 +102,12 @@ def _session(process_id: int) -> int | None:
         return None
 
 
-def _signal(family: list[psutil.Process], number: signal.Signals) -> None:
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.send_signal(number)
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)

@@ -7,30 +7,23 @@ import json
 import os
 import shutil
 import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 
+from lodestar.data.cache_parts import Check, Corpus, build_parts, delete_parts, join_parts, move_parts
 from lodestar.data.file_record import FileRecord, FileState
 from lodestar.data.findings import Finding, Findings
 from lodestar.data.parallel_tokenize import Tokenize
-from lodestar.data.readers import ROWS, Row, Source, read_rows
-from lodestar.data.tokenized_shards import write_shards
+from lodestar.data.readers import Source
 from lodestar.errors import DataError
-from lodestar.files import damage, locked, make_folder, sha256, sync, write_manifest
-
-ABANDONED_SECONDS = 7 * 24 * 3600
-"""Age at which the unfinished cache of a killed run is deleted."""
+from lodestar.files import damage, locked, make_folder, sha256
 
 _FIELD, _SHA256 = "data.cache_dir", "sha256"
-Check = Callable[[str, Row, Findings], Row | None]
 
 
 @dataclass(frozen=True)
@@ -76,8 +69,8 @@ def tokenized(
 ) -> TokenizedDataset:
     """The sources' rows, checked and tokenized; from the cache if it has the same content with the same settings.
 
-    Files whose size and time of change are those of an earlier run are not read. Of runs and nodes that share the cache
-    one builds it, and the others wait.
+    Files whose size and time of change are those of an earlier run are not read. Runs and nodes that share the cache
+    build it together, a part each.
 
     settings       everything besides the content that determines the result
     check          (where, row, findings) -> the columns to keep, none to drop the row; raises DataError
@@ -94,33 +87,20 @@ def tokenized(
     cache_key = json.dumps([fingerprints, dict(settings)], sort_keys=True)
     fingerprint = hashlib.blake2b(cache_key.encode(), digest_size=12).hexdigest()
     folder = cache_dir / (fingerprint if version == 1 else f"{fingerprint}-{version}")
-    corpus = _Corpus(sources, states, fingerprint, tokenize, check, features, processes)
+    corpus = Corpus(sources, states, tokenize, check, features, processes, strict)
     if not folder.exists() or (first_on_node and _damage(folder, lambda path: str(record.get(path, _SHA256)))):
-        _check_or_build(folder, corpus, strict)
+        _check_or_build(folder, corpus, fingerprint)
     stats = cast(DatasetStats, _read_stats(folder))
     Findings(strict).merge(stats.findings)
     return TokenizedDataset(cast(datasets.Dataset, datasets.load_from_disk(str(folder / "rows"))), stats)
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    """What a cache is built from."""
-
-    sources: Sequence[Source]
-    states: Sequence[FileState]
-    """Of the sources' files, before they were hashed."""
-    fingerprint: str
-    tokenize: Tokenize
-    check: Check
-    features: datasets.Features
-    processes: int
-
-
-def _check_or_build(folder: Path, corpus: _Corpus, strict: bool) -> None:
-    """Read every byte of the cache, or build it; meanwhile other processes wait."""
+def _check_or_build(folder: Path, corpus: Corpus, fingerprint: str) -> None:
+    """Read every byte of the cache, or build it together with other processes that need it."""
     cache_dir = folder.parent
     if not folder.exists():
         make_folder(cache_dir, _FIELD)
+        build_parts(folder, corpus)
     is_writable = os.access(cache_dir, os.W_OK)
     with locked(cache_dir, _FIELD, f".{folder.name}.lock", wait=True) if is_writable else nullcontext():
         with FileRecord(cache_dir) as record:  # read again: the process that had the lock has added to it
@@ -131,7 +111,8 @@ def _check_or_build(folder: Path, corpus: _Corpus, strict: bool) -> None:
         if folder.exists():
             print(f"warning: {_FIELD}: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
-        _build(folder, corpus, Findings(strict))
+        build_parts(folder, corpus)
+        _join(folder, corpus, fingerprint)
 
 
 def _damage(folder: Path, hash_of: Callable[[Path], str]) -> str | None:
@@ -163,65 +144,21 @@ def _read_stats(folder: Path) -> DatasetStats | None:
     return DatasetStats(**values) if values.keys() == {field.name for field in fields(DatasetStats)} else None
 
 
-def _build(folder: Path, corpus: _Corpus, findings: Findings) -> None:
-    """Write the cache beside `folder`, then rename it; nothing is left after an error."""
-    tmp, sources = _new_tmp(folder), corpus.sources
-    num_read = Counter[str]()
-    try:
-        with FileRecord(folder.parent) as record:
-            rows = _checked_rows(corpus, findings, record, num_read)
-            totals = write_shards(rows, corpus.tokenize, corpus.features, tmp / "rows", corpus.processes)
-        if not totals["examples"]:
-            paths = ", ".join(source.path for source in sources)
-            raise DataError(f"{sources[0].field}: {paths}: no row is left to train on (name files with texts)")
-        without_tokens = totals["without_tokens"] + totals["rows"] - totals["texts"]
-        if without_tokens:
-            problem, remedy = "a text holds no token but special ones", "drop such rows, or check the tokenizer"
-            findings.add(sources[0].path, "row", problem, remedy, without_tokens)
-        stats = DatasetStats(
-            fingerprint=corpus.fingerprint,
-            rows=totals["examples"],
-            tokens=totals["tokens"],
-            truncated=totals["truncated"],
-            dropped=num_read.total() - totals["texts"],
-            without_tokens=without_tokens,
-            findings=findings.by_problem,
-        )
-        (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
-        write_manifest(tmp)
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    try:
-        tmp.rename(folder)  # whole or absent
-    except OSError:  # another run on this cache was faster, on a file system without locks
-        shutil.rmtree(tmp)
-    sync(folder.parent)
-
-
-def _checked_rows(corpus: _Corpus, findings: Findings, record: FileRecord, num_read: Counter[str]) -> Iterator[Row]:
-    """The rows that are not dropped. Counts the rows of each file, also in the record."""
-    for source, state in zip(corpus.sources, corpus.states, strict=True):
-        count = 0
-        for where, row in read_rows(source):
-            count += 1
-            if (checked_row := corpus.check(where, row, findings)) is not None:
-                yield checked_row
-        if not count:
-            findings.add_empty(source)
-        if FileState.of(source.path) != state:
-            raise DataError(
-                f"{source.field}: {source.path}: changed while it was read (start again when it is complete)"
-            )
-        num_read[source.path] += count
-        record.remember(source.path, state, ROWS, count)
-
-
-def _new_tmp(folder: Path) -> Path:
-    """A new folder for this process, because other runs and nodes may build the same cache; deletes abandoned ones."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for tmp in folder.parent.glob(".*.tmp"):
-        with suppress(OSError):
-            if time.time() - tmp.stat().st_mtime > ABANDONED_SECONDS:
-                shutil.rmtree(tmp)
-    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+def _join(folder: Path, corpus: Corpus, fingerprint: str) -> None:
+    """The cache of its parts."""
+    tmp, totals, findings = join_parts(folder, corpus)
+    if not totals["examples"]:
+        delete_parts(folder)
+        paths = ", ".join(source.path for source in corpus.sources)
+        raise DataError(f"{corpus.sources[0].field}: {paths}: no row is left to train on (name files with texts)")
+    stats = DatasetStats(
+        fingerprint=fingerprint,
+        rows=totals["examples"],
+        tokens=totals["tokens"],
+        truncated=totals["truncated"],
+        dropped=totals["dropped"],
+        without_tokens=totals["without_tokens"],
+        findings=findings.by_problem,
+    )
+    (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
+    move_parts(folder, corpus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -25,13 +25,16 @@ BATCH_BYTES, SHARD_BYTES = 16 << 20, 1 << 30
 
 
 def write_shards(
-    rows: Iterable[Row], tokenize: Tokenize, features: datasets.Features, folder: Path, processes: int
+    rows: Iterable[Row], tokenize: Tokenize, features: datasets.Features, folder: Path, processes: int, title: str
 ) -> Counter[str]:
-    """Tokenize the rows and write them to a new folder, in their order; returns the sums of `encoded`'s counts."""
+    """Tokenize the rows and write them to a new folder, in their order; returns the sums of `encoded`'s counts.
+
+    title   of the progress bar
+    """
     totals = Counter[str]()
     with (
         closing(encoded(_chunks(rows), tokenize, features, processes)) as tables,
-        tqdm(desc="tokenizing", unit=" rows") as progress,
+        tqdm(desc=title, unit=" rows") as progress,
         ShardWriter(folder, features) as writer,
     ):
         for table, counts in tables:
@@ -85,9 +88,14 @@ class ShardWriter:
         if kind is None:
             if self._tables:
                 self._write_batch()
-            state: dict[str, Any] = dict.fromkeys(("_format_columns", "_format_type", "_split"))
-            state |= {"_fingerprint": uuid4().hex[:16], "_format_kwargs": {}, "_output_all_columns": False}
-            state["_data_files"] = [{"filename": name} for name in self._names]
-            (self._folder / "state.json").write_text(json.dumps(state))
-            datasets.DatasetInfo(features=self._features).write_to_directory(str(self._folder))
+            write_index(self._folder, self._features, self._names)
         self._close()
+
+
+def write_index(folder: Path, features: datasets.Features, names: Sequence[str]) -> None:
+    """What `datasets.load_from_disk` reads of a folder of Arrow files: their names in the order of the rows."""
+    state: dict[str, Any] = dict.fromkeys(("_format_columns", "_format_type", "_split"))
+    state |= {"_fingerprint": uuid4().hex[:16], "_format_kwargs": {}, "_output_all_columns": False}
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state))
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))

@@ -15,8 +15,8 @@ import datasets
 import psutil
 import pytest
 
-from lodestar.data import tokenized_shards
-from lodestar.data.file_record import FileRecord
+from lodestar.data import cache_parts, tokenized_shards
+from lodestar.data.file_record import RECORD, FileRecord
 from lodestar.data.findings import Findings
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
@@ -47,11 +47,17 @@ def check(where: str, row: Mapping[str, Any], findings: Findings) -> Mapping[str
 
 
 def build(
-    tmp_path: Path, *names: str, processes: int = 1, version: int = 1, strict: bool = False, **settings: Any
+    tmp_path: Path,
+    *names: str,
+    processes: int = 1,
+    version: int = 1,
+    strict: bool = False,
+    cache: str = "cache",
+    **settings: Any,
 ) -> TokenizedDataset:
     return tokenized(
         find_sources([str(tmp_path / name) for name in names]),
-        cache_dir=tmp_path / "cache", settings=settings, tokenize=tokenize, check=check,
+        cache_dir=tmp_path / cache, settings=settings, tokenize=tokenize, check=check,
         features=FEATURES, processes=processes, version=version, strict=strict,
     )  # fmt: skip
 
@@ -167,7 +173,7 @@ def test_a_damaged_cache_is_rebuilt_with_one_line(
     first = build(tmp_path, "a.jsonl")
     rows, stats = first.rows.to_dict(), first.stats
     folder = tmp_path / "cache" / stats.fingerprint
-    (arrow,) = (folder / "rows").glob("*.arrow")
+    (arrow,) = (folder / "rows").rglob("*.arrow")
     content = bytearray(arrow.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 1
@@ -233,7 +239,7 @@ def test_a_cache_is_hashed_once_until_it_changes(tmp_path: Path, capsys: pytest.
     first = build(tmp_path, "a.jsonl")
     folder = tmp_path / "cache" / first.stats.fingerprint
     rows: Any = first.rows.to_dict()
-    (arrow,) = (folder / "rows").glob("*.arrow")
+    (arrow,) = (folder / "rows").rglob("*.arrow")
     make_older(*folder.rglob("*.*"))
     build(tmp_path, "a.jsonl")  # hashes it
     flipped = bytearray(arrow.read_bytes())
@@ -261,34 +267,79 @@ BUILDING = """
 import os, sys, time
 from pathlib import Path
 from tests.unit.lodestar.data import test_token_cache
-folder, cache_dir = map(Path, sys.argv[1:])
+folder, cache_dir = map(Path, sys.argv[1:3])
+test_token_cache.cache_parts.PART_BYTES = int(sys.argv[3])
 (folder / f"started-{os.getpid()}").touch()
 def slowly(columns):
     with (folder / "calls").open("a") as file:
-        file.write("called\\n")
+        file.write(f"{os.getpid()}\\n")
     while len([*folder.glob("started-*")]) < 3:
         time.sleep(0.05)
     time.sleep(1)
     return test_token_cache.tokenize(columns)
 dataset = test_token_cache.tokenized(
-    test_token_cache.find_sources([str(folder / "a.jsonl")]), cache_dir=cache_dir, settings={}, tokenize=slowly,
+    test_token_cache.find_sources([str(folder / "*.jsonl")]), cache_dir=cache_dir, settings={}, tokenize=slowly,
     check=test_token_cache.check, features=test_token_cache.FEATURES, processes=1,
 )
 print(len(dataset.rows))
 """
 
 
+def start_building(folder: Path, cache: str = "cache", part_bytes: int = cache_parts.PART_BYTES) -> Any:
+    return processes.start([sys.executable, "-c", BUILDING, str(folder), str(folder / cache), str(part_bytes)])
+
+
 @pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_of_runs_that_share_a_cache_one_builds_it_and_the_others_wait(shared: bool, tmp_path: Path) -> None:
+def test_of_runs_that_share_a_cache_one_builds_a_part_and_the_others_wait(shared: bool, tmp_path: Path) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
-    caches = [str(tmp_path / ("cache" if shared else f"cache {i}")) for i in range(3)]
-    runs = [processes.start([sys.executable, "-c", BUILDING, str(tmp_path), cache]) for cache in caches]
+    runs = [start_building(tmp_path, "cache" if shared else f"cache {i}") for i in range(3)]
     outputs = [processes.finish(run, limit_s=120) for run in runs]
     assert [out for out, _ in outputs] == ["10\n"] * 3
     assert len((tmp_path / "calls").read_text().split()) == (1 if shared else 3)
     waiting = [errors for _, errors in outputs if "waits for process" in errors]
     assert bool(waiting) == shared
     assert all(errors.count("waits for process") == 1 for errors in waiting)
+
+
+def many_files(folder: Path) -> None:
+    """Seven, of rows that are kept, cut or dropped, and none."""
+    tiny.write_jsonl(folder / "0.jsonl", [{"text": "x" * 70}, {"text": ""}, {"text": "y"}])
+    (folder / "1.jsonl").touch()
+    for number in range(2, 7):
+        tiny.pretrain_file(folder / f"{number}.jsonl", 3 + number)
+
+
+def test_runs_that_share_a_cache_build_its_parts_together(tmp_path: Path) -> None:
+    many_files(tmp_path)
+    runs = [start_building(tmp_path, part_bytes=1) for _ in range(3)]
+    outputs = [processes.finish(run, limit_s=120) for run in runs]
+    expected = build(tmp_path, "*.jsonl", cache="of one part")
+    assert [out for out, _ in outputs] == [f"{len(expected.rows)}\n"] * 3
+    calls = (tmp_path / "calls").read_text().split()
+    assert len(calls) == 6 and len(set(calls)) > 1  # no part twice, and none of the file without a row
+    before = globals()["calls"]
+    together = build(tmp_path, "*.jsonl")
+    assert globals()["calls"] == before
+    assert together.rows.to_dict() == expected.rows.to_dict() and together.stats == expected.stats
+    assert together.stats.findings and len(together.rows.cache_files) == 6
+    assert {path.name for path in in_cache(tmp_path)} <= {RECORD, together.stats.fingerprint}
+
+
+def test_a_run_keeps_the_parts_of_one_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many_files(tmp_path)
+    run = start_building(tmp_path, part_bytes=1)
+    for number in range(2):  # it waits for three
+        (tmp_path / f"started-{number}").touch()
+    processes.wait_until(lambda: len([*(tmp_path / "cache").glob(".*/rows/*")]) >= 3, run)
+    run.kill()
+    processes.finish(run, limit_s=10)
+    built = len([*(tmp_path / "cache").glob(".*/rows/*")])
+    monkeypatch.setattr(cache_parts, "PART_BYTES", 1)
+    before = calls
+    assert 3 <= built < 6
+    again = build(tmp_path, "*.jsonl")
+    assert calls - before == 6 - built  # a file without a row goes with the next
+    assert again.rows.to_dict() == build(tmp_path, "*.jsonl", cache="of one run").rows.to_dict()
 
 
 def test_rows_keep_their_order_whatever_the_number_of_processes_and_files(
