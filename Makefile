@@ -37,13 +37,14 @@ $(VENV)/complete: requirements.lock $(VENV)/demo
 	$(INSTALL) --requirement requirements.lock
 	@touch $@
 
-PYTEST := $(RUN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -rs --durations 20 $(PYTEST_OPTIONS)
+# Three at a time on two cores: some tests wait.
+PYTEST := $(RUN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -rs --durations 20 $(PYTEST_OPTIONS)
 
 test: install-all ## run the fast tests: under five minutes on two cores
 	$(PYTEST)
 
 test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
-	$(PYTEST) --numprocesses 3 -m slow  # many of them wait
+	$(PYTEST) -m slow
 
 test-all: install-all slurm browser ## run all tests: under fifteen minutes on two cores
 	$(PYTEST) -m 'slow or not slow'

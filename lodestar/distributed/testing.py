@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -74,6 +75,7 @@ def _join_and_run(
     fn: Callable[..., Any], rank: int, size: int, folder: Path, limit_s: float, args: tuple[Any, ...]
 ) -> Any:
     torch.set_num_threads(1)
+    gc.freeze()  # or each collection, as DeepSpeed's, goes through all that the server has imported
     stacks = (folder / f"rank {rank}").open("w")  # faulthandler's, until the process ends
     faulthandler.enable(stacks)
     faulthandler.dump_traceback_later(limit_s + 30, exit=True, file=stacks)  # where nobody is left to end this process

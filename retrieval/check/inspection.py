@@ -68,7 +68,8 @@ def inspect(sources: Sequence[Source], texts: Texts, tokenizer: Path | None, pro
     inspect_one = partial(_inspect_file, texts=texts, tokenizer=tokenizer)
     total = Inspection()
     processes = min(processes, len(sources))
-    if processes > 1 and sum(source.size_bytes or SMALL_BYTES for source in sources) >= SMALL_BYTES:
+    sizes_bytes = [SMALL_BYTES if source.size_bytes is None else source.size_bytes for source in sources]
+    if processes > 1 and sum(sizes_bytes) >= SMALL_BYTES:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             for one in pool.map(inspect_one, sources):
                 total.add(one)

@@ -59,14 +59,15 @@ def to_inner_launcher(process: subprocess.Popen[str], number: signal.Signals) ->
     inner.send_signal(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number", "send"),
     [
         ("deepspeed", signal.SIGINT, to_group),  # Ctrl-C at a terminal
-        pytest.param("deepspeed", signal.SIGTERM, to_group, marks=pytest.mark.slow),
-        pytest.param("deepspeed", signal.SIGTERM, to_inner_launcher, marks=pytest.mark.slow),
-        pytest.param("torchrun", signal.SIGINT, to_group, marks=pytest.mark.slow),
-        pytest.param("python", signal.SIGINT, to_group, marks=pytest.mark.slow),
+        ("deepspeed", signal.SIGTERM, to_group),
+        ("deepspeed", signal.SIGTERM, to_inner_launcher),
+        ("torchrun", signal.SIGINT, to_group),
+        ("python", signal.SIGINT, to_group),
     ],
 )
 def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,13 @@ from lodestar.data.file_record import RECORD, FileRecord
 from lodestar.data.findings import Findings
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.data.token_cache import TokenizedDataset, print_findings, tokenized
+from lodestar.distributed.testing import run_world
 from lodestar.errors import DataError
 from lodestar.files import write_manifest
 from retromae.text_check import TextCheck
 from retromae.tokenization import FEATURES as PRETRAIN_FEATURES
 from retromae.tokenization import Tokenize as PretrainTokenize
-from tests import processes, tiny
+from tests import tiny
 
 FEATURES = datasets.Features(
     {"length": datasets.Value("int32"), "tokens": datasets.Value("int32"), "truncated": datasets.Value("bool")}
@@ -263,42 +267,43 @@ def test_a_cache_that_cannot_be_written_to_is_read(tmp_path: Path, monkeypatch: 
 
 # --- several processes -----------------------------------------------------------------------
 
-BUILDING = """
-import os, sys, time
-from pathlib import Path
-from tests.unit.lodestar.data import test_token_cache
-folder, cache_dir = map(Path, sys.argv[1:3])
-test_token_cache.cache_parts.PART_BYTES = int(sys.argv[3])
-(folder / f"started-{os.getpid()}").touch()
-def slowly(columns):
-    with (folder / "calls").open("a") as file:
-        file.write(f"{os.getpid()}\\n")
-    while len([*folder.glob("started-*")]) < 3:
-        time.sleep(0.05)
-    time.sleep(1)
-    return test_token_cache.tokenize(columns)
-dataset = test_token_cache.tokenized(
-    test_token_cache.find_sources([str(folder / "*.jsonl")]), cache_dir=cache_dir, settings={}, tokenize=slowly,
-    check=test_token_cache.check, features=test_token_cache.FEATURES, processes=1,
-)
-print(len(dataset.rows))
-"""
+
+def build_slowly(
+    rank: int, size: int, folder: Path, part_bytes: int, *, shared: bool = True, killed_at: int = 0
+) -> tuple[int, int, str]:
+    """(rows, texts that this process tokenized, what it said); each part takes a while once all ranks build."""
+    cache_parts.PART_BYTES = part_bytes  # of this process alone
+    (folder / f"started-{rank}").touch()
+    num_calls = 0
+
+    def slowly(columns: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == killed_at:
+            psutil.Process().kill()
+        while len([*folder.glob("started-*")]) < size:
+            time.sleep(0.02)
+        time.sleep(0.5)
+        return tokenize(columns)
+
+    with redirect_stderr(io.StringIO()) as said:
+        dataset = tokenized(
+            find_sources([str(folder / "*.jsonl")]),
+            cache_dir=folder / ("cache" if shared else f"cache {rank}"), settings={}, tokenize=slowly, check=check,
+            features=FEATURES, processes=1,
+        )  # fmt: skip
+    return len(dataset.rows), num_calls, said.getvalue()
 
 
-def start_building(folder: Path, cache: str = "cache", part_bytes: int = cache_parts.PART_BYTES) -> Any:
-    return processes.start([sys.executable, "-c", BUILDING, str(folder), str(folder / cache), str(part_bytes)])
-
-
-@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shared", [True, False])
 def test_of_runs_that_share_a_cache_one_builds_a_part_and_the_others_wait(shared: bool, tmp_path: Path) -> None:
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
-    runs = [start_building(tmp_path, "cache" if shared else f"cache {i}") for i in range(3)]
-    outputs = [processes.finish(run, limit_s=120) for run in runs]
-    assert [out for out, _ in outputs] == ["10\n"] * 3
-    assert len((tmp_path / "calls").read_text().split()) == (1 if shared else 3)
-    waiting = [errors for _, errors in outputs if "waits for process" in errors]
-    assert bool(waiting) == shared
-    assert all(errors.count("waits for process") == 1 for errors in waiting)
+    outcomes = run_world(partial(build_slowly, shared=shared), 3, tmp_path, cache_parts.PART_BYTES, limit_s=60)
+    rows, num_calls, said = zip(*outcomes, strict=True)
+    assert rows == (10, 10, 10)
+    assert sorted(num_calls) == ([0, 0, 1] if shared else [1, 1, 1])
+    waiting = [text.count("waits for process") for text in said]
+    assert bool(max(waiting)) == shared and max(waiting) <= 2  # for the part, and for the whole
 
 
 def many_files(folder: Path) -> None:
@@ -311,15 +316,13 @@ def many_files(folder: Path) -> None:
 
 def test_runs_that_share_a_cache_build_its_parts_together(tmp_path: Path) -> None:
     many_files(tmp_path)
-    runs = [start_building(tmp_path, part_bytes=1) for _ in range(3)]
-    outputs = [processes.finish(run, limit_s=120) for run in runs]
-    expected = build(tmp_path, "*.jsonl", cache="of one part")
-    assert [out for out, _ in outputs] == [f"{len(expected.rows)}\n"] * 3
-    calls = (tmp_path / "calls").read_text().split()
-    assert len(calls) == 6 and len(set(calls)) > 1  # no part twice, and none of the file without a row
-    before = globals()["calls"]
+    outcomes = run_world(build_slowly, 3, tmp_path, 1, limit_s=60)
+    expected, before = build(tmp_path, "*.jsonl", cache="of one part"), calls
     together = build(tmp_path, "*.jsonl")
-    assert globals()["calls"] == before
+    assert calls == before
+    rows, num_calls, _ = zip(*outcomes, strict=True)
+    assert rows == (len(expected.rows),) * 3
+    assert sum(num_calls) == 6 and max(num_calls) < 6  # a file without a row goes with the next
     assert together.rows.to_dict() == expected.rows.to_dict() and together.stats == expected.stats
     assert together.stats.findings and len(together.rows.cache_files) == 6
     assert {path.name for path in in_cache(tmp_path)} <= {RECORD, together.stats.fingerprint}
@@ -327,18 +330,12 @@ def test_runs_that_share_a_cache_build_its_parts_together(tmp_path: Path) -> Non
 
 def test_a_run_keeps_the_parts_of_one_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     many_files(tmp_path)
-    run = start_building(tmp_path, part_bytes=1)
-    for number in range(2):  # it waits for three
-        (tmp_path / f"started-{number}").touch()
-    processes.wait_until(lambda: len([*(tmp_path / "cache").glob(".*/rows/*")]) >= 3, run)
-    run.kill()
-    processes.finish(run, limit_s=10)
-    built = len([*(tmp_path / "cache").glob(".*/rows/*")])
+    with pytest.raises(BrokenProcessPool):
+        run_world(partial(build_slowly, killed_at=4), 1, tmp_path, 1, limit_s=60)
     monkeypatch.setattr(cache_parts, "PART_BYTES", 1)
     before = calls
-    assert 3 <= built < 6
     again = build(tmp_path, "*.jsonl")
-    assert calls - before == 6 - built  # a file without a row goes with the next
+    assert calls - before == 6 - 3
     assert again.rows.to_dict() == build(tmp_path, "*.jsonl", cache="of one run").rows.to_dict()
 
 
