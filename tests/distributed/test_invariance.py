@@ -72,7 +72,7 @@ def reference(folder: Path, exact: object) -> dict[tuple[str, str], steps.Outcom
     return dict(zip(names, outcomes, strict=True))
 
 
-PARAMS = [pytest.param(size, marks=pytest.mark.slow if size in (2, 4) else ()) for size in SIZES]
+PARAMS = [pytest.param(size, marks=() if size == 3 else pytest.mark.slow) for size in SIZES]
 
 
 @pytest.fixture(scope="module", params=PARAMS, ids=lambda size: f"{size} ranks")

@@ -74,23 +74,28 @@ def test_both_stages_train_the_family_and_others_open_it(family: str, folder: Pa
     assert embedded.shape == (1, 32) and abs(float((embedded**2).sum()) - 1) < 1e-5
 
 
+OPTIONS = [
+    ("pretrain", ("data.streaming=true",)),
+    ("pretrain", ("optim.name=muon", "optim.clip_norm=0")),
+    ("finetune", ("loss.matryoshka=[8,16]", "loss.distillation=0.3")),
+    ("finetune", ("model.encoder=DECODER", "model.pooling=last_token")),
+    ("finetune", ("precision=bf16", "engine.kind=deepspeed", "engine.zero_stage=2")),
+    ("finetune", ("evaluate.data=BEIR", "evaluate.every_steps=3", "evaluate.keep_best=mrr_at_10")),
+]
+OTHERS = [
+    ("pretrain", ("data.long_texts=split", "model.max_length=12")),
+    ("pretrain", ("loss.bag_of_words=0.1",)),
+    ("pretrain", ("decoder.query=embedding",)),
+    ("pretrain", ("precision=bf16",)),
+    ("pretrain", ("model.activation_checkpointing=true", "engine.kind=deepspeed", "engine.zero_stage=3")),
+    ("finetune", ("loss.share_negatives=false",)),
+    ("finetune", ("data.train=[FILE, {path: FILE, weight: 2, in_batch_negatives: false}]",)),
+]
+
+
 @pytest.mark.parametrize(
     ("stage", "overrides"),
-    [
-        ("pretrain", ("data.streaming=true",)),
-        ("pretrain", ("data.long_texts=split", "model.max_length=12")),
-        ("pretrain", ("loss.bag_of_words=0.1",)),
-        ("pretrain", ("decoder.query=embedding",)),
-        ("pretrain", ("precision=bf16",)),
-        ("pretrain", ("model.activation_checkpointing=true", "engine.kind=deepspeed", "engine.zero_stage=3")),
-        ("pretrain", ("optim.name=muon", "optim.clip_norm=0")),
-        ("finetune", ("loss.matryoshka=[8,16]", "loss.distillation=0.3")),
-        ("finetune", ("loss.share_negatives=false",)),
-        ("finetune", ("model.encoder=DECODER", "model.pooling=last_token")),
-        ("finetune", ("precision=bf16", "engine.kind=deepspeed", "engine.zero_stage=2")),
-        ("finetune", ("evaluate.data=BEIR", "evaluate.every_steps=3", "evaluate.keep_best=mrr_at_10")),
-        ("finetune", ("data.train=[FILE, {path: FILE, weight: 2, in_batch_negatives: false}]",)),
-    ],
+    [*OPTIONS, *(pytest.param(*option, marks=pytest.mark.slow) for option in OTHERS)],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
 def test_options_train_on_two_ranks(stage: str, overrides: tuple[str, ...], folder: Path) -> None:

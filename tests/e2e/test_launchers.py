@@ -178,6 +178,7 @@ def test_a_rehearsal_reports_and_leaves_nothing_behind(folder: Path, finetuned: 
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_by_two_ranks_as_by_one(folder: Path, finetuned: Path) -> None:
     path = folder / "evaluate.yaml"
     path.write_text(f"models: {{tiny: {finetuned}/model}}\nevaluate: {{data: {folder}/beir}}\n")

@@ -28,7 +28,7 @@ def two_devices(model_folder: Path) -> Iterator[Embedder]:
         yield embedder
 
 
-@pytest.mark.parametrize("name", ["one_device", "two_devices"])
+@pytest.mark.parametrize("name", ["one_device", pytest.param("two_devices", marks=pytest.mark.slow)])
 def test_embeddings_are_sentence_transformers_own_with_the_prompt_of_each_role(
     name: str, model_folder: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -54,6 +54,7 @@ def test_fewer_dimensions_are_normalised_again(model_folder: Path) -> None:
     np.testing.assert_allclose(narrow, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stream_keeps_the_order_of_its_jobs(two_devices: Embedder, model_folder: Path) -> None:
     jobs = [TEXTS[i : i + 5] for i in range(0, 40, 5)]
     vectors = [embeddings.vectors_ND.numpy() for embeddings in two_devices.stream((job, "document") for job in jobs)]

@@ -40,7 +40,10 @@ def model_folder(
     return root / "model"
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
+PARAMS = [pytest.param(family, marks=() if family == "bert" else pytest.mark.slow) for family in tiny.FAMILIES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path, Any]:
     """(family, model, exported folder, its files); bert is larger, modernbert has its weights in a second file."""
     family: str = request.param
