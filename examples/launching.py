@@ -24,9 +24,6 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # processes tokenize side by side already
-    # Keep the pages of large tensors instead of giving them back after each step: fewer page faults.
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 
 
