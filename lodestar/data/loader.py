@@ -59,7 +59,13 @@ def step_batches(
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
-    for batch in batches:  # closing this generator ends the workers
+    while True:  # closing this generator ends the workers
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError):  # of the socket by which a worker hands over tensors
+            raise RuntimeError("DataLoader worker was killed while it handed over a batch") from None
         if isinstance(batch, LodestarError):
             raise batch
         yield batch

@@ -89,5 +89,5 @@ def test_a_killed_loader_worker_is_told_once_by_rank_0(folder: Path) -> None:
     psutil.Process(started[1].pid).children()[0].kill()
     said = runs.finish_all(started, limit_s=20)
     (line,) = [line for text in said for line in runs.errors(text)]
-    assert line.startswith("error: command line: data.workers: rank 1: DataLoader worker (pid"), said
+    assert line.startswith("error: command line: data.workers: rank 1: DataLoader worker "), said
     assert [process.returncode for process in started] == [2, 2]
