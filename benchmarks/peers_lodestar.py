@@ -74,7 +74,7 @@ def encode(problem: dict[str, Any]) -> Callable[[int], object]:
 
 
 def losses(name: str, problem: dict[str, Any]) -> Callable[[int], object]:
-    """The contrastive loss and its gradient: in tiles, from the whole matrix, and the matrix products alone."""
+    """The contrastive loss and its gradient, as GradCache takes it: in tiles, of the whole matrix, products alone."""
     from contrastive.loss import contrastive_local_loss
     from tests.tiny import distinct_texts
 
@@ -86,10 +86,10 @@ def losses(name: str, problem: dict[str, Any]) -> Callable[[int], object]:
 
     def loss(i: int) -> None:
         arguments = {"temperature": temperature, "weight": 1 / queries}
-        contrastive_local_loss(q, d, d[:queries], mask, **arguments).value.backward()
+        torch.autograd.grad(contrastive_local_loss(q, d, d[:queries], mask, **arguments).value, (q, d))
 
     def loss_whole(i: int) -> None:
-        F.cross_entropy(q @ d.T / temperature, target).backward()
+        torch.autograd.grad(F.cross_entropy(q @ d.T / temperature, target), (q, d))
 
     rows = max(1, min(queries, problem["tile_scores"] // passages))
     scores, dq, dd = torch.empty(rows, passages), torch.empty(rows, width), torch.zeros(passages, width)

@@ -24,6 +24,9 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",  # processes tokenize side by side already
+    # Keep the pages of large tensors also where a command joins no group, as search.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
 
 

@@ -52,9 +52,8 @@ class Corpus:
     def parts(self) -> list[Corpus]:
         """Of files next to each other; what is no file is a part of its own."""
         parts, start, num_bytes = list[Corpus](), 0, 0
-        for stop, source in enumerate(self.sources, 1):
-            size_bytes = source.size_bytes
-            num_bytes += PART_BYTES if size_bytes is None else size_bytes
+        for stop, (source, state) in enumerate(zip(self.sources, self.states, strict=True), 1):
+            num_bytes += state.size_bytes if source.is_file else PART_BYTES
             if num_bytes >= PART_BYTES or stop == len(self.sources):
                 parts.append(replace(self, sources=self.sources[start:stop], states=self.states[start:stop]))
                 start, num_bytes = stop, 0
@@ -67,16 +66,21 @@ def build_parts(folder: Path, corpus: Corpus) -> None:
     parts = corpus.parts()
     missing = [*range(len(parts))]
     with FileRecord(folder.parent) as record:
-        while missing := [number for number in missing if not _is_built(folder, number)]:
-            for number in missing:  # from the first on: an error there is soon met by all
+        while missing:
+            for number in missing.copy():  # from the first on: an error there is soon met by all
+                if _is_built(folder, number):
+                    missing.remove(number)
+                    continue
                 with suppress(InUseError), locked(folder.parent, _FIELD, _lock(folder, number)):
                     if not _is_built(folder, number):
                         title = "tokenizing" if len(parts) == 1 else f"tokenizing, part {number + 1} of {len(parts)}"
                         _build_part(folder, number, parts[number], record, title)
+                    missing.remove(number)
                     break
             else:
-                with locked(folder.parent, _FIELD, _lock(folder, missing[0]), wait=True):
-                    pass  # built, or left by a process that was killed
+                if missing:
+                    with locked(folder.parent, _FIELD, _lock(folder, missing[0]), wait=True):
+                        pass  # built, or left by a process that was killed
 
 
 def join_parts(folder: Path, corpus: Corpus) -> tuple[Path, Counter[str], Findings]:
