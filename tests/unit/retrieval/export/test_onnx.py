@@ -119,7 +119,7 @@ def test_int8_is_near_fp32_and_about_a_quarter_of_it(exported: Any) -> None:
     assert files["model_int8.onnx"].bytes == (folder / "model_int8.onnx").stat().st_size
 
 
-@pytest.mark.parametrize("exported", ["bert"], indirect=True)
+@pytest.mark.parametrize("exported", ["xlm-roberta"], indirect=True)
 def test_an_export_that_differs_is_refused_and_leaves_no_folder(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
