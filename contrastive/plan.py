@@ -54,7 +54,8 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
     micro_tokens = -(-queries // count) * (1 + passages_per_query) * max(query_length, passage_length)
     if batch.micro_tokens is not None:
         micro_tokens = min(micro_tokens, max(batch.micro_tokens, query_length, passage_length))
-    num_graphs = min(_num_graphs(recipe, shape, micro_tokens, device, warnings), count)
+    # A single micro-batch takes a single pass.
+    num_graphs = min(_num_graphs(recipe, shape, micro_tokens, device, warnings), count) if count > 1 else 1
     return describe(
         recipe,
         world_size,
@@ -63,12 +64,12 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
         cache_dir=data.cache_dir,
         cost=StepCost(
             shape,
-            held_tokens=num_graphs * micro_tokens,
+            held_tokens=max(1, num_graphs) * micro_tokens,
             flops=model_flops(
                 shape,
                 queries * tokens_per_example,
                 passage_length,
-                forwards=3 if count == 1 else 4,  # GradCache embeds twice
+                forwards=3 + (count - num_graphs) / count,  # GradCache embeds the others twice
             ),
             embedding_bytes=4 * shape.width * embeddings,
             loss_bytes=min(TILE_BYTES, 4 * queries * candidates),
@@ -84,10 +85,10 @@ def plan(recipe: FinetuneRecipe, world_size: int, device: str | None) -> Plan:
 def _num_graphs(
     recipe: FinetuneRecipe, shape: EncoderShape, micro_tokens: int, device: str | None, warnings: PlanWarnings
 ) -> int:
-    """Micro-batches whose graphs are in memory at once."""
+    """Micro-batches whose graphs are kept."""
     keep_graph = recipe.batch.keep_graph
     if not 0 < keep_graph < 1:
-        return max(1, int(keep_graph))
+        return int(keep_graph)
     if device is None:
         warnings.lines.append(
             "batch.keep_graph: a fraction of the device's memory; planned with one graph (name --device)"
@@ -95,4 +96,4 @@ def _num_graphs(
         return 1
     checkpointing = recipe.model.activation_checkpointing
     graph_bytes = micro_tokens * activation_bytes(shape, recipe.precision, checkpointing=checkpointing)
-    return max(1, int(keep_graph * DEVICES[device].memory_bytes / graph_bytes))
+    return int(keep_graph * DEVICES[device].memory_bytes / graph_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from lodestar.distributed.testing import run_world
@@ -82,13 +83,15 @@ def test_another_seed_gives_another_gradient_with_dropout(folder: Path):
     assert steps.distance(other, direct) > 0.01
 
 
-def _reductions(rank: int, size: int, folder: Path, keep: str) -> tuple[int, int]:
-    """How often buckets are reduced more than once in a step of DDP, and the number of micro-batches."""
-    recipe = steps.recipe("finetune", folder, "batch.micro_size=3", keep)
+def _counts(rank: int, size: int, folder: Path, options: tuple[str, ...]) -> tuple[int, int, int]:
+    """Of a step of DDP: buckets that are reduced more than once, forward passes, micro-batches."""
+    recipe = steps.recipe("finetune", folder, "batch.micro_size=3", *options)
     task, runtime = steps.built_task(recipe, rank, size)
     engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
     assert isinstance(engine, DdpEngine)
     reduced_buckets: list[int] = []
+    forwards: list[nn.Module] = []
+    task.module.register_forward_hook(lambda module, *_: forwards.append(module))
 
     def hook(state, bucket):  # DDP wants no annotations, or its own
         reduced_buckets.append(bucket.index())
@@ -97,10 +100,13 @@ def _reductions(rank: int, size: int, folder: Path, keep: str) -> tuple[int, int
     engine._wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
     batch = next(task.batches(0))
     task.stage.backward(batch, engine, 0)
-    return len(reduced_buckets) - len(set(reduced_buckets)), batch.num_micro_batches
+    return len(reduced_buckets) - len(set(reduced_buckets)), len(forwards), batch.num_micro_batches
 
 
-@pytest.mark.parametrize("keep", KEEP_GRAPH[:2])
-def test_the_gradient_is_reduced_once_in_a_step(keep: str, folder: Path):
-    for repeated, micro_batches in run_world(_reductions, 2, folder, keep):
+@pytest.mark.parametrize(("options", "kept"), [((), 1), (KEEP_GRAPH[:1], 0), (KEEP_GRAPH[1:2], 2)])
+def test_a_step_reduces_the_gradient_once_and_embeds_kept_graphs_once(
+    options: tuple[str, ...], kept: int, folder: Path
+):
+    for repeated, forwards, micro_batches in run_world(_counts, 2, folder, options):
         assert micro_batches > 2 and repeated == 0
+        assert forwards == 2 * micro_batches - kept

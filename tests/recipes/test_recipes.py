@@ -99,6 +99,9 @@ def test_a_plan_for_a_device_says_whether_it_fits_and_what_a_step_takes(capsys: 
     assert plan["seconds_per_step"] == pytest.approx(sum(plan["seconds"].values()))
     kept = planned(finetune.main, [*argv, "batch.keep_graph=3"], capsys)
     assert not kept["fits"] and kept["memory"]["activations"] == 3 * plan["memory"]["activations"]
+    none_kept = planned(finetune.main, [*argv, "batch.keep_graph=0"], capsys)
+    assert none_kept["chunks_per_rank"] == 4 and none_kept["memory"] == plan["memory"]
+    assert plan["seconds"]["model"] / none_kept["seconds"]["model"] == pytest.approx(3.75 / 4, rel=1e-3)
     shared = planned(finetune.main, [*argv, "batch.micro_size=2", "batch.keep_graph=0.4"], capsys)
     assert 0.3 < shared["memory"]["activations"] / plan["device_memory_bytes"] <= 0.4
     assert finetune.main([*argv[:-1], "a100"]) == 2
