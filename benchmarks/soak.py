@@ -143,14 +143,16 @@ class Soak:
 
     def wait_for_moment(self, process: subprocess.Popen[str], run_folder: Path, before: int) -> bool:
         """Until a random moment of the start, or a random step; false where the run has ended first."""
-        deadline = time.monotonic() + LIMIT_SECONDS
+        limit = time.monotonic() + LIMIT_SECONDS
+        moment, step = limit, STEPS
         if self.rng.random() < 0.3:
-            deadline = time.monotonic() + self.rng.uniform(0.0, self.start_seconds)
-            step = STEPS
+            moment = time.monotonic() + self.rng.uniform(0.0, self.start_seconds)
         else:
             step = before + self.rng.randint(1, max(1, (STEPS - before) // 3))
-        while process.poll() is None and time.monotonic() < deadline and last_step(run_folder) < step:
+        while process.poll() is None and time.monotonic() < moment and last_step(run_folder) < step:
             time.sleep(0.02)
+        if time.monotonic() > limit:
+            raise AssertionError(f"no step {step} within {LIMIT_SECONDS:g} s\n{processes.stop(process)}")
         time.sleep(self.rng.uniform(0.0, 0.2))
         return process.poll() is None
 

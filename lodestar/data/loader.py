@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ def step_batches(
         except StopIteration:
             return
         except (ConnectionError, EOFError):  # of the socket by which a worker hands over tensors
+            time.sleep(1)  # here comes torch's error, once the signal says that the worker has ended
             raise RuntimeError("DataLoader worker was killed while it handed over a batch") from None
         if isinstance(batch, LodestarError):
             raise batch
