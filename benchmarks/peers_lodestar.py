@@ -86,7 +86,7 @@ def losses(name: str, problem: dict[str, Any]) -> Callable[[int], object]:
 
     def loss(i: int) -> None:
         arguments = {"temperature": temperature, "weight": 1 / queries}
-        torch.autograd.grad(contrastive_local_loss(q, d, d[:queries], mask, **arguments).value, (q, d))
+        torch.autograd.grad(contrastive_local_loss(q, d, None, mask, **arguments).value, (q, d))
 
     def loss_whole(i: int) -> None:
         torch.autograd.grad(F.cross_entropy(q @ d.T / temperature, target), (q, d))

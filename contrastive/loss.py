@@ -63,7 +63,7 @@ class LocalLoss(NamedTuple):
 def contrastive_local_loss(
     a_BD: Tensor,
     d_MD: Tensor,
-    answer_BD: Tensor,
+    answer_BD: Tensor | None,
     mask: NegativeMask,
     *,
     temperature: float | Tensor,
@@ -74,7 +74,7 @@ def contrastive_local_loss(
 
     a_BD         anchors: unit rows, any float dtype; all arithmetic in fp32 (fp64 stays fp64), whatever autocast says
     d_MD         candidates: unit rows
-    answer_BD    the answer to each anchor: unit rows, among the candidates or not
+    answer_BD    the answer to each anchor: unit rows; none: the candidate at mask.positive_index_B
     temperature  positive; a tensor gets a gradient
     weight       of each anchor, () or (B,): 1 / global number of queries
     tile_bytes   memory limit of the scores; changes rounding only
@@ -82,16 +82,18 @@ def contrastive_local_loss(
 
     The forward computes the gradient tile by tile, while it has the scores; the backward only scales it.
     """
-    if not a_BD.shape[1] == d_MD.shape[1] == answer_BD.shape[1]:
-        widths = f"{a_BD.shape[1]}, {d_MD.shape[1]}, {answer_BD.shape[1]}"
+    answers, answer_width = (len(a_BD), d_MD.shape[1]) if answer_BD is None else answer_BD.shape
+    if not a_BD.shape[1] == d_MD.shape[1] == answer_width:
+        widths = f"{a_BD.shape[1]}, {d_MD.shape[1]}, {answer_width}"
         raise ValueError(f"widths of anchors, candidates and answers differ: {widths}")
-    if not len(a_BD) == len(answer_BD) == len(mask.anchor_B):
-        raise ValueError(f"{len(a_BD)} anchors, {len(answer_BD)} answers, {len(mask.anchor_B)} anchor hashes")
+    if not len(a_BD) == answers == len(mask.anchor_B):
+        raise ValueError(f"{len(a_BD)} anchors, {answers} answers, {len(mask.anchor_B)} anchor hashes")
     if not len(d_MD) == len(mask.candidate_M) == len(mask.owner_M):
         raise ValueError(f"{len(d_MD)} candidates, {len(mask.candidate_M)} hashes, {len(mask.owner_M)} owners")
-    a_BD, d_MD, answer_BD = _full_precision(a_BD, d_MD, answer_BD)
+    a_BD, d_MD, *given = _full_precision(a_BD, d_MD, *([] if answer_BD is None else [answer_BD]))
+    answer_BD = given[0] if given else None
     temperature, weight = _scalar(temperature, a_BD), _scalar(weight, a_BD)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (a_BD, d_MD, answer_BD, temperature))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (a_BD, d_MD, *given, temperature))
     with torch.no_grad(), _exact_products(a_BD):
         sums = _TileSums(a_BD, d_MD, answer_BD, mask, temperature, needs_grad, tile_bytes // a_BD.element_size())
         weight_B = weight.expand(len(a_BD))
@@ -127,16 +129,18 @@ class _TileSums:
         self,
         a_BD: Tensor,
         d_MD: Tensor,
-        answer_BD: Tensor,
+        answer_BD: Tensor | None,
         mask: NegativeMask,
         temperature: Tensor,
         needs_grad: bool,
         max_scores: int,
     ) -> None:
-        self.a_BD, self.d_MD, self.answer_BD, self.mask = a_BD.detach(), d_MD.detach(), answer_BD.detach(), mask
+        self.a_BD, self.d_MD, self.mask = a_BD.detach(), d_MD.detach(), mask
+        self.answer_BD = None if answer_BD is None else answer_BD.detach()
         self.temperature, self.needs_grad = temperature.detach(), needs_grad
         if needs_grad:
-            self.da_BD, self.dd_MD, self.danswer_BD = map(torch.zeros_like, (self.a_BD, self.d_MD, self.answer_BD))
+            self.da_BD, self.dd_MD = torch.zeros_like(self.a_BD), torch.zeros_like(self.d_MD)
+            self.danswer_BD = None if answer_BD is None else torch.zeros_like(answer_BD)
         self.value = a_BD.new_zeros(())
         self.masked, self.outside, self.correct = a_BD.new_zeros(3, dtype=torch.int64)
         rows = max_scores // max(1, len(d_MD))
@@ -154,7 +158,8 @@ class _TileSums:
         times sigmoid(x) = 1 - p(answer).
         """
         a_TD = self.a_BD[rows_T] / self.temperature
-        answer_TD = self.answer_BD[rows_T]
+        index_T = self.mask.positive_index_B[rows_T]
+        answer_TD = self.d_MD[index_T] if self.answer_BD is None else self.answer_BD[rows_T]
         answer_score_T = (a_TD * answer_TD).sum(1)
         # With this start and the clamp an anchor without negatives gives 0 nats and no gradient.
         max_T = answer_score_T.new_full((len(rows_T),), torch.finfo(answer_score_T.dtype).min)
@@ -183,7 +188,11 @@ class _TileSums:
             da_TD.addmm_(exp_TC, self.d_MD[tile])
             self.dd_MD[tile].addmm_(exp_TC.T, scaled_TD)
         self.da_BD[rows_T] = da_TD.mul_(scale_T1).sub_(answer_TD * loss_T1).div_(self.temperature)
-        self.danswer_BD[rows_T] = -a_TD * loss_T1
+        danswer_TD = a_TD.mul_(-loss_T1)
+        if self.danswer_BD is None:
+            self.dd_MD.index_add_(0, index_T, danswer_TD)
+        else:
+            self.danswer_BD[rows_T] = danswer_TD
 
     def _negative_scores(
         self, a_TD: Tensor, rows_T: Tensor, tile: slice, mask_equal: bool, *, count: bool = False
@@ -202,7 +211,7 @@ class _TileSums:
                     counter += excluded_TC.count_nonzero()
         return mask.fill_positive(scores_TC, rows_T, tile, -torch.inf)
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """By anchors, candidates, answers and temperature; the last follows from da: scores go with 1 / temperature."""
         return self.da_BD, self.dd_MD, self.danswer_BD, -(self.a_BD * self.da_BD).sum() / self.temperature
 
@@ -215,7 +224,7 @@ class _TileSums:
 
 
 class _PrecomputedGradients(torch.autograd.Function):
-    """(four tensors, value, four gradients) -> the value, whose backward scales the gradients."""
+    """(four tensors or none, value, their gradients) -> the value, whose backward scales the gradients."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
@@ -227,7 +236,7 @@ class _PrecomputedGradients(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grads = ctx.saved_tensors
         if not (can_read(grad_output) and grad_output == 1):  # a copy of all gradients
-            grads = [grad * grad_output for grad in grads]
+            grads = [None if grad is None else grad * grad_output for grad in grads]
         pairs = zip(grads, ctx.needs_input_grad, strict=False)
         return (*(grad if needed else None for grad, needed in pairs), None, None, None, None, None)
 

@@ -113,13 +113,12 @@ class FinetuneStage:
 
     def _directions(
         self, batch: StepBatch, q_QD: Tensor, p_MD: Tensor, start_Q: Tensor, all_ND: Tensor
-    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, NegativeMask]]:
-        """(name, anchors, candidates, answers, mask) of each loss term."""
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, NegativeMask]]:
+        """(name, anchors, candidates, answers; none: they are candidates; mask) of each loss term."""
         tensors, weights = batch.tensors, self._weights
         query_hash_Q = tensors["query_hash_Q"]
         passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])
-        positive_hash_Q, positive_QD = (x.index_select(0, start_Q) for x in (passage_hash_M, p_MD))
-        query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
+        positive_hash_Q = passage_hash_M.index_select(0, start_Q)
 
         def masks(
             same_Q: Tensor, candidate_M: Tensor, owner_M: Tensor, start_Q: Tensor, end_Q: Tensor
@@ -136,16 +135,18 @@ class FinetuneStage:
             )
 
         of_passages = masks(query_hash_Q, passage_hash_M, owner_M, start_Q, start_Q + tensors["count_Q"])
-        directions = [
-            ("query_to_passage", query, positive, p_MD, of_passages),
-            ("passage_to_passage", positive, query, p_MD, of_passages),
-        ]
+        yield "query_to_passage", q_QD, p_MD, None, of_passages(anchor_B=query_hash_Q, answer_B=positive_hash_Q)
+        if not weights.keys() & {"passage_to_passage", "passage_to_query", "query_to_query"}:
+            return
+        positive_QD = p_MD.index_select(0, start_Q)
+        query, positive = (query_hash_Q, q_QD), (positive_hash_Q, positive_QD)
+        directions = [("passage_to_passage", positive, query, p_MD, of_passages)]
         if weights.keys() & {"passage_to_query", "query_to_query"}:
             queries_GD, index_Q = self._queries(batch, q_QD, all_ND)
             hash_G, owner_G = self._gathered(batch.queries_per_rank, query_hash_Q, positive_hash_Q)
             of_queries = masks(positive_hash_Q, hash_G, owner_G, index_Q, index_Q)
             directions += [
-                ("passage_to_query", positive, query, queries_GD, of_queries),
+                ("passage_to_query", positive, (query_hash_Q, None), queries_GD, of_queries),
                 ("query_to_query", query, positive, queries_GD, of_queries),
             ]
         for name, (anchor_hash_Q, anchor_QD), (answer_hash_Q, answer_QD), candidate_MD, mask in directions:
@@ -166,14 +167,20 @@ class FinetuneStage:
         return all_ND.index_select(0, batch.tensors["query_place_G"]), index_Q + batch.first_query
 
     def _local_losses(
-        self, anchor_QD: Tensor, candidate_MD: Tensor, answer_QD: Tensor, mask: NegativeMask, temperature: Temperature
+        self,
+        anchor_QD: Tensor,
+        candidate_MD: Tensor,
+        answer_QD: Tensor | None,
+        mask: NegativeMask,
+        temperature: Temperature,
     ) -> list[LocalLoss]:
         """Local losses at the full width and at each Matryoshka width."""
         widths = self._widths(anchor_QD)
         weight = 1.0 / (self._global_size * len(widths))
         losses: list[LocalLoss] = []
         for width in widths:
-            a_QD, d_MD, p_QD = (matryoshka(x, width) for x in (anchor_QD, candidate_MD, answer_QD))
+            a_QD, d_MD = matryoshka(anchor_QD, width), matryoshka(candidate_MD, width)
+            p_QD = None if answer_QD is None else matryoshka(answer_QD, width)
             losses.append(contrastive_local_loss(a_QD, d_MD, p_QD, mask, temperature=temperature, weight=weight))
         return losses
 

@@ -200,6 +200,17 @@ def test_answers_need_not_be_candidates():
     assert local_loss.negatives == B * (B - 1)
 
 
+def test_answers_that_are_candidates_are_taken_from_there():
+    q_BD, d_MD, positive_B = problem()
+    mask, options = distinct(positive_B), {"temperature": 0.1, "weight": 1 / B, "tile_bytes": 400}
+    leaves = [q_BD.requires_grad_(), d_MD.requires_grad_()]
+    found, expected = (
+        gradients(contrastive_local_loss(q_BD, d_MD, answer_BD, mask, **options).value, *leaves)
+        for answer_BD in (None, d_MD[positive_B])
+    )
+    torch.testing.assert_close(found, expected, **TIGHT)
+
+
 @pytest.mark.parametrize("rules", ["", "psq"])
 def test_the_gradient_of_the_temperature_agrees_with_finite_differences(rules: str):
     q_BD, d_MD, positive_B = problem()
@@ -315,7 +326,9 @@ def test_shapes_that_do_not_match_are_errors():
     mask = distinct(positive_B)
     with pytest.raises(ValueError, match="differ: 4, 5, 5"):
         query_to_passage_loss(q_BD[:, :4], d_MD, mask, temperature=0.1, weight=1.0)
-    with pytest.raises(ValueError, match="6 anchors, 7 answers"):
+    with pytest.raises(ValueError, match="6 anchors, 6 answers, 7 anchor hashes"):
         query_to_passage_loss(q_BD[:6], d_MD, mask, temperature=0.1, weight=1.0)
+    with pytest.raises(ValueError, match="7 anchors, 6 answers"):
+        contrastive_local_loss(q_BD, d_MD, q_BD[:6], mask, temperature=0.1, weight=1.0)
     with pytest.raises(ValueError, match="18 candidates, 19 hashes"):
         query_to_passage_loss(q_BD, d_MD[:18], mask, temperature=0.1, weight=1.0)
