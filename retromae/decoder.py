@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from lodestar.errors import ModelError
+from lodestar.models.cpu_dropout import Dropout, attention
 
 
 class Decoder(nn.Module):
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         self.activation = ACT2FN[activation]
         self.fc2 = nn.Linear(feed_forward_width, width)
         self.output_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=init_std)
@@ -72,12 +72,12 @@ class Decoder(nn.Module):
         hiddens_BLD           inputs of keys and values
         attention_mask_B1LL   bool, true where row i attends to column j; a row may be false everywhere
         """
-        context_BLD = F.scaled_dot_product_attention(
+        context_BLD = attention(
             self._split(self.query(query_BLD)),
             self._split(self.key(hiddens_BLD)),
             self._split(self.value(hiddens_BLD)),
-            attn_mask=attention_mask_B1LL,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+            attention_mask_B1LL,
+            self.attention_dropout if self.training else 0.0,
         )
         context_BLD = context_BLD.transpose(1, 2).flatten(2)
         attended_BLD = self.attention_norm(self.dropout(self.out_proj(context_BLD)) + query_BLD)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lodestar.config.schema import ModelConfig
 from lodestar.data.padding import TextShape, is_token
 from lodestar.models.compile import compile_layers
+from lodestar.models.cpu_dropout import use_cpu_dropout
 from lodestar.models.packed import enable_packed, packed_hidden
 
 
@@ -27,6 +28,8 @@ def prepare(encoder: PreTrainedModel, model: ModelConfig, device: torch.device) 
         enable_packed(encoder)
     if model.compile:
         compile_layers(encoder, device)
+    elif device.type == "cpu":
+        use_cpu_dropout(encoder)
 
 
 def hidden_states(base: nn.Module, ids: Tensor, lengths_B: Tensor, shape: TextShape | None = None) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from lodestar.config.schema import Pooling
 from lodestar.errors import ModelError
+from lodestar.models.cpu_dropout import attention
 from lodestar.models.load import position_embeddings
 
 NAME = "lodestar_packed"
@@ -145,9 +145,7 @@ def _by_length(
     for (count, length), *parts in zip(runs, *splits, strict=True):
         q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
         mask_LL = _window_mask(length, window, causal, q.device)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask_LL, dropout, causal and mask_LL is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        out = attention(q, k, v, mask_LL, dropout, is_causal=causal and mask_LL is None, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)
 
