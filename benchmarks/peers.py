@@ -40,8 +40,8 @@ TILE_SCORES = 1 << 22
 """Of the products to which the loss is compared."""
 AT_ONCE = {"micro_tokens": 8192, "keep_graph": 10**6}
 """All graphs are kept: one pass, no GradCache. Micro-batches fit the processor's cache better than all texts do."""
-CACHED = {"micro_tokens": 4096}
-"""As many as 32 texts of 128 tokens, which sentence-transformers' cached loss takes at a time."""
+CACHED = {"micro_tokens": 1536, "keep_graph": 3}
+"""What is kept holds as many tokens as 32 texts of 128, which sentence-transformers' cached loss takes at a time."""
 
 
 @dataclass(frozen=True)

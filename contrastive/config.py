@@ -84,8 +84,8 @@ class FinetuneBatchConfig(BatchConfig):
 
     keep_graph: Annotated[float, Field(ge=0, le=LARGEST)] = 1.0
     """Micro-batches whose graphs GradCache keeps, so that it need not embed them twice. Below 1: as many as fit into
-    this fraction of the device's memory; from 1 on: this many. One needs no memory: it is gone before the next graph is
-    made. Changes no result."""
+    this fraction of the device's memory; from 1 on: this many. The memory of one graph is needed anyway. Changes no
+    result."""
 
     @model_validator(mode="after")
     def _fraction_or_whole_number(self) -> FinetuneBatchConfig:

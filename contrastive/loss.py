@@ -90,10 +90,13 @@ def contrastive_local_loss(
         raise ValueError(f"{len(a_BD)} anchors, {answers} answers, {len(mask.anchor_B)} anchor hashes")
     if not len(d_MD) == len(mask.candidate_M) == len(mask.owner_M):
         raise ValueError(f"{len(d_MD)} candidates, {len(mask.candidate_M)} hashes, {len(mask.owner_M)} owners")
-    a_BD, d_MD, *given = _full_precision(a_BD, d_MD, *([] if answer_BD is None else [answer_BD]))
-    answer_BD = given[0] if given else None
+    if answer_BD is None:
+        a_BD, d_MD = _full_precision(a_BD, d_MD)
+    else:
+        a_BD, d_MD, answer_BD = _full_precision(a_BD, d_MD, answer_BD)
     temperature, weight = _scalar(temperature, a_BD), _scalar(weight, a_BD)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (a_BD, d_MD, *given, temperature))
+    inputs = (x for x in (a_BD, d_MD, answer_BD, temperature) if x is not None)
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with torch.no_grad(), _exact_products(a_BD):
         sums = _TileSums(a_BD, d_MD, answer_BD, mask, temperature, needs_grad, tile_bytes // a_BD.element_size())
         weight_B = weight.expand(len(a_BD))

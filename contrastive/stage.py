@@ -114,7 +114,7 @@ class FinetuneStage:
     def _directions(
         self, batch: StepBatch, q_QD: Tensor, p_MD: Tensor, start_Q: Tensor, all_ND: Tensor
     ) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None, NegativeMask]]:
-        """(name, anchors, candidates, answers; none: they are candidates; mask) of each loss term."""
+        """(name, anchors, candidates, answers, mask) of each loss term; no answers where they are candidates."""
         tensors, weights = batch.tensors, self._weights
         query_hash_Q = tensors["query_hash_Q"]
         passage_hash_M, owner_M = self._gathered(batch.passages_per_rank, tensors["passage_hash_P"], tensors["owner_P"])

@@ -29,7 +29,7 @@ def use_cpu_dropout(module: nn.Module) -> None:
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(child.p))
+                setattr(parent, name, Dropout(child.p).train(child.training))
 
 
 def attention(
@@ -46,8 +46,9 @@ def attention(
 
     mask   bool, broadcast to (B, H, L, L): whether a row attends to a column; a row may be false everywhere
     """
-    is_plain = q_BHLD.shape == k_BHLD.shape and not is_causal
-    if dropout > 0.0 and is_plain and q_BHLD.is_cpu and q_BHLD.dtype in (torch.float32, torch.float64):
+    is_plain = q_BHLD.shape == k_BHLD.shape and not is_causal and not torch.is_autocast_enabled("cpu")
+    is_exact = q_BHLD.dtype == k_BHLD.dtype == v_BHLD.dtype and q_BHLD.dtype in (torch.float32, torch.float64)
+    if dropout > 0.0 and q_BHLD.is_cpu and is_plain and is_exact:
         scale = 1 / math.sqrt(q_BHLD.shape[-1]) if scale is None else scale
         args = q_BHLD, k_BHLD, v_BHLD, mask, dropout, scale
         return cast(Tensor, _Attention.apply(*args))  # pyright: ignore[reportUnknownMemberType]
@@ -56,27 +57,27 @@ def attention(
     )
 
 
-def drawn(like: Tensor, dropout: float) -> tuple[Tensor, float]:
+def draw_keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
     """(uint8, 1 where an element stays, else 0; the factor of those), from torch's default generator."""
     dropped = min(round(dropout * 2**16), 2**16 - 1)
     words = -(-like.numel() // 4)
     bits = torch.empty(words, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - 2**15
-    return kept.view(torch.uint8), 2**16 / (2**16 - dropped)  # a product with bool takes twice as long
+    keep_mask = bits.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - 2**15
+    return keep_mask.view(torch.uint8), 2**16 / (2**16 - dropped)  # a product with bool takes twice as long
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: float) -> Tensor:
-        kept, ctx.factor = drawn(x, dropout)
-        ctx.save_for_backward(kept)
-        return (x * kept).mul_(ctx.factor)
+        keep_mask, ctx.factor = draw_keep_mask(x, dropout)
+        ctx.save_for_backward(keep_mask)
+        return (x * keep_mask).mul_(ctx.factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (kept,) = ctx.saved_tensors
-        return (grad * kept).mul_(ctx.factor), None
+        (keep_mask,) = ctx.saved_tensors
+        return (grad * keep_mask).mul_(ctx.factor), None
 
 
 class _Attention(torch.autograd.Function):
@@ -92,18 +93,18 @@ class _Attention(torch.autograd.Function):
         weights_BHLL = torch.softmax(scores_BHLL, -1)
         if mask is not None:
             weights_BHLL.masked_fill_(~mask.any(-1, keepdim=True), 0.0)  # of a row that attends to nothing
-        kept_BHLL, ctx.factor = drawn(weights_BHLL, dropout)
+        keep_mask_BHLL, ctx.factor = draw_keep_mask(weights_BHLL, dropout)
         ctx.scale = scale
-        ctx.save_for_backward(q_BHLD, k_BHLD, v_BHLD, weights_BHLL, kept_BHLL)
-        return torch.mul(weights_BHLL, kept_BHLL, out=scores_BHLL).matmul(v_BHLD).mul_(ctx.factor)
+        ctx.save_for_backward(q_BHLD, k_BHLD, v_BHLD, weights_BHLL, keep_mask_BHLL)
+        return torch.mul(weights_BHLL, keep_mask_BHLL, out=scores_BHLL).matmul(v_BHLD).mul_(ctx.factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BHLD, k_BHLD, v_BHLD, weights_BHLL, kept_BHLL = ctx.saved_tensors
+        q_BHLD, k_BHLD, v_BHLD, weights_BHLL, keep_mask_BHLL = ctx.saved_tensors
         grad_BHLD = grad_BHLD * ctx.factor
-        dv_BHLD = (weights_BHLL * kept_BHLL).mT @ grad_BHLD
-        dweights_BHLL = (grad_BHLD @ v_BHLD.mT).mul_(kept_BHLL)
+        dv_BHLD = (weights_BHLL * keep_mask_BHLL).mT @ grad_BHLD
+        dweights_BHLL = (grad_BHLD @ v_BHLD.mT).mul_(keep_mask_BHLL)
         dscores_BHLL = torch._softmax_backward_data(dweights_BHLL, weights_BHLL, -1, weights_BHLL.dtype)
         dq_BHLD = (dscores_BHLL @ k_BHLD).mul_(ctx.scale)
         return dq_BHLD, dscores_BHLL.mT @ (q_BHLD * ctx.scale), dv_BHLD, None, None, None

@@ -114,7 +114,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def test_resumed_on_other_ranks_and_engine_goes_on_with_the_same_examples_and_losses(
     stage: str, before: str, size: int, after: str, tmp_path: Path
 ) -> None:
-    """Saved by two ranks. Without dropout, which depends on the rank."""
+    """Saved by two ranks. Without dropout, which depends on how the batch is cut into micro-batches."""
     steps.recipe(stage, tmp_path)
     common = (f"schedule.steps={CUT + ELASTIC}", "track.log_every=1")
     whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))

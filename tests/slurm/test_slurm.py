@@ -89,9 +89,10 @@ class Cluster:
     def stop(self) -> None:
         for daemon in reversed(self.daemons):
             daemon.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 5
         for daemon in self.daemons:
             try:
-                daemon.wait(15)
+                daemon.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 daemon.kill()
 

@@ -204,11 +204,11 @@ def test_answers_that_are_candidates_are_taken_from_there():
     q_BD, d_MD, positive_B = problem()
     mask, options = distinct(positive_B), {"temperature": 0.1, "weight": 1 / B, "tile_bytes": 400}
     leaves = [q_BD.requires_grad_(), d_MD.requires_grad_()]
-    found, expected = (
+    actual, expected = (
         gradients(contrastive_local_loss(q_BD, d_MD, answer_BD, mask, **options).value, *leaves)
         for answer_BD in (None, d_MD[positive_B])
     )
-    torch.testing.assert_close(found, expected, **TIGHT)
+    torch.testing.assert_close(actual, expected, **TIGHT)
 
 
 @pytest.mark.parametrize("rules", ["", "psq"])

@@ -35,4 +35,4 @@ def test_a_worker_that_is_killed_while_it_hands_over_a_batch_is_told_in_one_line
     told = rf"data\.workers: rank 3: DataLoader worker {told}.* \(if the host"
     with pytest.raises(TrainingError, match=told), lost_workers_told(3):
         list(step_batches(lambda step: HandedOver(worker_ends), start=0, total=1, workers=1, pin=False))
-    time.sleep(0.5)  # torch raises once, and has
+    time.sleep(0.5)  # here a second error of torch's would come
