@@ -1,7 +1,7 @@
 """Dropout on a CPU: 16 random bits decide on an element, one byte remembers it.
 
-torch draws a double for each element there, which takes five times as long, and keeps the mask in the type of the
-elements. Shape suffixes: B texts, H attention heads, L tokens, D width of a head.
+torch draws a double for each element there, which makes dropout take twice as long, and keeps the mask in the type of
+the elements. Shape suffixes: B texts, H attention heads, L tokens, D width of a head.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def draw_keep_mask(like: Tensor, dropout: float) -> tuple[Tensor, float]:
     words = -(-like.numel() // 4)
     bits = torch.empty(words, dtype=torch.int64).random_(-(2**63), None)
     keep_mask = bits.view(torch.int16)[: like.numel()].view(like.shape) >= dropped - 2**15
-    return keep_mask.view(torch.uint8), 2**16 / (2**16 - dropped)  # a product with bool takes twice as long
+    return keep_mask.view(torch.uint8), 2**16 / (2**16 - dropped)  # a product with bool would be slower
 
 
 class _Dropout(torch.autograd.Function):
