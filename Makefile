@@ -37,11 +37,8 @@ $(VENV)/complete: requirements.lock $(VENV)/demo
 	$(INSTALL) --requirement requirements.lock
 	@touch $@
 
-# More than two cores: some tests wait, the slow ones more.
-PROCESSES := 3
-test-slow test-all: PROCESSES := 4
-PYTEST = $(RUN)/pytest --numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder -rs --durations 20 \
-	$(PYTEST_OPTIONS)
+# Three at a time on two cores: some tests wait.
+PYTEST := $(RUN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -rs --durations 20 $(PYTEST_OPTIONS)
 
 test: install-all ## run the fast tests: under five minutes on two cores
 	$(PYTEST)
