@@ -40,6 +40,9 @@ class DdpEngine:
                 # step of a resumed run would differ in the last bit.
                 find_unused_parameters=True,
             )
+            # Dropped after DDP: were DDP's, in C++, the last reference to the group, it would wait for gloo's threads
+            # while it holds Python's lock, for ever where one of them waits for that lock.
+            self._group = self._wrapped.process_group
         self._clip_norm = optim.clip_norm
         parameter_groups = optims.groups(module, optim)
         adamw_groups = [group for group in parameter_groups if not group["use_muon"]]
