@@ -20,6 +20,7 @@ from lodestar.distributed.testing import run_world
 from lodestar.errors import ConfigError
 from lodestar.models.compile import check_compiler, compile_layers, layers_of
 from lodestar.models.load import load_encoder
+from lodestar.models.packed import enable_packed, packed_hidden
 from tests import tiny
 from tests.distributed import steps
 from tests.unit.lodestar.config.test_loader import VALUES
@@ -41,6 +42,13 @@ def output(model: nn.Module, texts: int, length: int, seed: int = 0) -> Tensor:
     mask_BL[0, length // 2 :] = 0
     torch.manual_seed(seed)
     return model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+
+
+def packed_output(model: nn.Module, texts: int, length: int, seed: int = 0) -> Tensor:
+    ids_T = torch.randint(5, 60, (texts * length - 1,), generator=torch.Generator().manual_seed(length))
+    offsets_N1 = torch.tensor([*range(0, len(ids_T), length), len(ids_T)])  # the last text is shorter
+    torch.manual_seed(seed)
+    return packed_hidden(model, ids_T, offsets_N1, max_length=length)
 
 
 def gradient(model: nn.Module, hidden_BLD: Tensor) -> Tensor:
@@ -71,13 +79,18 @@ def test_compiled_layers_give_the_same_numbers_at_any_length(family: str, tmp_pa
 
 @pytest.mark.slow
 @needs_compiler
-def test_dropout_is_the_same_with_and_without_gradients(tmp_path: Path) -> None:
-    model = encoder(tmp_path, dropout=0.1).train()
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+def test_dropout_is_the_same_with_and_without_gradients(attention: str, tmp_path: Path) -> None:
+    model: Any = encoder(tmp_path, dropout=0.1).train()
+    if attention == "packed":
+        enable_packed(model)
     compile_layers(model, CPU)
-    with_graph = output(model, 3, 9, seed=1)
+    read = packed_output if attention == "packed" else output
+    with_graph = read(model, 3, 9, seed=1)
     with torch.no_grad():
-        torch.testing.assert_close(output(model, 3, 9, seed=1), with_graph, rtol=1e-5, atol=1e-6)
-        assert (output(model, 3, 9, seed=2) - with_graph).abs().max() > 0.01
+        torch.testing.assert_close(read(model, 3, 9, seed=1), with_graph, rtol=1e-5, atol=1e-6)
+        assert (read(model, 3, 9, seed=2) - with_graph).abs().max() > 0.01
+    assert gradient(model, with_graph).isfinite().all()
 
 
 @pytest.mark.slow
