@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from lodestar import cli
-from lodestar.commands import load
+from lodestar.commands import load, quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.config.schema import TrainingRecipe
 from lodestar.distributed.runtime import Placement
@@ -39,17 +39,21 @@ class StageCommand(Generic[Recipe]):
 
     def run(self, recipe: Recipe, placement: Placement) -> int:
         self.check(recipe)
-        from lodestar.training.trainer import train
+        with quick_imports():
+            from lodestar.training.trainer import train
 
-        return train(recipe, placement, self._load())
+            spec = self._load()
+        return train(recipe, placement, spec)
 
     def rehearse(self, recipe: Recipe, placement: Placement, steps: int) -> int:
         """The dry run of `--rehearse`."""
         evaluates_nothing = recipe.evaluate.model_copy(update={"data": None})
         self.check(recipe.model_copy(update={"evaluate": evaluates_nothing}))
-        from lodestar.training.dry_run import rehearse
+        with quick_imports():
+            from lodestar.training.dry_run import rehearse
 
-        return rehearse(recipe, placement, self._load(), steps)
+            spec = self._load()
+        return rehearse(recipe, placement, spec, steps)
 
     def train(self, source: Recipe | Mapping[str, object] | str | Path, *overrides: str) -> Path:
         """A run in this process; returns the folder of the exported model.

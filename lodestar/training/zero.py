@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lodestar.commands import quick_imports
 from lodestar.config.schema import EngineConfig, OptimConfig, Precision
 from lodestar.distributed.collectives import gather_objects, gather_on_main, sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
@@ -35,9 +36,9 @@ class ZeroEngine:
         precision: Precision,
         muon_fp32: bool,
     ) -> None:
-        prepare_deepspeed()
-        import deepspeed
-
+        with quick_imports():
+            prepare_deepspeed()
+            import deepspeed
         self.module, self._muon_fp32 = module, muon_fp32
         if optim.name == "muon" and engine.zero_stage == 3:
             raise ConfigError(

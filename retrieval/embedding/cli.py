@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lodestar.cli import entry_point
+from lodestar.commands import quick_imports
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
 from lodestar.models.folder_checks import embedding_width
@@ -51,9 +52,9 @@ def check_model(recipe: EncodeRecipe) -> None:
 
 def run(recipe: EncodeRecipe, placement: Placement) -> int:
     check_model(recipe)
-    from lodestar.distributed.session import distributed_session
-    from retrieval.embedding.encode import TIMEOUT_MINUTES, encode
-
+    with quick_imports():
+        from lodestar.distributed.session import distributed_session
+        from retrieval.embedding.encode import TIMEOUT_MINUTES, encode
     with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
         encode(recipe, runtime)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lodestar.cli import entry_point
+from lodestar.commands import quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Placement
 from lodestar.planning.plan import PlanWarnings
@@ -64,6 +65,6 @@ def _evaluate(recipe: EvaluateRecipe, placement: Placement) -> dict[str, Result]
     tasks = {name: task_of(recipe, name) for name in recipe.all_tasks}
     for path in recipe.labelled_models.values():
         check_folder(path, "models")  # now, not after hours with the first model
-    from retrieval.evaluation.compare import evaluate
-
+    with quick_imports():
+        from retrieval.evaluation.compare import evaluate
     return evaluate(recipe, tasks, placement)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lodestar.cli import entry_point
+from lodestar.commands import quick_imports
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import LaunchError
 from lodestar.files import check_absent, make_folder
@@ -46,8 +47,8 @@ def export_run(recipe: ExportRecipe, placement: Placement) -> int:
     _prepare_output(recipe.output, placement)
     check_folder(recipe.model)
     require_onnx()
-    from retrieval.export.onnx import export_onnx
-
+    with quick_imports():
+        from retrieval.export.onnx import export_onnx
     for name, file in export_onnx(recipe.model, recipe.output, int8=recipe.int8).items():
         print(
             f"{name}: {file.bytes / 1e6:,.1f} MB; compared with sentence-transformers: largest difference "
@@ -87,8 +88,8 @@ def merge_run(recipe: MergeRecipe, placement: Placement) -> int:
     _prepare_output(recipe.output, placement)
     folders = [Path(model.path) for model in recipe.models]
     check_tensors(folders)  # damaged files are told before torch is loaded
-    from retrieval.export.merge import merge
-
+    with quick_imports():
+        from retrieval.export.merge import merge
     merge(folders, recipe.weights, recipe.output, prompts=recipe.prompts)
     print(f"written: {recipe.output}")
     return 0

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from lodestar.cli import entry_point
+from lodestar.commands import quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
@@ -69,10 +70,10 @@ def run(recipe: MineRecipe, placement: Placement) -> int:
     require("faiss", field="mine", extra="mine")
     check_models(recipe)
     check_files(recipe)
-    from lodestar.distributed.session import distributed_session
-    from retrieval.embedding.encode import TIMEOUT_MINUTES
-    from retrieval.mining.hard_negatives import mine
-
+    with quick_imports():
+        from lodestar.distributed.session import distributed_session
+        from retrieval.embedding.encode import TIMEOUT_MINUTES
+        from retrieval.mining.hard_negatives import mine
     with distributed_session(placement, TIMEOUT_MINUTES, recipe) as runtime:
         mine(recipe, runtime)
     return 0

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lodestar.cli import Parser, entry_point
+from lodestar.commands import quick_imports
 from lodestar.data.readers import count_rows
 from lodestar.distributed.runtime import Placement, choose_device
 from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError, shown
@@ -152,16 +153,14 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
     if options.store:
         where = _parse_where(options.where)
         table = find_table(options.store, options.model)
-        device = _choose_device(options)
-        from retrieval.search.search import table_searcher
-
-        return table_searcher(table, where, device)
+        with quick_imports():
+            from retrieval.search.search import table_searcher
+        return table_searcher(table, where, _choose_device(options))
     corpus = _read_corpus(options)
-    device = _choose_device(options)
-    from retrieval.embedding.load_model import load_model
-    from retrieval.search.search import Searcher
-
-    model = load_model(corpus.model_folder, device)
+    with quick_imports():
+        from retrieval.embedding.load_model import load_model
+        from retrieval.search.search import Searcher
+    model = load_model(corpus.model_folder, _choose_device(options))
     cache = cache_file(corpus.model_folder, corpus.documents)
     return nullcontext(Searcher(model, corpus.documents, cache=cache, progress=sys.stderr.isatty()))
 
@@ -169,8 +168,8 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
 def _choose_device(options: argparse.Namespace) -> str:
     if options.device is None:
         return str(choose_device(0))
-    from retrieval.embedding.embedder import check_devices
-
+    with quick_imports():
+        from retrieval.embedding.embedder import check_devices
     check_devices([options.device], "command line: --device")
     return options.device
 

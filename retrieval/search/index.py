@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lodestar.commands import quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Runtime, choose_device
 from lodestar.errors import ConfigError, DataError, LodestarError
@@ -99,8 +100,8 @@ def _embeddings(work: Path) -> Iterator[tuple[list[str], np.ndarray]]:
 
 
 def _embed_corpus(recipe: IndexRecipe, folder: Path) -> None:
-    from retrieval.embedding.encode import encode  # loads torch
-
+    with quick_imports():
+        from retrieval.embedding.encode import encode
     encode_recipe = EncodeRecipe(
         model=recipe.model,
         texts=[recipe.corpus],

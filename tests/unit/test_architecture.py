@@ -153,6 +153,21 @@ def test_imports_stand_at_the_top_unless_they_keep_torch_out(loads_torch: set[st
             assert not wrong, f"{here}.py:{node.lineno} imports {sorted(wrong)} inside a function"
 
 
+def is_quick_or_for_types(node: ast.AST) -> bool:
+    condition = node.items[0].context_expr if isinstance(node, ast.With) else getattr(node, "test", None)
+    return condition is not None and ast.unparse(condition) in ("quick_imports()", "TYPE_CHECKING")
+
+
+def test_commands_load_torch_by_quick_imports(loads_torch: set[str]) -> None:
+    for path in our_files():
+        if path.stem in ("cli", "command"):
+            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+            inside = {inner for node in nodes if is_quick_or_for_types(node) for inner in ast.walk(node)}
+            for node in nodes:
+                if isinstance(node, ast.ImportFrom) and node not in inside:
+                    assert not is_of(f"{node.module}", loads_torch), f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
 def test_tests_start_processes_in_one_place() -> None:
     for path in (ROOT / "tests").rglob("*.py"):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
