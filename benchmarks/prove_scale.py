@@ -3,12 +3,15 @@
     PYTHONPATH=. python benchmarks/prove_scale.py finetune --ranks 48
     PYTHONPATH=. python benchmarks/prove_scale.py pretrain --ranks 24
     PYTHONPATH=. python benchmarks/prove_scale.py start --rows 10000000
+    PYTHONPATH=. python benchmarks/prove_scale.py tokenize --rows 200000 --ranks 2
 
 The first two: one optimizer step of the recipe, on a tiny encoder and texts of a few tokens, so that 48 processes fit
 two cores: the loss and the whole gradient must agree with those of one process within 1e-6. Prints one JSON line.
 
 The third: seconds, without imports, of a run of one step on short texts: with an empty token cache, with one that is
 whole but was not checked since, and with one that was. `read_mib` counts read calls; mapped files are not among them.
+
+The last: seconds in which nodes of one core each, as many as ranks, build a token cache that they share, and one alone.
 """
 
 from __future__ import annotations
@@ -24,10 +27,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from contrastive.config import FinetuneRecipe
 from lodestar.config import loader
+from lodestar.data import cache_parts
+from lodestar.distributed.collectives import barrier
+from lodestar.distributed.runtime import Runtime
 from lodestar.distributed.testing import run_world
 from retromae.config import PretrainRecipe
+from retromae.task import build_task
 from tests import tiny
 from tests.distributed import steps
 
@@ -39,13 +48,15 @@ RECIPES: dict[str, tuple[Any, str]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=[*RECIPES, "start"])
+    parser.add_argument("stage", choices=[*RECIPES, "start", "tokenize"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=10**6)
     parser.add_argument("--engine", choices=["ddp", "deepspeed"], default="deepspeed")
     options = parser.parse_args()
     if options.stage == "start":
         return _measure_starts(options.rows)
+    if options.stage == "tokenize":
+        return _measure_tokenizing(options.rows, options.ranks)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         overrides = [*_prepare(folder, options.stage), f"engine.kind={options.engine}"]
@@ -106,6 +117,32 @@ def _measure_starts(rows: int) -> int:
         sizes = {"rows": rows, "corpus_mib": corpus.stat().st_size >> 20, "cache_mib": cache_mib}
         print(json.dumps({**sizes, **dict(zip(("empty", "unchecked", "checked"), starts, strict=True))}))
     return 0
+
+
+def _measure_tokenizing(rows: int, nodes: int) -> int:
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of tokenizers: a node has one core
+    files = 2 * nodes
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        overrides = _prepare(folder, "pretrain")
+        for i in range(files):
+            tiny.write_jsonl(folder / f"{i}.jsonl", [{"text": f"{i} {text}"} for text in tiny.texts(rows // files)])
+        overrides += [f"data.train=[{folder}/*.jsonl]"]
+        seconds = [
+            max(run_world(_tokenize, size, [*overrides, f"data.cache_dir={folder}/cache-{size}"]))
+            for size in (1, nodes)
+        ]
+    print(json.dumps({"rows": rows, "nodes": nodes, "seconds_alone": seconds[0], "seconds": seconds[1]}))
+    return 0
+
+
+def _tokenize(rank: int, size: int, overrides: list[str]) -> float:
+    cache_parts.PART_BYTES = 1  # each file is a part, however small
+    made = loader.load(PretrainRecipe, RECIPES["pretrain"][1], overrides)
+    barrier()
+    start = time.perf_counter()
+    build_task(made, Runtime(rank, size, 0, torch.device("cpu")))  # the first rank of its node
+    return round(time.perf_counter() - start, 1)
 
 
 def _make_older(folder: Path) -> None:
