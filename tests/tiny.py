@@ -266,3 +266,11 @@ def build_wheel(folder: Path) -> Path:
     processes.run(command, limit_s=120).check_returncode()
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def tokens_of_last_layer(encoder: Any) -> list[int]:
+    """Filled from now on, by each pass of a BERT: how many tokens go through the end of its last layer."""
+    counts: list[int] = []
+    last = encoder.encoder.layer[-1].intermediate
+    last.register_forward_pre_hook(lambda module, args: counts.append(args[0].shape[:-1].numel()))
+    return counts

@@ -16,25 +16,33 @@ from lodestar.config.schema import ModelConfig
 from lodestar.data.padding import TextShape, is_token
 from lodestar.models.compile import compile_layers
 from lodestar.models.cpu_dropout import use_cpu_dropout
+from lodestar.models.last_layer import keep_first_tokens
 from lodestar.models.packed import enable_packed, packed_hidden
 
 
-def prepare(encoder: PreTrainedModel, model: ModelConfig, device: torch.device) -> None:
+def prepare(
+    encoder: PreTrainedModel, model: ModelConfig, device: torch.device, *, first_tokens_alone: bool = False
+) -> None:
     """Let an encoder read texts as the recipe says, and compile its layers for the device if it says so.
 
+    first_tokens_alone   nothing reads the last hidden states of other tokens: they may be left out
     Raises ModelError where its family cannot read packed texts, ConfigError where nothing can be compiled.
     """
     if model.attention == "packed":
         enable_packed(encoder)
     if model.compile:
         compile_layers(encoder, device)
-    elif device.type == "cpu":
+        return
+    if device.type == "cpu":
         use_cpu_dropout(encoder)
+    if first_tokens_alone:
+        keep_first_tokens(encoder.base_model)
 
 
 def hidden_states(base: nn.Module, ids: Tensor, lengths_B: Tensor, shape: TextShape | None = None) -> Tensor:
     """(B, L) ids -> (B, L, D), padded on the right; (T,) ids, texts end to end -> (T, D). The host never waits.
 
+    After `keep_first_tokens` (B, 1, D) and (B, D).
     shape   of the texts; none: ids are padded and hold padding
     """
     if ids.ndim == 1:

@@ -79,9 +79,14 @@ def text_positions(offsets_N1: Tensor, tokens: int) -> Tensor:
 
 
 def pool_packed(hidden_TD: Tensor, offsets_N1: Tensor, pooling: Pooling) -> Tensor:
-    """(T, D) hidden states of packed texts -> (N, D), as `lodestar.models.pooling.pool` of padded ones."""
+    """(T, D) hidden states of packed texts -> (N, D), as `lodestar.models.pooling.pool` of padded ones.
+
+    For cls also (N, D), of first tokens alone.
+    """
     if pooling == "mean":
         return torch.segment_reduce(hidden_TD.float(), "mean", offsets=offsets_N1.long(), axis=0, unsafe=True)
+    if pooling == "cls" and len(hidden_TD) == len(offsets_N1) - 1:
+        return hidden_TD
     return hidden_TD.index_select(0, offsets_N1[:-1] if pooling == "cls" else offsets_N1[1:] - 1)
 
 

@@ -156,7 +156,7 @@ def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
 
 
 def model_flops(shape: EncoderShape, tokens: int, length: int, *, forwards: float) -> float:
-    """Floating-point operations on `tokens` tokens in texts of `length` tokens, padding included.
+    """Floating-point operations on `tokens` tokens in texts of `length` tokens, padding included, in all layers.
 
     forwards   3 for a forward and a backward, which costs as much as two
     """

@@ -8,18 +8,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import Tensor
 from tqdm import tqdm
-from transformers import BatchEncoding
+from transformers import BatchEncoding, PreTrainedModel
 
 from lodestar.config.schema import Precision
 from lodestar.errors import ModelError
+from lodestar.models.last_layer import keep_first_tokens
 from lodestar.training.engine import autocast
 from retrieval.embedding.config import Role
 
@@ -82,7 +85,7 @@ def encode_texts(
     result_ND, truncated = torch.empty(len(texts), model.get_embedding_dimension() or 0), 0
     pending: tuple[list[int], Tensor] | None = None
     bar = tqdm(total=len(texts), unit="text", disable=not progress, leave=False)
-    with bar, torch.inference_mode(), autocast(model.device, precision):
+    with bar, _first_tokens_alone(model), torch.inference_mode(), autocast(model.device, precision):
         for chunk in _tokenized(model, texts, role):
             truncated += chunk.truncated
             longest_first = sorted(range(len(chunk.indices)), key=chunk.token_counts.__getitem__, reverse=True)
@@ -102,6 +105,26 @@ def encode_texts(
     if width is not None and width < result_ND.shape[1]:
         result_ND = torch.nn.functional.normalize(result_ND[:, :width], dim=1)
     return TextEmbeddings(result_ND, truncated)
+
+
+@contextmanager
+def _first_tokens_alone(model: SentenceTransformer) -> Iterator[None]:
+    """Where the [CLS] vectors alone are read, the encoder's last layer computes no others."""
+    modules = list(model.children())
+    base: Any = getattr(modules[0], "model", None)
+    reads_cls = (
+        isinstance(base, PreTrainedModel)
+        and base.config._attn_implementation == "sdpa"
+        and model.tokenizer.padding_side == "right"
+        and [(m.pooling_mode, m.include_prompt) for m in modules[1:2] if isinstance(m, Pooling)] == [("cls", True)]
+        and all(isinstance(module, (Dense, Normalize)) for module in modules[2:])
+    )
+    handles = keep_first_tokens(base) if reads_cls else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _tokenized(model: SentenceTransformer, texts: Sequence[str], role: Role) -> Iterator[_Tokens]:

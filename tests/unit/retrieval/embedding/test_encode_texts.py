@@ -50,3 +50,16 @@ def test_batches_keep_to_the_budget_and_hold_each_text_once() -> None:
     order = sorted(range(6), key=lengths.__getitem__, reverse=True)
     batches = [list(batch) for batch in cut_batches(order, lengths, 24)]
     assert batches == [[1], [4], [2, 3, 5], [0]]  # the longest has a batch of its own although it is over the budget
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_last_layer_computes_what_the_pooling_reads(pooling: str, model_folder: Path) -> None:
+    model = load_model(model_folder, "cpu")
+    model[1].pooling_mode = pooling  # type: ignore[assignment]
+    texts = tiny.texts(5, seed=3)
+    expected_ND = torch.from_numpy(model.encode_document(texts))
+    counts = tiny.tokens_of_last_layer(model[0].model)
+    vectors_ND = encode_texts(model, texts, "document").vectors_ND
+    torch.testing.assert_close(vectors_ND, expected_ND, rtol=0, atol=1e-6)
+    assert (counts == [5]) == (pooling == "cls")
+    assert model.encode(texts[0], output_value="token_embeddings").shape[0] > 1  # the model itself is as it was

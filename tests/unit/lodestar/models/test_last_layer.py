@@ -1,0 +1,104 @@
+"""First tokens alone in the last layer: the same [CLS] vectors and gradients, of less work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, RobertaConfig, RobertaModel
+
+from lodestar.data.padding import TextShape
+from lodestar.distributed.runtime import Placement, joined
+from lodestar.models.hidden_states import hidden_states
+from lodestar.models.last_layer import FAMILIES, keep_first_tokens
+from lodestar.models.packed import enable_packed
+from tests import tiny
+from tests.distributed import steps
+
+LENGTHS_B = torch.tensor([9, 3, 1, 7])
+
+
+def encoder(family: str, folder: Path, dropout: float = 0.0) -> Any:
+    if family == "roberta":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        torch.manual_seed(3)
+        model: Any = RobertaModel(RobertaConfig(vocab_size=99, **sizes))
+    else:
+        model = AutoModel.from_pretrained(tiny.encoder(folder / family, family, dropout=dropout))
+    enable_packed(model)
+    return model.eval()
+
+
+def read(model: Any, attention: str) -> Tensor:
+    """Its last hidden states; a row for each text where they are packed, else (B, L, D)."""
+    generator = torch.Generator().manual_seed(0)
+    ids_T = torch.randint(5, 60, (int(LENGTHS_B.sum()),), generator=generator)
+    if attention == "packed":
+        return hidden_states(model, ids_T, LENGTHS_B, TextShape(9, has_padding=False))
+    mask_BL = torch.arange(9) < LENGTHS_B[:, None]
+    ids_BL = torch.ones(mask_BL.shape, dtype=torch.long).masked_scatter(mask_BL, ids_T)
+    return hidden_states(model, ids_BL, LENGTHS_B)
+
+
+def gradients(model: nn.Module, first_BD: Tensor) -> dict[str, Tensor]:
+    target_BD = torch.randn(first_BD.shape, generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    (first_BD * target_BD).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_hidden_states_and_all_gradients_are_the_same(family: str, attention: str, tmp_path: Path) -> None:
+    model = encoder(family, tmp_path)
+    first = slice(0, 1) if attention == "padded" else LENGTHS_B.cumsum(0) - LENGTHS_B
+    whole = read(model, attention)
+    whole_BD = whole[:, 0] if attention == "padded" else whole[first]
+    expected = gradients(model, whole_BD)
+    undo = keep_first_tokens(model)
+    kept = read(model, attention)
+    kept_BD = kept[:, 0] if attention == "padded" else kept
+    assert kept.shape[:-1] == ((4, 1) if attention == "padded" else (4,))
+    torch.testing.assert_close(kept_BD, whole_BD, rtol=1e-5, atol=1e-6)
+    found = gradients(model, kept_BD)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    for each in undo:
+        each.remove()
+    assert read(model, attention).equal(whole)
+
+
+def test_a_family_that_adds_the_residual_elsewhere_stays_as_it_is(tmp_path: Path) -> None:
+    model = encoder("modernbert", tmp_path)
+    whole = read(model, "packed")
+    assert keep_first_tokens(model) == [] and read(model, "packed").equal(whole)
+
+
+@pytest.mark.parametrize("attention", ["padded", "packed"])
+def test_dropout_is_replayed(attention: str, tmp_path: Path) -> None:
+    model = encoder("bert", tmp_path, dropout=0.1).train()
+    keep_first_tokens(model)
+    torch.manual_seed(1)
+    with_graph = read(model, attention)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert read(model, attention).equal(with_graph) and not read(model, attention).equal(with_graph)
+
+
+@pytest.mark.parametrize(("pooling", "attention"), [("cls", "padded"), ("cls", "packed"), ("mean", "packed")])
+def test_fine_tuning_computes_what_its_pooling_reads(pooling: str, attention: str, tmp_path: Path) -> None:
+    overrides = (f"model.pooling={pooling}", f"model.attention={attention}")
+    with joined(Placement(0, 1, 0)):
+        task, _ = steps.built_task(steps.recipe("finetune", tmp_path, *overrides), 0, 1)
+    ids_T = torch.arange(5, 25)
+    inputs = (ids_T, torch.tensor([8, 12]), TextShape(12, has_padding=False))
+    if attention == "padded":
+        inputs = (ids_T[:16].view(2, 8), torch.tensor([8, 8]), TextShape(8, has_padding=False))
+    tokens = len(ids_T) if attention == "packed" else 16
+    counts = tiny.tokens_of_last_layer(task.module.encoder)
+    task.module(*inputs)
+    assert counts == [2 if pooling == "cls" else tokens]
