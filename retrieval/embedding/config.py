@@ -23,7 +23,7 @@ class EncodeConfig(Section):
     """As [cuda:1, cuda:3], or [cpu, cpu] for two processes; none: all visible GPUs of all ranks, or the CPU."""
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
-    """Tokens of one batch on a device, padding included; none: 4,096 on a CPU, 65,536 on a GPU."""
+    """Tokens of one batch on a device, padding included; none: 2,048 on a CPU, 65,536 on a GPU."""
     shard_rows: Count = 10_000
     """Rows of one file. An interrupted run repeats at most this many on each device."""
 

@@ -43,7 +43,7 @@ class Embedder:
     ) -> None:
         """path          a sentence-transformers folder, or a hub name
         devices       as ["cuda:1", "cuda:3"], or ["cpu", "cpu"] for two processes; none: all visible GPUs, or the CPU
-        batch_tokens  tokens of one batch on a device, padding included; none: 4,096 on a CPU, 65,536 on a GPU
+        batch_tokens  tokens of one batch on a device, padding included; none: 2,048 on a CPU, 65,536 on a GPU
         width         number of leading dimensions to keep, normalised again (Matryoshka); none: all
         prompts       replace the folder's own, as {"query": "Represent this sentence for searching ...: "}
         Raises ModelError, or ConfigError for a device that does not exist and for a width beyond the model's.

@@ -78,10 +78,10 @@ def encode_texts(
 ) -> TextEmbeddings:
     """Embed texts with the model's own prompt for the role, longest first.
 
-    batch_tokens  tokens of one batch, padding included; none: 4,096 on a CPU, 65,536 on a GPU
+    batch_tokens  tokens of one batch, padding included; none: 2,048 on a CPU, 65,536 on a GPU
     width         number of leading dimensions to keep, normalised again (Matryoshka); none: all
     """
-    max_tokens = batch_tokens or (4096 if model.device.type == "cpu" else 65536)
+    max_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 65536)
     result_ND, truncated = torch.empty(len(texts), model.get_embedding_dimension() or 0), 0
     pending: tuple[list[int], Tensor] | None = None
     bar = tqdm(total=len(texts), unit="text", disable=not progress, leave=False)

@@ -119,7 +119,7 @@ class EvaluateRecipe(Section):
     """Where evaluation.json and reports go. Embeddings stay there until the end, for an interrupted run."""
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
-    """Tokens of one batch on a device, padding included; none: 4,096 on a CPU, 65,536 on a GPU."""
+    """Tokens of one batch on a device, padding included; none: 2,048 on a CPU, 65,536 on a GPU."""
     device: str = "auto"
     """auto: a GPU for each rank if there are any; or one device, as cpu or cuda:1."""
 
