@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
-"""Those in which what follows the attention of a layer stands in modules of its own, token by token."""
+"""Those in whose layers what follows the attention stands in modules of its own, and reads one token at a time."""
 
 
 def keep_first_tokens(base: Any) -> list[RemovableHandle]:
     """From now on the last hidden states are of first tokens: (B, 1, D) of padded texts, (1, N, D) of packed ones.
 
-    base   the base model of an encoder; of a family that is not in FAMILIES it stays as it is
+    base   the base model of an encoder; of a family that is not in FAMILIES, or of other code than transformers', it
+           stays as it is
     Returns what undoes it. Padding must be on the right.
     """
-    if base.config.model_type not in FAMILIES:
+    is_known = base.config.model_type in FAMILIES and type(base).__module__.startswith("transformers.")
+    if not is_known or getattr(base.config, "chunk_size_feed_forward", 0):
         return []
     attention, cut = base.encoder.layer[-1].attention, _Cut()
     return [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, RobertaConfig, RobertaModel
+from transformers import AutoModel, BertModel, RobertaConfig, RobertaModel
 
 from lodestar.data.padding import TextShape
 from lodestar.distributed.runtime import Placement, joined
@@ -72,10 +72,15 @@ def test_the_first_hidden_states_and_all_gradients_are_the_same(family: str, att
     assert read(model, attention).equal(whole)
 
 
-def test_a_family_that_adds_the_residual_elsewhere_stays_as_it_is(tmp_path: Path) -> None:
-    model = encoder("modernbert", tmp_path)
-    whole = read(model, "packed")
-    assert keep_first_tokens(model) == [] and read(model, "packed").equal(whole)
+def test_other_families_and_other_code_stay_as_they_are(tmp_path: Path) -> None:
+    class Own(BertModel):
+        """Code that an encoder's folder brings."""
+
+    bert = encoder("bert", tmp_path)
+    own, in_chunks = Own(bert.config), BertModel(bert.config)
+    in_chunks.config.chunk_size_feed_forward = 2
+    for model in (encoder("modernbert", tmp_path), own, in_chunks):
+        assert keep_first_tokens(model) == []
 
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
@@ -102,3 +107,21 @@ def test_fine_tuning_computes_what_its_pooling_reads(pooling: str, attention: st
     counts = tiny.tokens_of_last_layer(task.module.encoder)
     task.module(*inputs)
     assert counts == [2 if pooling == "cls" else tokens]
+
+
+def test_layers_that_are_computed_again_take_the_texts_of_their_own_pass(tmp_path: Path) -> None:
+    """Two micro-batches whose graphs are kept, under activation checkpointing."""
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        model = encoder("bert", tmp_path).train()
+        keep_first_tokens(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids_T = torch.arange(5, 25)
+        passes = [
+            hidden_states(model, ids_T, torch.tensor(lengths), TextShape(12, has_padding=False))
+            for lengths in ([8, 12], [11, 9])
+        ]
+        found.append(gradients(model, torch.cat(passes)))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
