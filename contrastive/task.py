@@ -265,7 +265,7 @@ def _model(recipe: FinetuneRecipe, runtime: Runtime, pooling: Pooling) -> BiEnco
     loaded = load_encoder(recipe.model, AutoModel, seed=recipe.run.seed, pooling=pooling)
     if runtime.is_main:
         print(loaded, file=sys.stderr)
-    prepare(loaded.model, recipe.model, runtime.device, first_tokens_alone=pooling == "cls")
+    prepare(loaded.model, recipe.model, runtime.device, cls_only=pooling == "cls")
     full_width = loaded.model.config.hidden_size
     for width in recipe.loss.matryoshka:
         if width >= full_width:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -113,20 +112,6 @@ def _run(argv: Sequence[str] | None) -> int:
         hint = did_you_mean(name, COMMANDS, "see lodestar --help")
         raise ConfigError(f"command line: {name}: unknown command ({hint})")
     return 0
-
-
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """For imports of torch and what is built on it: a fifth of their time Python looks for garbage among what they
-    define; inside it does not.
-    """
-    searches = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if searches:
-            gc.enable()
 
 
 def load(target: str) -> object:

@@ -16,33 +16,30 @@ from lodestar.config.schema import ModelConfig
 from lodestar.data.padding import TextShape, is_token
 from lodestar.models.compile import compile_layers
 from lodestar.models.cpu_dropout import use_cpu_dropout
-from lodestar.models.last_layer import keep_first_tokens
+from lodestar.models.last_layer import compute_cls_only
 from lodestar.models.packed import enable_packed, packed_hidden
 
 
-def prepare(
-    encoder: PreTrainedModel, model: ModelConfig, device: torch.device, *, first_tokens_alone: bool = False
-) -> None:
+def prepare(encoder: PreTrainedModel, model: ModelConfig, device: torch.device, *, cls_only: bool = False) -> None:
     """Let an encoder read texts as the recipe says, and compile its layers for the device if it says so.
 
-    first_tokens_alone   nothing reads the last hidden states of other tokens: they may be left out
+    cls_only   of the last hidden states [CLS] alone is read: `compute_cls_only`
     Raises ModelError where its family cannot read packed texts, ConfigError where nothing can be compiled.
     """
     if model.attention == "packed":
         enable_packed(encoder)
+    if cls_only and not model.compile:  # compiled layers leave out its hooks
+        compute_cls_only(encoder)
     if model.compile:
         compile_layers(encoder, device)
-        return
-    if device.type == "cpu":
+    elif device.type == "cpu":
         use_cpu_dropout(encoder)
-    if first_tokens_alone:
-        keep_first_tokens(encoder.base_model)
 
 
 def hidden_states(base: nn.Module, ids: Tensor, lengths_B: Tensor, shape: TextShape | None = None) -> Tensor:
     """(B, L) ids -> (B, L, D), padded on the right; (T,) ids, texts end to end -> (T, D). The host never waits.
 
-    After `keep_first_tokens` (B, 1, D) and (B, D).
+    Of an encoder that computes [CLS] only: (B, 1, D) and (B, D).
     shape   of the texts; none: ids are padded and hold padding
     """
     if ids.ndim == 1:

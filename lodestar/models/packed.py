@@ -50,7 +50,7 @@ def enable_packed(encoder: PreTrainedModel) -> None:
 
 
 def packed_hidden(base: nn.Module, ids_T: Tensor, offsets_N1: Tensor, *, max_length: int) -> Tensor:
-    """(T, D): the last hidden states of N texts, each of which attends to itself alone.
+    """(T, D): the last hidden states of N texts, each of which attends to itself alone; of [CLS] only, (N, D).
 
     base         the base model of an encoder after `enable_packed`, without a language-model head
     ids_T        int64: the token ids of all texts, end to end
@@ -81,7 +81,7 @@ def text_positions(offsets_N1: Tensor, tokens: int) -> Tensor:
 def pool_packed(hidden_TD: Tensor, offsets_N1: Tensor, pooling: Pooling) -> Tensor:
     """(T, D) hidden states of packed texts -> (N, D), as `lodestar.models.pooling.pool` of padded ones.
 
-    For cls also (N, D), of first tokens alone.
+    For cls also (N, D) of first tokens. Where every text has one token, both are the same.
     """
     if pooling == "mean":
         return torch.segment_reduce(hidden_TD.float(), "mean", offsets=offsets_N1.long(), axis=0, unsafe=True)

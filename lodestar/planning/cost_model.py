@@ -156,8 +156,9 @@ def memory(cost: StepCost, recipe: TrainingRecipe, world_size: int) -> Memory:
 
 
 def model_flops(shape: EncoderShape, tokens: int, length: int, *, forwards: float) -> float:
-    """Floating-point operations on `tokens` tokens in texts of `length` tokens, padding included, in all layers.
+    """Floating-point operations on `tokens` tokens in texts of `length` tokens, padding included.
 
+    The last layer counts as a whole, though `cls` pooling leaves out part of it.
     forwards   3 for a forward and a backward, which costs as much as two
     """
     matrices = 2 * shape.layers * shape.layer_parameters

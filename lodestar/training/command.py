@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from lodestar import cli
-from lodestar.commands import load, quick_imports
+from lodestar.commands import load
 from lodestar.config.loader import recipe_of
 from lodestar.config.schema import TrainingRecipe
 from lodestar.distributed.runtime import Placement
+from lodestar.imports import quick_imports
 from lodestar.planning.plan import Plan
 
 if TYPE_CHECKING:

@@ -40,8 +40,8 @@ class DdpEngine:
                 # step of a resumed run would differ in the last bit.
                 find_unused_parameters=True,
             )
-            # Dropped after DDP: were DDP's, in C++, the last reference to the group, it would wait for gloo's threads
-            # while it holds Python's lock, for ever where one of them waits for that lock.
+            # Outlives DDP: were the last reference that of DDP's C++ reducer, it would join gloo's threads while it
+            # holds the GIL, for which one of them may wait.
             self._group = self._wrapped.process_group
         self._clip_norm = optim.clip_norm
         parameter_groups = optims.groups(module, optim)

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lodestar.commands import quick_imports
 from lodestar.config.schema import EngineConfig, OptimConfig, Precision
 from lodestar.distributed.collectives import gather_objects, gather_on_main, sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
 from lodestar.errors import ConfigError
+from lodestar.imports import quick_imports
 from lodestar.training import optim as optims
 from lodestar.training.engine import Autocast, ResumeState, StepReport, state_tensor
 from lodestar.training.host_memory import HostMemory, copy_all

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lodestar.cli import entry_point
-from lodestar.commands import quick_imports
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
+from lodestar.imports import quick_imports
 from lodestar.models.folder_checks import embedding_width
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.config import EncodeRecipe

@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
 from lodestar.config.schema import Precision
 from lodestar.errors import ModelError
-from lodestar.models.last_layer import keep_first_tokens
+from lodestar.models.last_layer import compute_cls_only
 from lodestar.training.engine import autocast
 from retrieval.embedding.config import Role
 
@@ -85,12 +86,13 @@ def encode_texts(
     result_ND, truncated = torch.empty(len(texts), model.get_embedding_dimension() or 0), 0
     pending: tuple[list[int], Tensor] | None = None
     bar = tqdm(total=len(texts), unit="text", disable=not progress, leave=False)
-    with bar, _first_tokens_alone(model), torch.inference_mode(), autocast(model.device, precision):
+    with bar, torch.inference_mode(), autocast(model.device, precision):
         for chunk in _tokenized(model, texts, role):
             truncated += chunk.truncated
             longest_first = sorted(range(len(chunk.indices)), key=chunk.token_counts.__getitem__, reverse=True)
             for rows in cut_batches(longest_first, chunk.token_counts, max_tokens):
-                outputs = model(batch_to_device(chunk.batch(rows), model.device), **_task(role))
+                with _cls_only(model, chunk.inputs["attention_mask"][rows]):
+                    outputs = model(batch_to_device(chunk.batch(rows), model.device), **_task(role))
                 batch_BD = truncate_embeddings(outputs["sentence_embedding"], model.truncate_dim)
                 if batch_BD.shape[1] != result_ND.shape[1]:
                     result_ND = torch.empty(len(texts), batch_BD.shape[1])
@@ -108,18 +110,23 @@ def encode_texts(
 
 
 @contextmanager
-def _first_tokens_alone(model: SentenceTransformer) -> Iterator[None]:
-    """Where the [CLS] vectors alone are read, the encoder's last layer computes no others."""
-    modules = list(model.children())
-    base: Any = getattr(modules[0], "model", None)
-    reads_cls = (
-        isinstance(base, PreTrainedModel)
-        and base.config._attn_implementation == "sdpa"
-        and model.tokenizer.padding_side == "right"
-        and [(m.pooling_mode, m.include_prompt) for m in modules[1:2] if isinstance(m, Pooling)] == [("cls", True)]
-        and all(isinstance(module, (Dense, Normalize)) for module in modules[2:])
-    )
-    handles = keep_first_tokens(base) if reads_cls else []
+def _cls_only(model: SentenceTransformer, mask_CL: Tensor) -> Iterator[None]:
+    """Inside, the encoder computes no last hidden states but those that the pooling reads, if these are of [CLS].
+
+    mask_CL   of what is read inside: texts padded on the left stand elsewhere
+    """
+    handles: list[RemovableHandle] = []
+    match list(model.children()):
+        case [
+            Transformer(model=PreTrainedModel() as encoder),
+            Pooling(pooling_mode="cls", include_prompt=True),
+            *others,
+        ] if all(isinstance(module, (Dense, Normalize)) for module in others):
+            # With flash attention the pooling takes first tokens from among all.
+            if encoder.config._attn_implementation == "sdpa" and mask_CL[:, 0].all():
+                handles = compute_cls_only(encoder)
+        case _:
+            pass
     try:
         yield
     finally:

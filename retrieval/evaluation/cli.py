@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lodestar.cli import entry_point
-from lodestar.commands import quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Placement
+from lodestar.imports import quick_imports
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.model_folder import check_folder
 from retrieval.evaluation.config import EvaluateRecipe

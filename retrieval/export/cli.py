@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lodestar.cli import entry_point
-from lodestar.commands import quick_imports
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import LaunchError
 from lodestar.files import check_absent, make_folder
+from lodestar.imports import quick_imports
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.model_folder import check_folder
 from retrieval.export.compatibility import check_mergeable, check_tensors, is_averaged

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from lodestar.cli import entry_point
-from lodestar.commands import quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.data.readers import count_rows, find_sources
 from lodestar.distributed.runtime import Placement
 from lodestar.errors import require
+from lodestar.imports import quick_imports
 from lodestar.models.folder_checks import check_plain_model, local_folder
 from lodestar.planning.plan import PlanWarnings
 from retrieval.embedding.corpus import files_of

@@ -15,10 +15,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from lodestar.cli import Parser, entry_point
-from lodestar.commands import quick_imports
 from lodestar.data.readers import count_rows
 from lodestar.distributed.runtime import Placement, choose_device
 from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError, shown
+from lodestar.imports import quick_imports
 from lodestar.planning.plan import PlanWarnings, in_words
 from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.evaluation.beir import Document, read_corpus

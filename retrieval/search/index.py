@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lodestar.commands import quick_imports
 from lodestar.config.loader import recipe_of
 from lodestar.distributed.runtime import Runtime, choose_device
 from lodestar.errors import ConfigError, DataError, LodestarError
 from lodestar.files import make_folder
+from lodestar.imports import quick_imports
 from retrieval.embedding.config import EncodeConfig, EncodeRecipe, OutputConfig
 from retrieval.embedding.model_folder import check_folder, check_width, fingerprint
 from retrieval.embedding.shards import read_embeddings, read_manifest

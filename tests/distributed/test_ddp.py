@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -15,13 +15,13 @@ from tests.distributed import steps
 
 
 class SlowToEnd(torch.Tensor):
-    """Takes its time where it is dropped, as a thread does that has to wait for Python's lock."""
+    """Its end waits for the GIL while it is dropped, as any tensor's may."""
 
-    dropped = threading.Event()
+    dropped, may_end = threading.Event(), threading.Event()
 
     def __del__(self) -> None:
         self.dropped.set()
-        time.sleep(0.5)
+        self.may_end.wait(0.5)
 
 
 def outlive_the_group(rank: int, size: int, folder: Path) -> bool:
@@ -34,7 +34,10 @@ def outlive_the_group(rank: int, size: int, folder: Path) -> bool:
     dist.all_reduce(torch.zeros(1).as_subclass(SlowToEnd), async_op=True)  # from here on only gloo holds the tensor
     assert SlowToEnd.dropped.wait(60)
     dist.destroy_process_group()
+    ddp = weakref.ref(engine._wrapped)  # type: ignore[attr-defined]
     del engine, task
+    assert ddp() is None
+    SlowToEnd.may_end.set()
     dist.init_process_group("gloo", f"file://{folder}/next", rank=rank, world_size=size)  # for run_world to end
     return True
 

@@ -18,8 +18,8 @@ MAY_IMPORT = {
 }
 FLOORS = {  # each imports only those before it
     "lodestar": (
-        "secrets", "errors", "commands", "recipes_cli", "__main__", "rng", "devices", "files", "config", "data",
-        "distributed", "models", "planning", "cli", "reporting", "training",
+        "secrets", "errors", "imports", "commands", "recipes_cli", "__main__", "rng", "devices", "files", "config",
+        "data", "distributed", "models", "planning", "cli", "reporting", "training",
     ),
     "retrieval": ("embedding", "evaluation", "mining", "search", "export", "check"),
 }  # fmt: skip
@@ -153,19 +153,27 @@ def test_imports_stand_at_the_top_unless_they_keep_torch_out(loads_torch: set[st
             assert not wrong, f"{here}.py:{node.lineno} imports {sorted(wrong)} inside a function"
 
 
-def is_quick_or_for_types(node: ast.AST) -> bool:
-    condition = node.items[0].context_expr if isinstance(node, ast.With) else getattr(node, "test", None)
-    return condition is not None and ast.unparse(condition) in ("quick_imports()", "TYPE_CHECKING")
+COMMANDS_LOAD_BY = ("lodestar/training/command", "retrieval/search/index")  # and each cli
 
 
 def test_commands_load_torch_by_quick_imports(loads_torch: set[str]) -> None:
     for path in our_files():
-        if path.stem in ("cli", "command"):
-            nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-            inside = {inner for node in nodes if is_quick_or_for_types(node) for inner in ast.walk(node)}
-            for node in nodes:
-                if isinstance(node, ast.ImportFrom) and node not in inside:
-                    assert not is_of(f"{node.module}", loads_torch), f"{path.relative_to(ROOT)}:{node.lineno}"
+        here = path.relative_to(ROOT).with_suffix("").as_posix()
+        if path.stem != "cli" and here not in COMMANDS_LOAD_BY:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        nodes = [node for function in functions for node in ast.walk(function)]
+        blocks = [n for n in nodes if isinstance(n, ast.With) and ast.unparse(n.items[0]) == "quick_imports()"]
+        quick = {inner for block in blocks for inner in ast.walk(block)}
+        for node in nodes:
+            names: set[str] = set()
+            if isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+            late = {name for name in names if is_of(name, loads_torch)}
+            assert not late or node in quick, f"{here}.py:{node.lineno} imports {sorted(late)} without quick_imports"
 
 
 def test_tests_start_processes_in_one_place() -> None:

@@ -1,13 +1,9 @@
-"""The imports of a command, and the end of its process."""
+"""The end of a command's process."""
 
 from __future__ import annotations
 
-import gc
 import sys
 
-import pytest
-
-from lodestar.commands import quick_imports
 from tests import processes
 
 ENDS = """
@@ -26,15 +22,3 @@ end(3)
 def test_the_process_ends_with_its_code_its_output_and_its_handlers_but_is_not_finalised() -> None:
     done = processes.run([sys.executable, "-c", ENDS], limit_s=60)
     assert (done.returncode, done.stdout.split()) == (3, ["written", "handler"])
-
-
-def test_imports_are_quick_without_a_search_for_garbage() -> None:
-    with quick_imports():
-        assert not gc.isenabled()
-        with quick_imports():
-            pass
-        assert not gc.isenabled()  # what was so before stays
-    assert gc.isenabled()
-    with pytest.raises(ImportError), quick_imports():
-        raise ImportError
-    assert gc.isenabled()

@@ -1,4 +1,4 @@
-"""First tokens alone in the last layer: the same [CLS] vectors and gradients, of less work."""
+"""The last layer computed for [CLS] only: the same vectors and gradients, of less work."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, BertModel, RobertaConfig, RobertaModel
+from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from lodestar.data.padding import TextShape
 from lodestar.distributed.runtime import Placement, joined
+from lodestar.models.compile import layers_of
 from lodestar.models.hidden_states import hidden_states
-from lodestar.models.last_layer import FAMILIES, keep_first_tokens
+from lodestar.models.last_layer import FAMILIES, compute_cls_only
 from lodestar.models.packed import enable_packed
 from tests import tiny
 from tests.distributed import steps
@@ -55,38 +56,38 @@ def gradients(model: nn.Module, first_BD: Tensor) -> dict[str, Tensor]:
 def test_the_first_hidden_states_and_all_gradients_are_the_same(family: str, attention: str, tmp_path: Path) -> None:
     model = encoder(family, tmp_path)
     first = slice(0, 1) if attention == "padded" else LENGTHS_B.cumsum(0) - LENGTHS_B
-    whole = read(model, attention)
-    whole_BD = whole[:, 0] if attention == "padded" else whole[first]
-    expected = gradients(model, whole_BD)
-    undo = keep_first_tokens(model)
-    kept = read(model, attention)
-    kept_BD = kept[:, 0] if attention == "padded" else kept
-    assert kept.shape[:-1] == ((4, 1) if attention == "padded" else (4,))
-    torch.testing.assert_close(kept_BD, whole_BD, rtol=1e-5, atol=1e-6)
-    found = gradients(model, kept_BD)
-    assert found.keys() == expected.keys()
+    hidden = read(model, attention)
+    first_BD = hidden[:, 0] if attention == "padded" else hidden[first]
+    expected = gradients(model, first_BD)
+    handles = compute_cls_only(model)
+    cls = read(model, attention)
+    assert cls.shape[:-1] == ((4, 1) if attention == "padded" else (4,))
+    cls_BD = cls[:, 0] if attention == "padded" else cls
+    torch.testing.assert_close(cls_BD, first_BD, rtol=1e-5, atol=1e-6)
+    actual = gradients(model, cls_BD)
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
-    for each in undo:
-        each.remove()
-    assert read(model, attention).equal(whole)
+        assert (actual[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    for handle in handles:
+        handle.remove()
+    assert read(model, attention).equal(hidden)
 
 
 def test_other_families_and_other_code_stay_as_they_are(tmp_path: Path) -> None:
-    class Own(BertModel):
+    class RemoteCodeBert(BertModel):
         """Code that an encoder's folder brings."""
 
     bert = encoder("bert", tmp_path)
-    own, in_chunks = Own(bert.config), BertModel(bert.config)
-    in_chunks.config.chunk_size_feed_forward = 2
-    for model in (encoder("modernbert", tmp_path), own, in_chunks):
-        assert keep_first_tokens(model) == []
+    in_chunks = BertConfig(**{**bert.config.to_dict(), "chunk_size_feed_forward": 2})
+    for model in (encoder("modernbert", tmp_path), RemoteCodeBert(bert.config), BertModel(in_chunks)):
+        assert compute_cls_only(model) == []
+    assert len(compute_cls_only(bert)) == 2
 
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
 def test_dropout_is_replayed(attention: str, tmp_path: Path) -> None:
     model = encoder("bert", tmp_path, dropout=0.1).train()
-    keep_first_tokens(model)
+    compute_cls_only(model)
     torch.manual_seed(1)
     with_graph = read(model, attention)
     torch.manual_seed(1)
@@ -94,9 +95,14 @@ def test_dropout_is_replayed(attention: str, tmp_path: Path) -> None:
         assert read(model, attention).equal(with_graph) and not read(model, attention).equal(with_graph)
 
 
-@pytest.mark.parametrize(("pooling", "attention"), [("cls", "padded"), ("cls", "packed"), ("mean", "packed")])
-def test_fine_tuning_computes_what_its_pooling_reads(pooling: str, attention: str, tmp_path: Path) -> None:
-    overrides = (f"model.pooling={pooling}", f"model.attention={attention}")
+@pytest.mark.parametrize(
+    ("pooling", "attention", "compiled"),
+    [("cls", "padded", "false"), ("cls", "packed", "false"), ("mean", "packed", "false"), ("cls", "packed", "layers")],
+)
+def test_fine_tuning_computes_what_its_pooling_reads(
+    pooling: str, attention: str, compiled: str, tmp_path: Path
+) -> None:
+    overrides = (f"model.pooling={pooling}", f"model.attention={attention}", f"model.compile={compiled}")
     with joined(Placement(0, 1, 0)):
         task, _ = steps.built_task(steps.recipe("finetune", tmp_path, *overrides), 0, 1)
     ids_T = torch.arange(5, 25)
@@ -104,17 +110,19 @@ def test_fine_tuning_computes_what_its_pooling_reads(pooling: str, attention: st
     if attention == "padded":
         inputs = (ids_T[:16].view(2, 8), torch.tensor([8, 8]), TextShape(8, has_padding=False))
     tokens = len(ids_T) if attention == "packed" else 16
+    for layer in layers_of(task.module.encoder):
+        layer._compiled_call_impl = None  # as it would compute if a compiler were at hand
     counts = tiny.tokens_of_last_layer(task.module.encoder)
     task.module(*inputs)
-    assert counts == [2 if pooling == "cls" else tokens]
+    assert counts == [2 if (pooling, compiled) == ("cls", "false") else tokens]
 
 
 def test_layers_that_are_computed_again_take_the_texts_of_their_own_pass(tmp_path: Path) -> None:
     """Two micro-batches whose graphs are kept, under activation checkpointing."""
-    found: list[dict[str, Tensor]] = []
+    by_pass: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):
         model = encoder("bert", tmp_path).train()
-        keep_first_tokens(model)
+        compute_cls_only(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         ids_T = torch.arange(5, 25)
@@ -122,6 +130,6 @@ def test_layers_that_are_computed_again_take_the_texts_of_their_own_pass(tmp_pat
             hidden_states(model, ids_T, torch.tensor(lengths), TextShape(12, has_padding=False))
             for lengths in ([8, 12], [11, 9])
         ]
-        found.append(gradients(model, torch.cat(passes)))
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+        by_pass.append(gradients(model, torch.cat(passes)))
+    for name, gradient in by_pass[0].items():
+        torch.testing.assert_close(by_pass[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lodestar.errors import ModelError
 from retrieval.embedding.encode_texts import cut_batches, encode_texts
@@ -52,14 +54,37 @@ def test_batches_keep_to_the_budget_and_hold_each_text_once() -> None:
     assert batches == [[1], [4], [2, 3, 5], [0]]  # the longest has a batch of its own although it is over the budget
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_the_last_layer_computes_what_the_pooling_reads(pooling: str, model_folder: Path) -> None:
-    model = load_model(model_folder, "cpu")
-    model[1].pooling_mode = pooling  # type: ignore[assignment]
+CASES = {
+    "cls": {},
+    "mean": {"pooling_mode": "mean"},
+    "two poolings": {"pooling_mode": ("cls", "mean")},
+    "without the prompt": {"include_prompt": False},
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, "left padding", "another module"])
+def test_the_last_layer_computes_what_the_pooling_reads(case: str, model_folder: Path) -> None:
+    model: Any = load_model(model_folder, "cpu")
+    for name, value in CASES.get(case, {}).items():
+        setattr(model[1], name, value)
+    if case == "left padding":
+        model.tokenizer.padding_side = "left"
+    if case == "another module":
+        model.append(nn.Identity())
     texts = tiny.texts(5, seed=3)
-    expected_ND = torch.from_numpy(model.encode_document(texts))
+    expected_ND = model.encode_document(texts, convert_to_tensor=True)
+    padded = model.preprocess(texts)["attention_mask"].numel()
     counts = tiny.tokens_of_last_layer(model[0].model)
     vectors_ND = encode_texts(model, texts, "document").vectors_ND
     torch.testing.assert_close(vectors_ND, expected_ND, rtol=0, atol=1e-6)
-    assert (counts == [5]) == (pooling == "cls")
+    assert counts == [5 if case == "cls" else padded]
     assert model.encode(texts[0], output_value="token_embeddings").shape[0] > 1  # the model itself is as it was
+
+
+def test_an_error_leaves_the_model_as_it_was(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = load_model(model_folder, "cpu")
+    monkeypatch.setattr(model[0].model.encoder.layer[-1].output, "forward", None)
+    with pytest.raises(TypeError):
+        encode_texts(model, ["mask"], "document")
+    monkeypatch.undo()
+    assert model.encode("mask the cover", output_value="token_embeddings").shape[0] > 1
