@@ -90,16 +90,16 @@ def encode_texts(
         for chunk in _tokenized(model, texts, role):
             truncated += chunk.truncated
             longest_first = sorted(range(len(chunk.indices)), key=chunk.token_counts.__getitem__, reverse=True)
-            for rows in cut_batches(longest_first, chunk.token_counts, max_tokens):
-                with _cls_only(model, chunk.inputs["attention_mask"][rows]):
+            with _cls_only(model, chunk.inputs["attention_mask"]):
+                for rows in cut_batches(longest_first, chunk.token_counts, max_tokens):
                     outputs = model(batch_to_device(chunk.batch(rows), model.device), **_task(role))
-                batch_BD = truncate_embeddings(outputs["sentence_embedding"], model.truncate_dim)
-                if batch_BD.shape[1] != result_ND.shape[1]:
-                    result_ND = torch.empty(len(texts), batch_BD.shape[1])
-                if pending:  # copy one batch late: the GPU computes this batch meanwhile
-                    result_ND[pending[0]] = pending[1].float().cpu()
-                pending = [chunk.indices[row] for row in rows], batch_BD
-                bar.update(len(rows))
+                    batch_BD = truncate_embeddings(outputs["sentence_embedding"], model.truncate_dim)
+                    if batch_BD.shape[1] != result_ND.shape[1]:
+                        result_ND = torch.empty(len(texts), batch_BD.shape[1])
+                    if pending:  # copy one batch late: the GPU computes this batch meanwhile
+                        result_ND[pending[0]] = pending[1].float().cpu()
+                    pending = [chunk.indices[row] for row in rows], batch_BD
+                    bar.update(len(rows))
         if pending:
             result_ND[pending[0]] = pending[1].float().cpu()
     if not result_ND.isfinite().all():
@@ -113,7 +113,7 @@ def encode_texts(
 def _cls_only(model: SentenceTransformer, mask_CL: Tensor) -> Iterator[None]:
     """Inside, the encoder computes no last hidden states but those that the pooling reads, if these are of [CLS].
 
-    mask_CL   of what is read inside: texts padded on the left stand elsewhere
+    mask_CL   of the texts that are read inside: padded on the left, their first tokens stand elsewhere
     """
     handles: list[RemovableHandle] = []
     match list(model.children()):
@@ -121,12 +121,12 @@ def _cls_only(model: SentenceTransformer, mask_CL: Tensor) -> Iterator[None]:
             Transformer(model=PreTrainedModel() as encoder),
             Pooling(pooling_mode="cls", include_prompt=True),
             *others,
-        ] if all(isinstance(module, (Dense, Normalize)) for module in others):
-            # With flash attention the pooling takes first tokens from among all.
-            if encoder.config._attn_implementation == "sdpa" and mask_CL[:, 0].all():
-                handles = compute_cls_only(encoder)
-        case _:
-            pass
+        ] if (
+            encoder.config._attn_implementation == "sdpa"  # with flash attention the pooling looks among all tokens
+            and all(isinstance(module, (Dense, Normalize)) for module in others)
+            and mask_CL[:, 0].all()
+        ):
+            handles = compute_cls_only(encoder)
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -135,20 +135,22 @@ def test_what_plans_and_explains_mistakes_loads_without_torch(loads_torch: set[s
             assert dotted(path) not in loads_torch, f"{path.relative_to(ROOT)} loads torch"
 
 
+def imports_in_functions(tree: ast.Module) -> Iterator[tuple[ast.Import | ast.ImportFrom, set[str]]]:
+    """Each import inside a function, with the dotted names that it imports."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for node in (inner for function in functions for inner in ast.walk(function)):
+        if isinstance(node, ast.Import):
+            yield node, {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            yield node, {f"{node.module}.{alias.name}" for alias in node.names}
+
+
 def test_imports_stand_at_the_top_unless_they_keep_torch_out(loads_torch: set[str]) -> None:
     for path in our_files():
         here = path.relative_to(ROOT).with_suffix("").as_posix()
         late = {library for file, library in IMPORTED_LATE if file == here}
         allowed = {*MAY_BE_ABSENT, *late, *(() if dotted(path) in loads_torch else loads_torch)}
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        for node in (inner for function in functions for inner in ast.walk(function)):
-            if isinstance(node, ast.Import):
-                names = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names = {f"{node.module}.{alias.name}" for alias in node.names}
-            else:
-                continue
+        for node, names in imports_in_functions(ast.parse(path.read_text(encoding="utf-8"))):
             wrong = {name for name in names if not is_of(name, allowed)}
             assert not wrong, f"{here}.py:{node.lineno} imports {sorted(wrong)} inside a function"
 
@@ -162,16 +164,9 @@ def test_commands_load_torch_by_quick_imports(loads_torch: set[str]) -> None:
         if path.stem != "cli" and here not in COMMANDS_LOAD_BY:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        nodes = [node for function in functions for node in ast.walk(function)]
-        blocks = [n for n in nodes if isinstance(n, ast.With) and ast.unparse(n.items[0]) == "quick_imports()"]
+        blocks = [n for n in ast.walk(tree) if isinstance(n, ast.With) and ast.unparse(n.items[0]) == "quick_imports()"]
         quick = {inner for block in blocks for inner in ast.walk(block)}
-        for node in nodes:
-            names: set[str] = set()
-            if isinstance(node, ast.Import):
-                names = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names = {f"{node.module}.{alias.name}" for alias in node.names}
+        for node, names in imports_in_functions(tree):
             late = {name for name in names if is_of(name, loads_torch)}
             assert not late or node in quick, f"{here}.py:{node.lineno} imports {sorted(late)} without quick_imports"
 

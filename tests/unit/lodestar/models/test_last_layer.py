@@ -34,7 +34,7 @@ def encoder(family: str, folder: Path, dropout: float = 0.0) -> Any:
 
 
 def read(model: Any, attention: str) -> Tensor:
-    """Its last hidden states; a row for each text where they are packed, else (B, L, D)."""
+    """Its last hidden states: (B, L, D) of padded texts, (T, D) of packed ones."""
     generator = torch.Generator().manual_seed(0)
     ids_T = torch.randint(5, 60, (int(LENGTHS_B.sum()),), generator=generator)
     if attention == "packed":
@@ -55,9 +55,8 @@ def gradients(model: nn.Module, first_BD: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_hidden_states_and_all_gradients_are_the_same(family: str, attention: str, tmp_path: Path) -> None:
     model = encoder(family, tmp_path)
-    first = slice(0, 1) if attention == "padded" else LENGTHS_B.cumsum(0) - LENGTHS_B
     hidden = read(model, attention)
-    first_BD = hidden[:, 0] if attention == "padded" else hidden[first]
+    first_BD = hidden[:, 0] if attention == "padded" else hidden[LENGTHS_B.cumsum(0) - LENGTHS_B]
     expected = gradients(model, first_BD)
     handles = compute_cls_only(model)
     cls = read(model, attention)
