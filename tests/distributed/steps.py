@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional as F
 
 from contrastive.config import FinetuneRecipe
@@ -33,8 +34,12 @@ Outcome = tuple[float, dict[str, Tensor]]
 
 
 def recipe(stage: str, folder: Path, *overrides: str) -> Any:
-    """A recipe on a tiny encoder and tiny data, which are created at the first call."""
+    """A recipe on a tiny encoder and tiny data, which the first call creates; ranks need one before they start.
+
+    transformers saves a model on rank 0 of a process group only.
+    """
     if not (folder / "bert").exists():
+        assert not dist.is_initialized() or dist.get_world_size() == 1, "call steps.recipe before the ranks start"
         tiny.encoder(folder / "bert", "bert", layers=1, width=16, std=0.3)
     data = folder / f"{stage}.jsonl"
     if not data.exists():

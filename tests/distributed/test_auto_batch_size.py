@@ -54,6 +54,7 @@ def _micro_tokens(rank: int, size: int, stage: str, folder: Path, room_mib: int 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", SPECS)
 def test_all_ranks_take_what_fits_on_the_one_with_the_least_memory(stage: str, tmp_path: Path):
+    steps.recipe(stage, tmp_path)
     tokens_of_rank = GLOBAL_SIZE // 2 * 32 * (1 if stage == "pretrain" else 3)
     assert run_world(_micro_tokens, 2, stage, tmp_path, None) == [tokens_of_rank, tokens_of_rank]
     room_mib = {"pretrain": 100, "finetune": 150}[stage]  # stage 1 holds a quarter at a time, by length
