@@ -26,6 +26,11 @@ from tests import tiny
 
 GLOBAL_SIZE = 19  # divides by none of the world sizes
 BETA = 0.9
+ENGINES = {
+    "ddp": ("engine.kind=ddp",),
+    **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
+}
+"""Overrides that choose one."""
 WHOLE = (f"batch.micro_size={GLOBAL_SIZE}", "model.attention=padded")
 """Overrides for plain formulas: the whole batch at once, padded."""
 

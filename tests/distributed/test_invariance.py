@@ -9,10 +9,6 @@ import pytest
 from lodestar.distributed.testing import run_world
 from tests.distributed import steps
 
-ENGINES = {
-    "ddp": ("engine.kind=ddp",),
-    **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
-}
 OPTIONS = {
     "pretrain": {
         "plain": (),
@@ -40,7 +36,7 @@ JOBS = [
     (stage, name, engine)
     for stage, options in OPTIONS.items()
     for name in options
-    for engine in ENGINES
+    for engine in steps.ENGINES
     if name == "plain" or engine in ("ddp", "zero2", "zero3")
 ]
 SIZES = (1, 2, 3, 4)
@@ -67,7 +63,7 @@ def exact(folder: Path) -> dict[tuple[str, str], steps.Outcome]:
 def reference(folder: Path, exact: object) -> dict[tuple[str, str], steps.Outcome]:
     """One process, DDP, the whole batch in one micro-batch."""
     names = [(stage, name) for stage in OPTIONS for name in OPTIONS[stage]]
-    jobs = [(stage, *OPTIONS[stage][name], *ENGINES["ddp"], "batch.micro_size=19") for stage, name in names]
+    jobs = [(stage, *OPTIONS[stage][name], *steps.ENGINES["ddp"], "batch.micro_size=19") for stage, name in names]
     (outcomes,) = run_world(steps.steps, 1, folder, jobs)
     return dict(zip(names, outcomes, strict=True))
 
@@ -79,7 +75,7 @@ PARAMS = [pytest.param(size, marks=() if size == 3 else pytest.mark.slow) for si
 def outcomes_of(
     request: pytest.FixtureRequest, folder: Path, exact: object
 ) -> dict[tuple[str, str, str], list[steps.Outcome]]:
-    jobs = [(stage, *OPTIONS[stage][name], *ENGINES[engine]) for stage, name, engine in JOBS]
+    jobs = [(stage, *OPTIONS[stage][name], *steps.ENGINES[engine]) for stage, name, engine in JOBS]
     by_rank = run_world(steps.steps, request.param, folder, jobs)
     return {job: [outcomes[i] for outcomes in by_rank] for i, job in enumerate(JOBS)}
 

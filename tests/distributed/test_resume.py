@@ -88,10 +88,6 @@ def test_resumed_is_uninterrupted_tensor_for_tensor(stage: str, engine: str, opt
     assert losses[0] == losses[1] and len(losses[0]) == TOTAL
 
 
-ENGINES = {
-    "ddp": ("engine.kind=ddp",),
-    **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
-}
 ELASTIC = 20
 """Steps after the resume; the run has two before."""
 
@@ -119,12 +115,12 @@ def test_resumed_on_other_ranks_and_engine_goes_on_with_the_same_examples_and_lo
     common = (f"schedule.steps={CUT + ELASTIC}", "track.log_every=1")
     whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
     jobs = [
-        ((*common, *ENGINES[before], f"run.output_dir={whole}"), None),
-        ((*common, *ENGINES[before], f"run.output_dir={parts}"), CUT),
-        ((*common, *ENGINES[before], "run.seed=7", f"run.output_dir={other}"), CUT),  # a control: another order
+        ((*common, *steps.ENGINES[before], f"run.output_dir={whole}"), None),
+        ((*common, *steps.ENGINES[before], f"run.output_dir={parts}"), CUT),
+        ((*common, *steps.ENGINES[before], "run.seed=7", f"run.output_dir={other}"), CUT),  # a control: another order
     ]
     run_world(train, 2, stage, tmp_path, *jobs)
-    run_world(train, size, stage, tmp_path, ((*common, *ENGINES[after], f"run.output_dir={parts}"), None))
+    run_world(train, size, stage, tmp_path, ((*common, *steps.ENGINES[after], f"run.output_dir={parts}"), None))
     expected, actual = metrics(whole), metrics(parts)
     assert [line["examples"] for line in actual] == [line["examples"] for line in expected]
     assert len({line["examples"] for line in actual}) == CUT + ELASTIC  # each batch is another
@@ -136,7 +132,7 @@ def saved_again(rank: int, size: int, stage: str, folder: Path, saved: Path, eng
     """Whether weights and optimizer state of a checkpoint are equal once loaded into each engine."""
     equal: list[bool] = []
     for name in engines:
-        recipe = steps.recipe(stage, folder, *ENGINES[name], f"checkpoint.resume={saved}", "schedule.steps=4")
+        recipe = steps.recipe(stage, folder, *steps.ENGINES[name], f"checkpoint.resume={saved}", "schedule.steps=4")
         task, runtime = steps.built_task(recipe, rank, size)
         state = Trainer(recipe, runtime)._find_checkpoint(task, Progress(task.total_steps))
         assert state is not None
@@ -154,7 +150,7 @@ def test_a_checkpoint_is_the_same_to_the_last_bit_after_any_engine_loaded_it(
     before: str, size: int, tmp_path: Path
 ) -> None:
     steps.recipe("finetune", tmp_path)
-    run_world(train, 2, "finetune", tmp_path, ((*ENGINES[before], "schedule.steps=4"), CUT))
+    run_world(train, 2, "finetune", tmp_path, ((*steps.ENGINES[before], "schedule.steps=4"), CUT))
     saved = tmp_path / f"runs/finetune/checkpoints/step-{CUT:08d}"
-    for equal in run_world(saved_again, size, "finetune", tmp_path, saved, list(ENGINES)):
-        assert equal == [True] * 2 * len(ENGINES)
+    for equal in run_world(saved_again, size, "finetune", tmp_path, saved, list(steps.ENGINES)):
+        assert equal == [True] * 2 * len(steps.ENGINES)

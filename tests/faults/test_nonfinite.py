@@ -26,17 +26,10 @@ def step(rank: int, size: int, folder: Path, damaged: bool, overrides: tuple[str
     return float(report.skipped), any(not after[name].equal(before[name]) for name in before)
 
 
-ENGINES = {
-    "ddp": ("engine.kind=ddp",),
-    "zero1": ("engine.kind=deepspeed", "engine.zero_stage=1"),
-    "zero2": ("engine.kind=deepspeed", "engine.zero_stage=2"),
-}
-
-
 @pytest.mark.parametrize(
     "engine", ["zero1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2"))]
 )
 def test_a_nan_on_one_rank_skips_the_step_on_all(engine: str, tmp_path: Path) -> None:
     steps.recipe("finetune", tmp_path)
-    assert run_world(step, 2, tmp_path, True, ENGINES[engine]) == [(1.0, False)] * 2
-    assert run_world(step, 2, tmp_path, False, ENGINES[engine]) == [(0.0, True)] * 2
+    assert run_world(step, 2, tmp_path, True, steps.ENGINES[engine]) == [(1.0, False)] * 2
+    assert run_world(step, 2, tmp_path, False, steps.ENGINES[engine]) == [(0.0, True)] * 2

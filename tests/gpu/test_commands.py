@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests import processes, tiny
+from tests.distributed import steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-ENGINES = {"ddp": "engine.kind=ddp", **{f"zero{stage}": f"engine.zero_stage={stage}" for stage in range(4)}}
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +43,15 @@ def losses(folder: Path, stage: str, name: str, *overrides: str) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", steps.ENGINES)
 def test_every_engine_takes_the_same_steps(stage: str, engine: str, folder: Path) -> None:
     if engine != "ddp" and find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
-    kind = "ddp" if engine == "ddp" else "deepspeed"
-    expected = losses(folder, stage, "ddp", "engine.kind=ddp")
-    actual = losses(folder, stage, engine, f"engine.kind={kind}", ENGINES[engine])
+    expected = losses(folder, stage, "ddp", *steps.ENGINES["ddp"])
+    actual = losses(folder, stage, engine, *steps.ENGINES[engine])
     assert actual == pytest.approx(expected, rel=0.03) and len(actual) == 8  # bf16
     resumed = losses(
-        folder, stage, engine, f"engine.kind={kind}", ENGINES[engine], "schedule.steps=10",
+        folder, stage, engine, *steps.ENGINES[engine], "schedule.steps=10",
         "checkpoint.allow_change=[schedule.steps]",
     )  # fmt: skip
     assert resumed[:8] == actual and len(resumed) == 10

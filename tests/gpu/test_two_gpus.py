@@ -15,9 +15,7 @@ from tests.gpu import on_gpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
 
-ENGINES = {"ddp": ["engine.kind=ddp"]} | {
-    f"zero{stage}": ["engine.kind=deepspeed", f"engine.zero_stage={stage}"] for stage in (1, 2, 3)
-}
+ENGINES = ("ddp", "zero1", "zero2", "zero3")
 LOADER = ["data.workers=2"]  # batches are pinned, as on every GPU
 
 
@@ -36,7 +34,7 @@ def test_a_step_on_two_gpus_is_that_of_one_cpu(engine: str, precision: str, tole
     if engine != "ddp" and find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
     stages = ("pretrain", "finetune")
-    jobs = [(stage, f"precision={precision}", *ENGINES[engine], *LOADER) for stage in stages]
+    jobs = [(stage, f"precision={precision}", *steps.ENGINES[engine], *LOADER) for stage in stages]
     on_two_gpus = results(tmp_path, jobs)
     with joined(Placement(0, 1, 0)):
         for stage, outcome in zip(stages, on_two_gpus, strict=True):
@@ -52,10 +50,12 @@ def test_dropout_is_the_same_under_all_engines_and_whichever_graphs_are_kept(pre
     engines = [engine for engine in ENGINES if engine == "ddp" or find_spec("deepspeed")]
     shared = ["model.dropout=0.1", f"precision={precision}", *LOADER]
     jobs: list[tuple[str, ...]] = [
-        ("finetune", *shared, *ENGINES[engine], f"batch.keep_graph={kept}") for engine in engines for kept in (0, 1000)
+        ("finetune", *shared, *steps.ENGINES[engine], f"batch.keep_graph={kept}")
+        for engine in engines
+        for kept in (0, 1000)
     ]
     jobs.append(("finetune", *shared, "run.seed=7"))
-    jobs += [("pretrain", *shared, *ENGINES[engine]) for engine in engines]
+    jobs += [("pretrain", *shared, *steps.ENGINES[engine]) for engine in engines]
     outcomes = results(tmp_path, jobs)
     expected, others, other_seed = outcomes[0], outcomes[1 : 2 * len(engines)], outcomes[2 * len(engines)]
     assert all(steps.distance(outcome, expected) < 0.01 for outcome in others)

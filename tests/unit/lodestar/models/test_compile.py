@@ -105,10 +105,12 @@ def test_a_compiled_encoder_is_saved_as_any_other(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_step_with_compiled_layers_is_the_same(tmp_path: Path) -> None:
+def test_a_step_with_compiled_layers_is_the_same_under_either_engine(tmp_path: Path) -> None:
+    steps.recipe("finetune", tmp_path)
     (plain,) = run_world(steps.step, 1, "finetune", tmp_path)
-    (compiled,) = run_world(steps.step, 1, "finetune", tmp_path, "model.compile=layers")
-    assert 0 < steps.distance(compiled, plain) < 1e-5
+    for ranks, engine in ((1, "ddp"), (2, "zero2")):
+        compiled = run_world(steps.step, ranks, "finetune", tmp_path, "model.compile=layers", *steps.ENGINES[engine])
+        assert 0 < steps.distance(compiled[0], plain) < 1e-5
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
