@@ -11,10 +11,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import datasets
@@ -25,7 +26,7 @@ from lodestar.data.parallel_tokenize import Tokenize
 from lodestar.data.readers import ROWS, Row, Source, read_rows
 from lodestar.data.tokenized_shards import write_index, write_shards
 from lodestar.errors import DataError
-from lodestar.files import MANIFEST, InUseError, locked, manifest_hashes, sha256, sync, write_manifest
+from lodestar.files import MANIFEST, InUseError, locked, manifest_hashes, read_object, sha256, sync, write_manifest
 
 PART_BYTES = 1 << 28
 """Of a part's files, at least, but for the last part; a larger file is not cut."""
@@ -83,42 +84,40 @@ def build_parts(folder: Path, corpus: Corpus) -> None:
                         pass  # built, or left by a process that was killed
 
 
-def join_parts(folder: Path, corpus: Corpus) -> tuple[Path, Counter[str], Findings]:
-    """Make one data set of all parts: its folder, which `move_parts` makes the cache, its counts and findings."""
-    tmp, names = _parts_folder(folder), list[str]()
-    totals, findings = Counter[str](), Findings(corpus.strict)
-    for number in range(len(corpus.parts())):
-        part = _part(folder, number)
-        facts = json.loads((part / _FACTS).read_text(encoding="utf-8"))
-        totals.update(facts["totals"])
-        findings.merge(facts["findings"])
-        names += [f"{part.name}/{path.name}" for path in sorted(part.glob("*.arrow"))]
-    write_index(tmp / "rows", corpus.features, names)
-    return tmp, totals, findings
+def join_parts(
+    folder: Path, corpus: Corpus, facts_of: Callable[[Mapping[str, int], Findings], Mapping[str, Any]]
+) -> None:
+    """Make all parts the cache `folder`, whole or not at all; where one is damaged, DataError, and no part is left.
 
-
-def move_parts(folder: Path, corpus: Corpus) -> None:
-    """Make the folder of `join_parts` the cache, whole or not at all."""
+    facts_of   (counts, findings) of all rows -> the content of facts.json; raises DataError
+    """
     tmp, numbers = _parts_folder(folder), range(len(corpus.parts()))
-    hashes = {
-        _part(folder, number) / name: digest
-        for number in numbers
-        for name, digest in manifest_hashes(_part(folder, number)).items()
-    }
-    write_manifest(tmp, hash_of=lambda path: hashes.get(path) or sha256(path))
+    totals, findings, names, hashes = Counter[str](), Findings(corpus.strict), list[str](), dict[Path, str]()
     try:
+        for part in (_part(folder, number) for number in numbers):
+            try:
+                hashes |= {part / name: digest for name, digest in manifest_hashes(part).items()}
+                facts = read_object(part / _FACTS)
+            except ValueError as error:
+                raise DataError(f"{_FIELD}: {part}: {error} (start again: all parts are built anew)") from None
+            totals.update(facts["totals"])
+            findings.merge(facts["findings"])
+            names += [f"{part.name}/{path.name}" for path in sorted(part.glob("*.arrow"))]
+        write_index(tmp / "rows", corpus.features, names)
+        (tmp / "facts.json").write_text(json.dumps(facts_of(totals, findings)))
+        write_manifest(tmp, hash_of=lambda path: hashes.get(path) or sha256(path))
         tmp.rename(folder)
-    except OSError:  # another run on this cache was faster, on a file system without locks
+    except DataError:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if not folder.exists():  # else another run was faster, on a file system without locks
+            raise
+    except OSError:  # as above, or a full disk: the parts stay
         if not folder.exists():
             raise
         shutil.rmtree(tmp, ignore_errors=True)
     sync(folder.parent)
     for number in numbers:
         (folder.parent / _lock(folder, number)).unlink(missing_ok=True)
-
-
-def delete_parts(folder: Path) -> None:
-    shutil.rmtree(_parts_folder(folder), ignore_errors=True)
 
 
 def _parts_folder(folder: Path) -> Path:
@@ -156,7 +155,7 @@ def _build_part(folder: Path, number: int, part: Corpus, record: FileRecord, tit
         os.utime(_parts_folder(folder))  # not abandoned
         try:
             tmp.rename(built)
-        except OSError:  # as in `move_parts`
+        except OSError:  # as in `join_parts`
             if not _is_built(folder, number):
                 raise
         else:

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 
-from lodestar.data.cache_parts import Check, Corpus, build_parts, delete_parts, join_parts, move_parts
+from lodestar.data.cache_parts import Check, Corpus, build_parts, join_parts
 from lodestar.data.file_record import FileRecord, FileState
 from lodestar.data.findings import Finding, Findings
 from lodestar.data.parallel_tokenize import Tokenize
@@ -112,7 +113,7 @@ def _check_or_build(folder: Path, corpus: Corpus, fingerprint: str) -> None:
             print(f"warning: {_FIELD}: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
         build_parts(folder, corpus)
-        _join(folder, corpus, fingerprint)
+        join_parts(folder, corpus, partial(_facts, corpus.sources, fingerprint))
 
 
 def _damage(folder: Path, hash_of: Callable[[Path], str]) -> str | None:
@@ -144,13 +145,13 @@ def _read_stats(folder: Path) -> DatasetStats | None:
     return DatasetStats(**values) if values.keys() == {field.name for field in fields(DatasetStats)} else None
 
 
-def _join(folder: Path, corpus: Corpus, fingerprint: str) -> None:
-    """The cache of its parts."""
-    tmp, totals, findings = join_parts(folder, corpus)
+def _facts(
+    sources: Sequence[Source], fingerprint: str, totals: Mapping[str, int], findings: Findings
+) -> dict[str, Any]:
+    """DataError where no row is left."""
     if not totals["examples"]:
-        delete_parts(folder)
-        paths = ", ".join(source.path for source in corpus.sources)
-        raise DataError(f"{corpus.sources[0].field}: {paths}: no row is left to train on (name files with texts)")
+        paths = ", ".join(source.path for source in sources)
+        raise DataError(f"{sources[0].field}: {paths}: no row is left to train on (name files with texts)")
     stats = DatasetStats(
         fingerprint=fingerprint,
         rows=totals["examples"],
@@ -160,5 +161,4 @@ def _join(folder: Path, corpus: Corpus, fingerprint: str) -> None:
         without_tokens=totals["without_tokens"],
         findings=findings.by_problem,
     )
-    (tmp / "facts.json").write_text(json.dumps(asdict(stats)))
-    move_parts(folder, corpus)
+    return asdict(stats)

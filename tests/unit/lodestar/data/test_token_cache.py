@@ -18,7 +18,7 @@ import datasets
 import psutil
 import pytest
 
-from lodestar.data import cache_parts, tokenized_shards
+from lodestar.data import cache_parts, token_cache, tokenized_shards
 from lodestar.data.file_record import RECORD, FileRecord
 from lodestar.data.findings import Findings
 from lodestar.data.readers import count_rows, find_sources
@@ -337,6 +337,36 @@ def test_a_run_keeps_the_parts_of_one_that_was_killed(tmp_path: Path, monkeypatc
     again = build(tmp_path, "*.jsonl")
     assert calls - before == 6 - 3
     assert again.rows.to_dict() == build(tmp_path, "*.jsonl", cache="of one run").rows.to_dict()
+
+
+def test_a_damaged_part_is_told_once_and_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name, content in (("manifest.json", "{}"), ("part.json", "[")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(token_cache, "join_parts", killed)
+            build(tmp_path, "a.jsonl", cache=name)
+        (damaged,) = (tmp_path / name).rglob(name)
+        damaged.write_text(content)
+        with pytest.raises(DataError, match=rf"^data\.cache_dir: {damaged.parent}: .* \(start again"):
+            build(tmp_path, "a.jsonl", cache=name)
+        assert len(build(tmp_path, "a.jsonl", cache=name).rows) == 10
+
+
+def test_a_run_whose_parts_another_one_moved_reads_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system without locks, both have built, and join at once."""
+    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    join = cache_parts.join_parts
+
+    def second(*args: Any) -> None:
+        join(*args)
+        join(*args)
+
+    monkeypatch.setattr(token_cache, "join_parts", second)
+    assert len(build(tmp_path, "a.jsonl").rows) == 10
 
 
 def test_rows_keep_their_order_whatever_the_number_of_processes_and_files(
