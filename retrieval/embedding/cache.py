@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from lodestar.files import NO_SUCH_FILE, kept_file_problem, replacing_hashed_file
+from retrieval.embedding.model_folder import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,3 +52,11 @@ def cache_path(folder: Path, *settings: str, texts: Iterable[object]) -> Path:
     for text in texts:
         digest.update(json.dumps(text).encode())
     return folder / f"{digest.hexdigest()}.safetensors"
+
+
+def search_cache_file(model_folder: Path, documents: Iterable[str]) -> Path:
+    """`search_cache/KEY.safetensors` beside the model: embeddings of documents, in fp32 with the model's own prompt.
+
+    KEY changes with the model's files and the documents.
+    """
+    return cache_path(model_folder.resolve().parent / "search_cache", fingerprint(str(model_folder)), texts=documents)

@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lodestar.config.schema import Precision
 from lodestar.distributed.collectives import agreed, rank
 from lodestar.distributed.runtime import Placement
 from lodestar.distributed.session import distributed_session
 from lodestar.files import make_folder
+from retrieval.embedding.cache import load_or_compute, search_cache_file
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.embedder import check_devices
@@ -56,12 +58,14 @@ def measure(
     prompts: Mapping[str, Prompts] | None = None,
     with_views: bool = False,
     cache_dir: Path | None = None,
+    keep_embeddings: bool = False,
 ) -> dict[str, Result]:
     """A row of each labelled model for each task; for retrieval also BM25, and its fusion with the last model.
 
     prompts     by label, replace the model's own
     with_views  also collect what a report shows of retrieval tasks
     cache_dir   keeps embeddings for an interrupted run; none: no cache
+    keep_embeddings   of documents, beside a model's folder for search; in fp32, with the model's own prompts
     Only rank 0 has the rows with BM25.
     """
     results = {name: Result(task) for name, task in tasks.items()}
@@ -84,12 +88,18 @@ def measure(
             results[name].add(label, result)
             if not task.beir or not result.retrieval:
                 continue
+            if keep_embeddings and rank() == 0 and Path(path).is_dir():
+                _keep_for_search(Path(path), task.beir, result.retrieval.document_ND)
             if with_views:
                 results[name].views.append(make_view(label, task.beir, result.retrieval))
             if label == last_label and name in bm25_rankings:
                 fused = FUSIONS[fusion]([bm25_rankings[name], result.retrieval.ranking], 100)
                 results[name].add(f"{label} + BM25", measure_ranking(task.beir, fused))
     return results
+
+
+def _keep_for_search(model_folder: Path, beir: Beir, document_ND: Tensor) -> None:
+    load_or_compute(search_cache_file(model_folder, beir.documents), len(document_ND), lambda: document_ND)
 
 
 def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Path:
@@ -124,6 +134,7 @@ def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Place
             prompts=recipe.prompts,
             with_views=runtime.is_main and bool(recipe.output_dir),
             cache_dir=cache_dir,
+            keep_embeddings=recipe.keep_embeddings,
         )
     if placement.rank != 0:
         return results

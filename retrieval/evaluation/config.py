@@ -117,6 +117,8 @@ class EvaluateRecipe(Section):
     """Statistical significance of the differences between rows."""
     output_dir: Location | None = None
     """Where evaluation.json and reports go. Embeddings stay there until the end, for an interrupted run."""
+    keep_embeddings: bool = False
+    """Keep those of each corpus beside each model's folder, where `lodestar search` finds them."""
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
     """Tokens of one batch on a device, padding included; none: 2,048 on a CPU, 65,536 on a GPU."""
@@ -135,6 +137,9 @@ class EvaluateRecipe(Section):
             raise ValueError(
                 f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
             )
+        if self.keep_embeddings and (self.precision != "fp32" or self.prompts):
+            problem = "search reads those in fp32 with the model's own prompts"
+            raise ValueError(f"keep_embeddings: {problem} (leave out precision and prompts, or set it to false)")
         if unknown := sorted(self.prompts.keys() - self.labelled_models.keys()):
             raise ValueError(
                 f"prompts.{unknown[0]}: no model has that label (known: {', '.join(self.labelled_models)})"

@@ -20,10 +20,11 @@ from lodestar.distributed.runtime import Placement, choose_device
 from lodestar.errors import ConfigError, DataError, LaunchError, LodestarError, shown
 from lodestar.imports import quick_imports
 from lodestar.planning.plan import PlanWarnings, in_words
+from retrieval.embedding.cache import search_cache_file
 from retrieval.embedding.model_folder import check_folder, fingerprint
 from retrieval.evaluation.beir import Document, read_corpus
 from retrieval.search.config import IndexRecipe
-from retrieval.search.corpus import cache_file, check_where, corpus_of_run, find_corpus
+from retrieval.search.corpus import check_where, corpus_of_run, find_corpus
 from retrieval.search.index import check_model, index, work_folder
 from retrieval.search.store_record import check_record, find_table, read_record
 
@@ -139,7 +140,7 @@ def search_plan(options: argparse.Namespace) -> dict[str, object]:
             "precision": precision,
         }
     corpus = _read_corpus(options)
-    cache = cache_file(corpus.model_folder, corpus.documents)
+    cache = search_cache_file(corpus.model_folder, corpus.texts)
     return {
         "model": str(corpus.model_folder),
         "corpus": corpus.path,
@@ -161,7 +162,7 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
         from retrieval.embedding.load_model import load_model
         from retrieval.search.search import Searcher
     model = load_model(corpus.model_folder, _choose_device(options))
-    cache = cache_file(corpus.model_folder, corpus.documents)
+    cache = search_cache_file(corpus.model_folder, corpus.texts)
     return nullcontext(Searcher(model, corpus.documents, cache=cache, progress=sys.stderr.isatty()))
 
 
@@ -186,6 +187,10 @@ class _Corpus(NamedTuple):
     model_folder: Path
     path: str
     documents: list[Document]
+
+    @property
+    def texts(self) -> Iterator[str]:
+        return (document.full for document in self.documents)
 
 
 def _read_corpus(options: argparse.Namespace) -> _Corpus:

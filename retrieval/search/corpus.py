@@ -1,4 +1,4 @@
-"""The corpus that is indexed or searched: where it is, its rows as a database stores them, the cache of its embeddings.
+"""The corpus that is indexed or searched: where it is, its rows as a database stores them.
 
 Loads without torch.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
 from lodestar.data.readers import Source, find_sources, read_rows, row_id
 from lodestar.errors import ConfigError, DataError, names
-from retrieval.embedding.cache import cache_path
-from retrieval.embedding.model_folder import fingerprint
-from retrieval.evaluation.beir import Document
 from retrieval.search.vector_stores import Row
 
 _FIELD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -75,10 +72,3 @@ def corpus_of_run(model_folder: Path) -> str:
     if not isinstance(corpus, str):
         raise ConfigError(f"{summary}: search_corpus: not there (give --corpus a corpus.jsonl or a BEIR folder)")
     return corpus
-
-
-def cache_file(model_folder: Path, documents: Iterable[Document]) -> Path:
-    """`search_cache/KEY.safetensors` beside the model; the key changes with the model's files and the documents."""
-    folder = model_folder.resolve().parent / "search_cache"
-    texts = ([document.id, document.full] for document in documents)
-    return cache_path(folder, fingerprint(str(model_folder)), texts=texts)

@@ -43,7 +43,7 @@ class Searcher:
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> None:
-        """cache   a safetensors file of (N, D) fp32, named by `corpus.cache_file`; written if it does not exist"""
+        """cache   a safetensors file of (N, D) fp32, named by `search_cache_file`; written if it does not exist"""
         self.model, self.documents = model, list(documents)
         texts = [document.full for document in self.documents]
         self.document_ND = load_or_compute(

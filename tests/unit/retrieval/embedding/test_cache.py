@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from retrieval.embedding.cache import load_or_compute
+from retrieval.embedding.cache import load_or_compute, search_cache_file
+from tests import tiny
 
 
 def test_a_cache_with_a_flipped_byte_is_computed_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,3 +30,14 @@ def test_a_cache_with_a_flipped_byte_is_computed_again(tmp_path: Path, capsys: p
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {file}: damaged: ") and line.endswith("(nothing to do: embedded again)")
     assert load_or_compute(file, 3, compute).equal(embeddings_ND) and calls == 2
+
+
+def test_the_cache_of_search_is_named_by_the_models_files_and_the_documents(model_folder: Path) -> None:
+    texts = tiny.texts(9, seed=5)
+    original = search_cache_file(model_folder, texts)
+    assert original.parent == model_folder.parent / "search_cache"
+    assert search_cache_file(model_folder, list(texts)) == original
+    assert search_cache_file(model_folder, texts[::-1]) != original
+    assert search_cache_file(model_folder, [*texts[:-1], "else"]) != original
+    (model_folder / "config.json").write_text((model_folder / "config.json").read_text() + " ")
+    assert search_cache_file(model_folder, texts) != original

@@ -1,15 +1,11 @@
-"""Rows of a corpus as a database stores them, and the name of its cache."""
+"""Rows of a corpus as a database stores them."""
 
 from __future__ import annotations
 
 import pytest
 
 from lodestar.errors import DataError
-from retrieval.evaluation.beir import Document
-from retrieval.search.corpus import as_row, cache_file
-from tests import tiny
-
-DOCUMENTS = [Document(f"d{i}", f"title {i}", text) for i, text in enumerate(tiny.texts(9, seed=5))]
+from retrieval.search.corpus import as_row
 
 
 def test_rows_of_any_spelling_become_text() -> None:
@@ -32,12 +28,3 @@ def test_rows_of_any_spelling_become_text() -> None:
 def test_a_row_that_cannot_be_stored_is_named(row: dict[str, object], complaint: str) -> None:
     with pytest.raises(DataError, match=complaint):
         as_row("f:3", row)
-
-
-def test_the_cache_is_named_by_the_models_files_and_the_documents(model_folder):
-    original = cache_file(model_folder, DOCUMENTS)
-    assert cache_file(model_folder, list(DOCUMENTS)) == original
-    assert cache_file(model_folder, DOCUMENTS[::-1]) != original
-    assert cache_file(model_folder, [*DOCUMENTS[:-1], Document("d8", "", "else")]) != original
-    (model_folder / "config.json").write_text((model_folder / "config.json").read_text() + " ")
-    assert cache_file(model_folder, DOCUMENTS) != original

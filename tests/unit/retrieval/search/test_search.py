@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from retrieval.embedding.cache import search_cache_file
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.beir import Document
-from retrieval.search.corpus import cache_file
 from retrieval.search.search import Searcher
 from tests import tiny
 
 CPU = torch.device("cpu")
 DOCUMENTS = [Document(f"d{i}", f"title {i}", text) for i, text in enumerate(tiny.texts(9, seed=5))]
+TEXTS = [document.full for document in DOCUMENTS]
 
 
 def test_a_document_is_its_own_best_answer_and_scores_fall(model_folder):
@@ -32,7 +33,7 @@ def test_a_search_for_more_than_all_documents_returns_all(model_folder):
 
 def test_a_corpus_is_embedded_once_and_read_back_to_the_last_bit(model_folder):
     model = load_model(model_folder, CPU)
-    cache = cache_file(model_folder, DOCUMENTS)
+    cache = search_cache_file(model_folder, TEXTS)
     assert cache.parent == model_folder.parent / "search_cache"
     first = Searcher(model, DOCUMENTS, cache=cache)
     with torch.no_grad():
@@ -44,10 +45,8 @@ def test_a_corpus_is_embedded_once_and_read_back_to_the_last_bit(model_folder):
 
 
 def test_a_damaged_cache_is_written_again(model_folder):
-    model, cache = load_model(model_folder, CPU), cache_file(model_folder, DOCUMENTS)
+    model, cache = load_model(model_folder, CPU), search_cache_file(model_folder, TEXTS)
     expected = Searcher(model, DOCUMENTS, cache=cache).document_ND
     cache.write_bytes(cache.read_bytes()[:50])
     assert torch.equal(Searcher(model, DOCUMENTS, cache=cache).document_ND, expected)
-    assert torch.equal(
-        Searcher(model, DOCUMENTS, cache=cache).document_ND, embed(model, [d.full for d in DOCUMENTS], "document")
-    )
+    assert torch.equal(Searcher(model, DOCUMENTS, cache=cache).document_ND, embed(model, TEXTS, "document"))
