@@ -175,7 +175,12 @@ def write_manifest(folder: Path, *, hash_of: Callable[[Path], str] | None = None
 
 def manifest_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file that a folder's manifest lists; ValueError, in a few words, where that is damaged."""
-    return {name: entry["sha256"] for name, entry in _read_manifest(folder / MANIFEST, {})["files"].items()}
+    try:
+        return {name: entry["sha256"] for name, entry in _read_manifest(folder / MANIFEST, {})["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{MANIFEST}: damaged: not a list of files with their hashes") from None
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST}: {error}") from None
 
 
 def damage(

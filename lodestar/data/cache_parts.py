@@ -33,7 +33,7 @@ PART_BYTES = 1 << 28
 ABANDONED_SECONDS = 7 * 24 * 3600
 """Age at which unfinished parts of killed runs are deleted."""
 
-_FIELD, _FACTS = "data.cache_dir", "part.json"
+_FIELD, _STATS = "data.cache_dir", "part.json"
 Check = Callable[[str, Row, Findings], Row | None]
 
 
@@ -85,32 +85,38 @@ def build_parts(folder: Path, corpus: Corpus) -> None:
 
 
 def join_parts(
-    folder: Path, corpus: Corpus, facts_of: Callable[[Mapping[str, int], Findings], Mapping[str, Any]]
+    folder: Path, corpus: Corpus, stats_of: Callable[[Mapping[str, int], Findings], Mapping[str, Any]]
 ) -> None:
-    """Make all parts the cache `folder`, whole or not at all; where one is damaged, DataError, and no part is left.
+    """Make all parts the cache `folder`, whole or not at all; DataError where one is damaged, which is deleted.
 
-    facts_of   (counts, findings) of all rows -> the content of facts.json; raises DataError
+    stats_of   (counts, findings) of all rows -> the content of facts.json; after its DataError no part is left
     """
     tmp, numbers = _parts_folder(folder), range(len(corpus.parts()))
     totals, findings, names, hashes = Counter[str](), Findings(corpus.strict), list[str](), dict[Path, str]()
+    for part in (_part(folder, number) for number in numbers):
+        try:
+            hashes |= {part / name: digest for name, digest in manifest_hashes(part).items()}
+            if sha256(part / _STATS) != hashes.get(part / _STATS):
+                raise ValueError(f"{_STATS}: damaged")
+            stats = read_object(part / _STATS)
+        except (ValueError, OSError) as error:
+            if folder.exists():  # another run was faster, on a file system without locks
+                return
+            shutil.rmtree(part, ignore_errors=True)
+            raise DataError(f"{_FIELD}: {part}: {error} (start again: it is built anew)") from None
+        totals.update(stats["totals"])
+        findings.merge(stats["findings"])
+        names += [f"{part.name}/{path.name}" for path in sorted(part.glob("*.arrow"))]
     try:
-        for part in (_part(folder, number) for number in numbers):
-            try:
-                hashes |= {part / name: digest for name, digest in manifest_hashes(part).items()}
-                facts = read_object(part / _FACTS)
-            except ValueError as error:
-                raise DataError(f"{_FIELD}: {part}: {error} (start again: all parts are built anew)") from None
-            totals.update(facts["totals"])
-            findings.merge(facts["findings"])
-            names += [f"{part.name}/{path.name}" for path in sorted(part.glob("*.arrow"))]
-        write_index(tmp / "rows", corpus.features, names)
-        (tmp / "facts.json").write_text(json.dumps(facts_of(totals, findings)))
-        write_manifest(tmp, hash_of=lambda path: hashes.get(path) or sha256(path))
-        tmp.rename(folder)
+        all_stats = stats_of(totals, findings)
     except DataError:
         shutil.rmtree(tmp, ignore_errors=True)
-        if not folder.exists():  # else another run was faster, on a file system without locks
-            raise
+        raise
+    try:
+        write_index(tmp / "rows", corpus.features, names)
+        (tmp / "facts.json").write_text(json.dumps(all_stats))
+        write_manifest(tmp, hash_of=lambda path: hashes.get(path) or sha256(path))
+        tmp.rename(folder)
     except OSError:  # as above, or a full disk: the parts stay
         if not folder.exists():
             raise
@@ -149,7 +155,7 @@ def _build_part(folder: Path, number: int, part: Corpus, record: FileRecord, tit
             findings.add(part.sources[0].path, "row", problem, remedy, without_tokens)
         totals["dropped"] = num_read.total() - totals["texts"]
         totals["without_tokens"] = without_tokens
-        (tmp / _FACTS).write_text(json.dumps({"totals": totals, "findings": findings.by_problem}), encoding="utf-8")
+        (tmp / _STATS).write_text(json.dumps({"totals": totals, "findings": findings.by_problem}), encoding="utf-8")
         write_manifest(tmp)
         built.parent.mkdir(parents=True, exist_ok=True)
         os.utime(_parts_folder(folder))  # not abandoned

@@ -104,16 +104,17 @@ def _check_or_build(folder: Path, corpus: Corpus, fingerprint: str) -> None:
         build_parts(folder, corpus)
     is_writable = os.access(cache_dir, os.W_OK)
     with locked(cache_dir, _FIELD, f".{folder.name}.lock", wait=True) if is_writable else nullcontext():
+        existed = folder.exists()  # on a file system without locks another run may join its parts from here on
         with FileRecord(cache_dir) as record:  # read again: the process that had the lock has added to it
             problem = _damage(folder, lambda path: record.value(path, _SHA256, lambda: sha256(path)))
         if problem is None:
             return
         make_folder(cache_dir, _FIELD)
-        if folder.exists():
+        if existed:
             print(f"warning: {_FIELD}: {folder}: {problem}; rebuilt", file=sys.stderr, flush=True)
             shutil.rmtree(folder)
         build_parts(folder, corpus)
-        join_parts(folder, corpus, partial(_facts, corpus.sources, fingerprint))
+        join_parts(folder, corpus, partial(_stats_of, corpus.sources, fingerprint))
 
 
 def _damage(folder: Path, hash_of: Callable[[Path], str]) -> str | None:
@@ -145,7 +146,7 @@ def _read_stats(folder: Path) -> DatasetStats | None:
     return DatasetStats(**values) if values.keys() == {field.name for field in fields(DatasetStats)} else None
 
 
-def _facts(
+def _stats_of(
     sources: Sequence[Source], fingerprint: str, totals: Mapping[str, int], findings: Findings
 ) -> dict[str, Any]:
     """DataError where no row is left."""

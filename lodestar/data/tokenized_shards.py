@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +10,6 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import datasets
 import pyarrow as pa
@@ -95,7 +95,9 @@ class ShardWriter:
 def write_index(folder: Path, features: datasets.Features, names: Sequence[str]) -> None:
     """What `datasets.load_from_disk` reads of a folder of Arrow files: their names in the order of the rows."""
     state: dict[str, Any] = dict.fromkeys(("_format_columns", "_format_type", "_split"))
-    state |= {"_fingerprint": uuid4().hex[:16], "_format_kwargs": {}, "_output_all_columns": False}
+    # The same for every process that joins the same parts: on a file system without locks two may write at once.
+    fingerprint = hashlib.blake2b(json.dumps([str(folder), *names]).encode(), digest_size=8).hexdigest()
+    state |= {"_fingerprint": fingerprint, "_format_kwargs": {}, "_output_all_columns": False}
     state["_data_files"] = [{"filename": name} for name in names]
     (folder / "state.json").write_text(json.dumps(state))
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))

@@ -339,33 +339,62 @@ def test_a_run_keeps_the_parts_of_one_that_was_killed(tmp_path: Path, monkeypatc
     assert again.rows.to_dict() == build(tmp_path, "*.jsonl", cache="of one run").rows.to_dict()
 
 
-def test_a_damaged_part_is_told_once_and_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def leave_parts(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Those of a run that ends before it joins them."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_cache, "join_parts", interrupted)
+        build(folder, "*.jsonl", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("manifest.json", "{}"), ("manifest.json", '{"format": 1}'), ("part.json", "{}")]
+)
+def test_a_damaged_part_is_told_once_and_built_anew_alone(
+    name: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        tiny.pretrain_file(tmp_path / f"{number}.jsonl", 10)
+    monkeypatch.setattr(cache_parts, "PART_BYTES", 1)
+    leave_parts(tmp_path, monkeypatch)
+    damaged = next((tmp_path / "cache").rglob(f"00001/{name}"))
+    damaged.write_text(content)
+    with pytest.raises(DataError, match=rf"^data\.cache_dir: {damaged.parent}: .*{name}.* \(start again"):
+        build(tmp_path, "*.jsonl")
+    before = calls
+    assert len(build(tmp_path, "*.jsonl").rows) == 20 and calls == before + 1
+
+
+def test_a_strict_run_leaves_the_parts_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many_files(tmp_path)
+    leave_parts(tmp_path, monkeypatch)
+    with pytest.raises(DataError):
+        build(tmp_path, "*.jsonl", strict=True)
+    before = calls
+    assert build(tmp_path, "*.jsonl").stats.findings and calls == before
+
+
+@pytest.mark.parametrize("late", ["manifest_hashes", "write_index"])
+def test_a_run_whose_parts_another_one_joins_reads_its_cache(
+    late: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system without locks: the other one is done before this one reads the parts, or writes their index."""
     tiny.pretrain_file(tmp_path / "a.jsonl", 10)
+    join, step = cache_parts.join_parts, getattr(cache_parts, late)
 
-    def killed(*args: Any) -> None:
-        raise KeyboardInterrupt
+    def join_second(*args: Any) -> None:
+        def other_first(*of_step: Any) -> Any:
+            monkeypatch.setattr(cache_parts, late, step)
+            join(*args)
+            return step(*of_step)
 
-    for name, content in (("manifest.json", "{}"), ("part.json", "[")):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(token_cache, "join_parts", killed)
-            build(tmp_path, "a.jsonl", cache=name)
-        (damaged,) = (tmp_path / name).rglob(name)
-        damaged.write_text(content)
-        with pytest.raises(DataError, match=rf"^data\.cache_dir: {damaged.parent}: .* \(start again"):
-            build(tmp_path, "a.jsonl", cache=name)
-        assert len(build(tmp_path, "a.jsonl", cache=name).rows) == 10
-
-
-def test_a_run_whose_parts_another_one_moved_reads_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a file system without locks, both have built, and join at once."""
-    tiny.pretrain_file(tmp_path / "a.jsonl", 10)
-    join = cache_parts.join_parts
-
-    def second(*args: Any) -> None:
-        join(*args)
+        monkeypatch.setattr(cache_parts, late, other_first)
         join(*args)
 
-    monkeypatch.setattr(token_cache, "join_parts", second)
+    monkeypatch.setattr(token_cache, "join_parts", join_second)
     assert len(build(tmp_path, "a.jsonl").rows) == 10
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lodestar.distributed.testing import run_world
-from retrieval.embedding.cache import search_cache_file
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.exact_search import search
 from retrieval.embedding.load_model import load_model
 from retrieval.evaluation.beir import Beir, read_beir
 from retrieval.evaluation.bm25 import rank_bm25
 from retrieval.evaluation.compare import compare, measure
-from retrieval.evaluation.config import EvaluateRecipe
 from retrieval.evaluation.metrics import evaluate_run
 from retrieval.evaluation.tasks import TaskResult, retrieval_task
-from retrieval.search.cli import search_main
 from tests import tiny
 from tests.unit.retrieval.evaluation.test_tasks import KINDS, read, sections
 
@@ -50,30 +45,6 @@ def test_models_stand_beside_bm25_and_the_last_is_mixed_with_it(model_folder, tm
     assert rows[0] == {"model": "BM25", **evaluate_run(beir, *rank_bm25(beir, 100))}
     assert {**rows[1], "model": ""} == {**rows[2], "model": ""} != {**rows[3], "model": ""}
     assert [row["model"] for row in compare({"only": model_folder}, beir, device=CPU, bm25=False)] == ["only"]
-
-
-def search_would(model_folder: Path, beir_folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    assert search_main(["--model", str(model_folder), "--corpus", str(beir_folder), "--plan", "--json"]) == 0
-    return json.loads(capsys.readouterr().out)["embeddings"]
-
-
-def test_search_finds_the_embeddings_that_are_kept(
-    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    beir_folder = tiny.beir_folder(tmp_path / "words")
-    beir = read_beir(beir_folder)
-    for keep, expected in ((False, "to be computed"), (True, "cached in")):
-        measure({"m": model_folder}, {"words": retrieval_task(beir)}, device=CPU, keep_embeddings=keep)
-        assert search_would(model_folder, beir_folder, capsys).startswith(expected)
-    kept_ND = load_file(search_cache_file(model_folder, beir.documents))["embeddings"]
-    assert kept_ND.equal(embed(load_model(model_folder, CPU), beir.documents, "document"))
-
-
-@pytest.mark.parametrize("other", [{"precision": "bf16"}, {"prompts": {"m": {"query": "find: "}}}])
-def test_other_embeddings_than_searchs_are_not_kept(other: dict[str, object]) -> None:
-    recipe = {"models": {"m": "m"}, "evaluate": {"data": "d"}, "keep_embeddings": True}
-    with pytest.raises(ValueError, match=r"keep_embeddings: search reads"):
-        EvaluateRecipe.model_validate({**recipe, **other})
 
 
 def test_more_ranks_than_texts_measure_what_one_does(model_folder, tmp_path):
