@@ -30,7 +30,7 @@ ENGINES = {
     "ddp": ("engine.kind=ddp",),
     **{f"zero{stage}": ("engine.kind=deepspeed", f"engine.zero_stage={stage}") for stage in range(4)},
 }
-"""Overrides that choose one."""
+"""Overrides that choose each engine."""
 WHOLE = (f"batch.micro_size={GLOBAL_SIZE}", "model.attention=padded")
 """Overrides for plain formulas: the whole batch at once, padded."""
 
@@ -39,9 +39,9 @@ Outcome = tuple[float, dict[str, Tensor]]
 
 
 def recipe(stage: str, folder: Path, *overrides: str) -> Any:
-    """A recipe on a tiny encoder and tiny data, which the first call creates; ranks need one before they start.
+    """A recipe on a tiny encoder and tiny data, which the first call creates: before ranks start.
 
-    transformers saves a model on rank 0 of a process group only.
+    In a process group transformers saves a model on rank 0 alone.
     """
     if not (folder / "bert").exists():
         assert not dist.is_initialized() or dist.get_world_size() == 1, "call steps.recipe before the ranks start"
