@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from lodestar.files import NO_SUCH_FILE, kept_file_problem, replacing_hashed_file
-from retrieval.embedding.model_folder import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 def load_or_compute(file: Path | None, num_rows: int, compute: Callable[[], Tensor]) -> Tensor:
     """(N, D) fp32 from a safetensors file; computed and saved if the file is missing, damaged or of another length."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     if file is None:
         return compute()
@@ -37,13 +36,20 @@ def load_or_compute(file: Path | None, num_rows: int, compute: Callable[[], Tens
     elif problem != NO_SUCH_FILE:
         print(f"warning: {file}: {problem} (nothing to do: embedded again)", file=sys.stderr, flush=True)
     computed_ND = compute()
+    write_embeddings(file, computed_ND)
+    return computed_ND
+
+
+def write_embeddings(file: Path, embeddings_ND: Tensor) -> None:
+    """Warns where that is not possible."""
+    from safetensors.torch import save_file
+
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing_hashed_file(file) as tmp:
-            save_file({"embeddings": computed_ND.contiguous()}, tmp)
+            save_file({"embeddings": embeddings_ND.contiguous()}, tmp)
     except (OSError, SafetensorError) as error:  # safetensors turns an OSError into its own
         print(f"warning: {file}: cannot be written, so the next start embeds again: {error}", file=sys.stderr)
-    return computed_ND
 
 
 def cache_path(folder: Path, *settings: str, texts: Iterable[object]) -> Path:
@@ -54,9 +60,9 @@ def cache_path(folder: Path, *settings: str, texts: Iterable[object]) -> Path:
     return folder / f"{digest.hexdigest()}.safetensors"
 
 
-def search_cache_file(model_folder: Path, documents: Iterable[str]) -> Path:
+def search_cache_file(model_folder: Path, fingerprint: str, documents: Iterable[str]) -> Path:
     """`search_cache/KEY.safetensors` beside the model: embeddings of documents, in fp32 with the model's own prompt.
 
-    KEY changes with the model's files and the documents.
+    fingerprint   of the model's files: `model_folder.fingerprint`
     """
-    return cache_path(model_folder.resolve().parent / "search_cache", fingerprint(str(model_folder)), texts=documents)
+    return cache_path(model_folder.resolve().parent / "search_cache", fingerprint, texts=documents)

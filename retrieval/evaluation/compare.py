@@ -18,8 +18,8 @@ from lodestar.config.schema import Precision
 from lodestar.distributed.collectives import agreed, rank
 from lodestar.distributed.runtime import Placement
 from lodestar.distributed.session import distributed_session
-from lodestar.files import make_folder
-from retrieval.embedding.cache import load_or_compute, search_cache_file
+from lodestar.files import kept_file_problem, make_folder
+from retrieval.embedding.cache import search_cache_file, write_embeddings
 from retrieval.embedding.config import Prompts
 from retrieval.embedding.distributed_embed import embed
 from retrieval.embedding.embedder import check_devices
@@ -58,14 +58,14 @@ def measure(
     prompts: Mapping[str, Prompts] | None = None,
     with_views: bool = False,
     cache_dir: Path | None = None,
-    keep_embeddings: bool = False,
+    search_cache: bool = False,
 ) -> dict[str, Result]:
     """A row of each labelled model for each task; for retrieval also BM25, and its fusion with the last model.
 
     prompts     by label, replace the model's own
     with_views  also collect what a report shows of retrieval tasks
     cache_dir   keeps embeddings for an interrupted run; none: no cache
-    keep_embeddings   of documents, beside a model's folder for search; in fp32, with the model's own prompts
+    search_cache   also write documents' embeddings for search; the caller sees to fp32 and the model's own prompts
     Only rank 0 has the rows with BM25.
     """
     results = {name: Result(task) for name, task in tasks.items()}
@@ -78,8 +78,9 @@ def measure(
     for label, path in models.items():
         model_prompts = (prompts or {}).get(label)
         with agreed():
+            model_hash = fingerprint(str(path), model_prompts)
             model = load_model(path, device, model_prompts, "models")
-            cache = cache_dir / fingerprint(str(path), model_prompts).replace("/", "--") if cache_dir else None
+            cache = cache_dir / model_hash.replace("/", "--") if cache_dir else None
         embed_by_model = partial(
             embed, model, batch_tokens=batch_tokens, precision=precision, progress=progress, folder=cache
         )
@@ -88,8 +89,9 @@ def measure(
             results[name].add(label, result)
             if not task.beir or not result.retrieval:
                 continue
-            if keep_embeddings and rank() == 0 and Path(path).is_dir():
-                _keep_for_search(Path(path), task.beir, result.retrieval.document_ND)
+            if search_cache and Path(path).is_dir():
+                with agreed():
+                    _write_search_cache(Path(path), model_hash, task.beir, result.retrieval.document_ND)
             if with_views:
                 results[name].views.append(make_view(label, task.beir, result.retrieval))
             if label == last_label and name in bm25_rankings:
@@ -98,8 +100,10 @@ def measure(
     return results
 
 
-def _keep_for_search(model_folder: Path, beir: Beir, document_ND: Tensor) -> None:
-    load_or_compute(search_cache_file(model_folder, beir.documents), len(document_ND), lambda: document_ND)
+def _write_search_cache(model_folder: Path, model_hash: str, beir: Beir, document_ND: Tensor) -> None:
+    """By rank 0, unless it is there."""
+    if rank() == 0 and kept_file_problem(file := search_cache_file(model_folder, model_hash, beir.documents)):
+        write_embeddings(file, document_ND)
 
 
 def write(folder: str | Path, beir: Beir, split: str, rows: Sequence[Row]) -> Path:
@@ -134,7 +138,7 @@ def evaluate(recipe: EvaluateRecipe, tasks: Mapping[str, Task], placement: Place
             prompts=recipe.prompts,
             with_views=runtime.is_main and bool(recipe.output_dir),
             cache_dir=cache_dir,
-            keep_embeddings=recipe.keep_embeddings,
+            search_cache=recipe.search_cache,
         )
     if placement.rank != 0:
         return results

@@ -117,8 +117,8 @@ class EvaluateRecipe(Section):
     """Statistical significance of the differences between rows."""
     output_dir: Location | None = None
     """Where evaluation.json and reports go. Embeddings stay there until the end, for an interrupted run."""
-    keep_embeddings: bool = False
-    """Keep those of each corpus beside each model's folder, where `lodestar search` finds them."""
+    search_cache: bool = False
+    """Also write the embeddings of each corpus into the cache of `lodestar search`, beside each local model."""
     precision: Precision = "fp32"
     batch_tokens: Count | None = None
     """Tokens of one batch on a device, padding included; none: 2,048 on a CPU, 65,536 on a GPU."""
@@ -137,9 +137,10 @@ class EvaluateRecipe(Section):
             raise ValueError(
                 f"tasks.{Path(self.evaluate.data).resolve().name}: evaluate.data has that name (take another)"
             )
-        if self.keep_embeddings and (self.precision != "fp32" or self.prompts):
-            problem = "search reads those in fp32 with the model's own prompts"
-            raise ValueError(f"keep_embeddings: {problem} (leave out precision and prompts, or set it to false)")
+        limited = any(isinstance(task, RetrievalConfig) and task.max_documents for task in self.all_tasks.values())
+        if self.search_cache and (self.precision != "fp32" or self.prompts or limited):
+            problem = "search embeds whole corpora in fp32 with the model's own prompts"
+            raise ValueError(f"search_cache: {problem} (drop precision, prompts and max_documents, or set it to false)")
         if unknown := sorted(self.prompts.keys() - self.labelled_models.keys()):
             raise ValueError(
                 f"prompts.{unknown[0]}: no model has that label (known: {', '.join(self.labelled_models)})"

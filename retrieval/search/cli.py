@@ -140,7 +140,7 @@ def search_plan(options: argparse.Namespace) -> dict[str, object]:
             "precision": precision,
         }
     corpus = _read_corpus(options)
-    cache = search_cache_file(corpus.model_folder, corpus.texts)
+    cache = corpus.cache
     return {
         "model": str(corpus.model_folder),
         "corpus": corpus.path,
@@ -161,8 +161,8 @@ def _open_searcher(options: argparse.Namespace) -> AbstractContextManager[Search
     with quick_imports():
         from retrieval.embedding.load_model import load_model
         from retrieval.search.search import Searcher
+    cache = corpus.cache  # by the files as they are before the model is loaded
     model = load_model(corpus.model_folder, _choose_device(options))
-    cache = search_cache_file(corpus.model_folder, corpus.texts)
     return nullcontext(Searcher(model, corpus.documents, cache=cache, progress=sys.stderr.isatty()))
 
 
@@ -189,8 +189,10 @@ class _Corpus(NamedTuple):
     documents: list[Document]
 
     @property
-    def texts(self) -> Iterator[str]:
-        return (document.full for document in self.documents)
+    def cache(self) -> Path:
+        """Of the documents' embeddings."""
+        texts = (document.full for document in self.documents)
+        return search_cache_file(self.model_folder, fingerprint(str(self.model_folder)), texts)
 
 
 def _read_corpus(options: argparse.Namespace) -> _Corpus:

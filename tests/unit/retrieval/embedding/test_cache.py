@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 from retrieval.embedding.cache import load_or_compute, search_cache_file
+from retrieval.embedding.model_folder import fingerprint
 from tests import tiny
 
 
@@ -32,12 +35,16 @@ def test_a_cache_with_a_flipped_byte_is_computed_again(tmp_path: Path, capsys: p
     assert load_or_compute(file, 3, compute).equal(embeddings_ND) and calls == 2
 
 
-def test_the_cache_of_search_is_named_by_the_models_files_and_the_documents(model_folder: Path) -> None:
+def test_the_cache_of_search_is_named_by_the_models_files_and_the_documents(model_folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(model_folder, tmp_path / "run/model"))
     texts = tiny.texts(9, seed=5)
-    original = search_cache_file(model_folder, texts)
-    assert original.parent == model_folder.parent / "search_cache"
-    assert search_cache_file(model_folder, list(texts)) == original
-    assert search_cache_file(model_folder, texts[::-1]) != original
-    assert search_cache_file(model_folder, [*texts[:-1], "else"]) != original
-    (model_folder / "config.json").write_text((model_folder / "config.json").read_text() + " ")
-    assert search_cache_file(model_folder, texts) != original
+
+    def file(documents: Iterable[str]) -> Path:
+        return search_cache_file(model, fingerprint(str(model)), documents)
+
+    original = file(texts)
+    assert original.parent == tmp_path / "run/search_cache"
+    assert file(iter(texts)) == original
+    assert len({original, file(texts[::-1]), file([*texts[:-1], "else"])}) == 3
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert file(texts) != original

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lodestar.config.loader import load
 from lodestar.errors import DataError
 from retrieval.embedding import distributed_embed
+from retrieval.embedding.distributed_embed import embed
+from retrieval.embedding.load_model import load_model
+from retrieval.evaluation.beir import read_beir
 from retrieval.evaluation.cli import main
 from retrieval.evaluation.config import BootstrapConfig, EvaluateRecipe
+from retrieval.search.cli import search_main
 from tests import processes, tiny
 from tests.unit.retrieval.evaluation.test_tasks import KINDS, sections
 
@@ -45,6 +51,27 @@ def test_the_command_prints_a_table_and_writes_one_json(model_folder, beir_folde
     assert (written["evaluation"], written["split"], written["queries"]) == ("words", "test", 12)
     assert [row["model"] for row in written["rows"]] == ["BM25", "mine", "mine + BM25"]
     assert 0 < written["rows"][0]["map_at_100"] <= 1
+
+
+def test_search_reads_what_an_evaluation_embedded(model_folder, beir_folder, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(model_folder, tmp_path / "run/model")
+    config = recipe(tmp_path, models={"mine": str(model)}, evaluate={"data": str(beir_folder)}, device="cpu")
+    search = ["--model", str(model), "--corpus", str(beir_folder), "--device", "cpu", "a query"]
+    for value, expected in (("false", "to be computed"), ("true", "cached in")):
+        assert main(["--config", config, f"search_cache={value}"]) == 0
+        capsys.readouterr()
+        assert search_main([*search, "--plan", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["embeddings"].startswith(expected)
+    (cache,) = (tmp_path / "run/search_cache").glob("*.safetensors")
+    documents = read_beir(beir_folder).documents
+    assert load_file(cache)["embeddings"].equal(embed(load_model(model, torch.device("cpu")), documents, "document"))
+
+
+@pytest.mark.parametrize("other", ["precision=bf16", "prompts={mine: {query: 'find: '}}", "evaluate.max_documents=5"])
+def test_what_search_would_not_read_is_no_cache_of_it(other, model_folder, beir_folder, tmp_path, capsys):
+    config = recipe(tmp_path, models={"mine": str(model_folder)}, evaluate={"data": str(beir_folder)})
+    assert main(["--config", config, "search_cache=true", other]) == 2
+    assert "search_cache: search embeds whole corpora in fp32 with" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_goes_on_with_the_embeddings_it_has(

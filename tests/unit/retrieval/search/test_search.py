@@ -33,7 +33,7 @@ def test_a_search_for_more_than_all_documents_returns_all(model_folder):
 
 def test_a_corpus_is_embedded_once_and_read_back_to_the_last_bit(model_folder):
     model = load_model(model_folder, CPU)
-    cache = search_cache_file(model_folder, TEXTS)
+    cache = search_cache_file(model_folder, "", TEXTS)
     assert cache.parent == model_folder.parent / "search_cache"
     first = Searcher(model, DOCUMENTS, cache=cache)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_a_corpus_is_embedded_once_and_read_back_to_the_last_bit(model_folder):
 
 
 def test_a_damaged_cache_is_written_again(model_folder):
-    model, cache = load_model(model_folder, CPU), search_cache_file(model_folder, TEXTS)
+    model, cache = load_model(model_folder, CPU), search_cache_file(model_folder, "", TEXTS)
     expected = Searcher(model, DOCUMENTS, cache=cache).document_ND
     cache.write_bytes(cache.read_bytes()[:50])
     assert torch.equal(Searcher(model, DOCUMENTS, cache=cache).document_ND, expected)
