@@ -179,10 +179,11 @@ def log(cluster: Cluster, job: str) -> str:
     return "".join(path.read_text(errors="replace") for path in cluster.folder.glob(f"*-{job}.out"))
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("pretrain", 250), ("finetune", 250)])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
-    stage: str, steps: int, cluster: Cluster, data: Path, tmp_path: Path
+    stage: str, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
+    steps = 100  # the signal comes by the fifteenth
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     undisturbed = submit(cluster, stage, overrides(stage, data, whole, steps), "--time=10")
     job = submit(cluster, stage, overrides(stage, data, parts, steps), "--time=10")
