@@ -176,9 +176,7 @@ def write_manifest(folder: Path, *, hash_of: Callable[[Path], str] | None = None
 def manifest_hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file that a folder's manifest lists; ValueError, in a few words, where that is damaged."""
     try:
-        return {name: entry["sha256"] for name, entry in _read_manifest(folder / MANIFEST, {})["files"].items()}
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{MANIFEST}: damaged: not a list of files with their hashes") from None
+        return {name: digest for name, (_, digest) in _listed(_read_manifest(folder / MANIFEST, {})).items()}
     except ValueError as error:
         raise ValueError(f"{MANIFEST}: {error}") from None
 
@@ -194,12 +192,9 @@ def damage(
     """
     try:
         content = _read_manifest(folder / MANIFEST, values)
+        files = _listed(content)
     except ValueError as error:
         return f"{MANIFEST}: {error}"
-    try:
-        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return f"{MANIFEST}: damaged: not a list of files with their hashes"
     for key, value in values.items():
         if content.get(key) != value:
             return f"{MANIFEST}: {key} is {shown(content.get(key))}, not {value!r}"
@@ -230,6 +225,14 @@ def _read_manifest(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     if not is_whole and (digest is not None or not content.keys() <= {"format", "step", "files", *values}):
         raise ValueError("damaged: its hash is not its own")
     return content
+
+
+def _listed(content: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Bytes and SHA-256 of each file that a manifest lists; ValueError, in a few words, where it does not."""
+    try:
+        return {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise ValueError("damaged: not a list of files with their hashes") from None
 
 
 def _as_bytes(content: Mapping[str, Any]) -> bytes:

@@ -78,7 +78,7 @@ def measure(
     for label, path in models.items():
         model_prompts = (prompts or {}).get(label)
         with agreed():
-            model_hash = fingerprint(str(path), model_prompts)
+            model_hash = fingerprint(str(path), model_prompts) if cache_dir or search_cache else ""
             model = load_model(path, device, model_prompts, "models")
             cache = cache_dir / model_hash.replace("/", "--") if cache_dir else None
         embed_by_model = partial(
