@@ -91,7 +91,8 @@ def test_a_run_that_is_stopped_through_its_launcher_saves_and_leaves_no_process(
     assert saved.name == f"step-{summary['steps']:08d}" and 'Traceback (most recent call last)\n  File "/' not in said
 
     more = (f"schedule.steps={summary['steps'] + 1}", "checkpoint.allow_change=[schedule.steps]")
-    again = start([sys.executable], "pretrain", folder, *more)  # a checkpoint fits any number of ranks
+    resumed_by = launcher if number == signal.SIGINT else "python"  # each once; a checkpoint fits any number of ranks
+    again = start(LAUNCHERS[resumed_by](), "pretrain", folder, *more)
     _, said = processes.finish(again, limit_s=90)
     assert again.returncode == 0 and f"resumes from step {summary['steps']}" in said, said
 
