@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from benchmarks.peers_worker import serve
+from benchmarks.peers_worker import mixed_precision, serve
 
 RETROMAE = Path(".venv-peers/retromae/FlagEmbedding/baai_general_embedding")
 
@@ -37,7 +37,7 @@ def finetune(problem: dict[str, Any]) -> Callable[[int], object]:
         tokenizer, query_max_len=problem["query_tokens"], passage_max_len=problem["passage_tokens"]
     )
     rows = [(query, passages, None) for query, *passages in problem["triples"]]
-    return _step(model, lambda: model(**collate(rows)).loss)
+    return _step(model, problem["precision"], lambda: model(**collate(rows)).loss)
 
 
 def pretrain(problem: dict[str, Any]) -> Callable[[int], object]:
@@ -50,11 +50,12 @@ def pretrain(problem: dict[str, Any]) -> Callable[[int], object]:
     collate = RetroMAECollator(
         tokenizer, encoder_mlm_probability=0.3, decoder_mlm_probability=0.5, max_seq_length=problem["max_tokens"]
     )
-    return _step(model, lambda: model(**collate(problem["texts"]))[0])
+    return _step(model, problem["precision"], lambda: model(**collate(problem["texts"]))[0])
 
 
-def _step(model: torch.nn.Module, loss_of_batch: Callable[[], torch.Tensor]) -> Callable[[int], object]:
+def _step(model: torch.nn.Module, precision: str, loss_of_batch: Callable[[], torch.Tensor]) -> Callable[[int], object]:
     """A step as transformers' Trainer takes it: gradient, clipping, AdamW."""
+    mixed_precision(model, precision)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 

@@ -44,7 +44,7 @@ def train(stage: str, problem: dict[str, Any], folder: Path, runtime: Runtime) -
         "batch": {"global_size": len(rows), **problem["batch"]},
         "optim": {"lr": 1e-5},
         "schedule": {"steps": 10**6},
-        "precision": "fp32",
+        "precision": problem["precision"],
         "engine": {"kind": "ddp"},
     }  # fmt: skip
     if stage == "finetune":
@@ -70,7 +70,7 @@ def encode(problem: dict[str, Any]) -> Callable[[int], object]:
     from retrieval.embedding.load_model import load_model
 
     model = load_model(problem["model"], "cpu")
-    return lambda i: encode_texts(model, problem["texts"], "document")
+    return lambda i: encode_texts(model, problem["texts"], "document", precision=problem["precision"])
 
 
 def losses(name: str, problem: dict[str, Any]) -> Callable[[int], object]:

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 
-from benchmarks.peers_worker import serve
+from benchmarks.peers_worker import mixed_precision, serve
 
 COLUMNS: tuple[str, ...] = ("anchor", "positive", "negative")
 
@@ -28,6 +28,7 @@ def finetune(problem: dict[str, Any], loss_class: Any = MultipleNegativesRanking
     """A step as its Trainer takes it: collator, loss, gradient, clipping, AdamW."""
     model = SentenceTransformer(problem["model"], device="cpu")
     model.max_seq_length = problem["passage_tokens"]
+    mixed_precision(model, problem["precision"])
     loss = loss_class(model, scale=1 / problem["temperature"])
     collate = SentenceTransformerDataCollator(model.preprocess)
     rows = [dict(zip(COLUMNS, triple, strict=True)) for triple in problem["triples"]]
@@ -53,7 +54,8 @@ def gradcache(problem: dict[str, Any]) -> Callable[[int], object]:
 
 
 def encode(problem: dict[str, Any]) -> Callable[[int], object]:
-    model = SentenceTransformer(problem["model"], device="cpu")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[problem["precision"]]
+    model = SentenceTransformer(problem["model"], device="cpu", model_kwargs={"dtype": dtype})
     return lambda i: model.encode_document(problem["texts"], show_progress_bar=False)
 
 

@@ -42,16 +42,19 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, H, L, D): torch's scaled_dot_product_attention, but for how dropout is drawn on a CPU in fp32.
+    """(B, H, L, D): torch's scaled_dot_product_attention, but for how dropout is drawn on a CPU.
+
+    Under autocast it computes in fp32 there, as torch's does with dropout.
 
     mask   bool, broadcast to (B, H, L, L): whether a row attends to a column; a row may be false everywhere
     """
-    is_plain = q_BHLD.shape == k_BHLD.shape and not is_causal and not torch.is_autocast_enabled("cpu")
+    is_plain = q_BHLD.shape[1] == k_BHLD.shape[1] and not is_causal
     is_exact = q_BHLD.dtype == k_BHLD.dtype == v_BHLD.dtype and q_BHLD.dtype in (torch.float32, torch.float64)
-    if dropout > 0.0 and q_BHLD.is_cpu and is_plain and is_exact:
+    if dropout > 0.0 and q_BHLD.is_cpu and is_plain and (is_exact or torch.is_autocast_enabled("cpu")):
         scale = 1 / math.sqrt(q_BHLD.shape[-1]) if scale is None else scale
         args = q_BHLD, k_BHLD, v_BHLD, mask, dropout, scale
-        return cast(Tensor, _Attention.apply(*args))  # pyright: ignore[reportUnknownMemberType]
+        out_BHLD = cast(Tensor, _Attention.apply(*args))  # pyright: ignore[reportUnknownMemberType]
+        return out_BHLD.to(v_BHLD.dtype)
     return F.scaled_dot_product_attention(
         q_BHLD, k_BHLD, v_BHLD, mask, dropout, is_causal, scale=scale, enable_gqa=q_BHLD.shape[1] != k_BHLD.shape[1]
     )
@@ -84,6 +87,7 @@ class _Attention(torch.autograd.Function):
     """The weights after dropout are computed again in the backward, from those before it and the mask."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: Any, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None, dropout: float, scale: float
     ) -> Tensor:
@@ -100,6 +104,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, grad_BHLD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BHLD, k_BHLD, v_BHLD, weights_BHLL, keep_mask_BHLL = ctx.saved_tensors
         grad_BHLD = grad_BHLD * ctx.factor

@@ -16,6 +16,7 @@ from lodestar.config.schema import ModelConfig
 from lodestar.data.padding import TextShape, is_token
 from lodestar.models.compile import compile_layers
 from lodestar.models.cpu_dropout import use_cpu_dropout
+from lodestar.models.cpu_linear import use_cpu_linear
 from lodestar.models.last_layer import compute_cls_only
 from lodestar.models.packed import enable_packed, packed_hidden
 
@@ -34,6 +35,7 @@ def prepare(encoder: PreTrainedModel, model: ModelConfig, device: torch.device, 
         compile_layers(encoder, device)
     elif device.type == "cpu":
         use_cpu_dropout(encoder)
+        use_cpu_linear(encoder)
 
 
 def hidden_states(base: nn.Module, ids: Tensor, lengths_B: Tensor, shape: TextShape | None = None) -> Tensor:

@@ -1,54 +1,89 @@
-"""The last layer of an encoder of which [CLS] vectors alone are read: what follows its attention is computed for [CLS].
+"""The last layer of an encoder of which [CLS] vectors alone are read, computed for [CLS] alone.
 
-That is a quarter of the layer's matrix products. Without dropout no result changes, but for rounding; with dropout
-other numbers are drawn.
-Shape suffixes: B padded texts, L tokens, N packed texts, T tokens of all of them, D width.
+That is all of its work, but for the keys and values of other tokens on a GPU. Without dropout no result changes, but
+for rounding; with dropout other numbers are drawn.
+Shape suffixes: B texts (packed: 1), L tokens (packed: of all texts), N packed texts, Q first tokens (padded: 1, packed:
+N), H heads, D width of a head, E width of [hidden states, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lodestar.models.packed import NAME
+from lodestar.models.packed import NAME, on_gpu
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
-"""Those in whose layers what follows the attention stands in modules of its own, and reads one token at a time."""
+"""Those whose last layer has BERT's modules, by their names."""
 
 
-def compute_cls_only(encoder: Any) -> list[RemovableHandle]:
+def compute_cls_only(encoder: Any) -> Callable[[], None] | None:
     """From now on the last hidden states are (B, 1, D) of B padded texts, (1, N, D) of N packed ones: of first tokens.
 
     encoder   padding of its texts is on the right; of a family that is not in FAMILIES, or of other code than
               transformers', it stays as it is
-    Returns what undoes it.
+    Returns what undoes it; None where nothing was done.
     """
     base: Any = encoder.base_model
-    is_known = base.config.model_type in FAMILIES and type(base).__module__.startswith("transformers.")
-    if not is_known or getattr(base.config, "chunk_size_feed_forward", 0):
-        return []
-    attention, first_tokens = base.encoder.layer[-1].attention, _FirstTokens()
-    handles = [attention.output.register_forward_pre_hook(first_tokens.of_both)]
-    if base.config._attn_implementation == NAME:
-        handles.append(attention.self.register_forward_pre_hook(first_tokens.locate, with_kwargs=True))
-    return handles
+    config: Any = base.config
+    is_known = config.model_type in FAMILIES and type(base).__module__.startswith("transformers.")
+    if not is_known or config.is_decoder or config.chunk_size_feed_forward:
+        return None
+    if config._attn_implementation not in ("sdpa", NAME):
+        return None
+    attention = base.encoder.layer[-1].attention
+    attention.forward = partial(_attention_of_first_tokens, attention)
+    return partial(delattr, attention, "forward")
 
 
-class _FirstTokens:
-    """Of the texts that a layer reads."""
+def _attention_of_first_tokens(
+    attention: Any, hidden: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """In place of the forward of BertAttention and its like."""
+    own, offsets_N1 = attention.self, options.get("cu_seq_lens_q")
+    first = hidden[:, :1] if offsets_N1 is None else hidden.index_select(1, offsets_N1[:-1])
 
-    def __init__(self) -> None:
-        self._offsets_N1: Tensor | None = None
-        """Of packed texts: known to the attention, and used by the module that follows at once."""
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, heads, queries, width) of first tokens, (B, heads, L, width) -> (B, queries, heads, width)."""
+        if offsets_N1 is not None:
+            each = query.shape[2] // first.shape[1]
+            index_N1 = torch.arange(len(offsets_N1), dtype=torch.int32, device=hidden.device)
+            options.update(cu_seq_lens_q=index_N1 * each, max_length_q=each)
+        function = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
+        mask = None if attention_mask is None else attention_mask[:, :, :1]
+        dropout, scaling = own.dropout.p if own.training else 0.0, own.attention_head_size**-0.5
+        return function(own, query, key, value, mask, dropout=dropout, scaling=scaling, **options)[0]
 
-    def locate(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._offsets_N1 = kwargs.get("cu_seq_lens_q")
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2)
 
-    def of_both(self, module: nn.Module, args: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Of what the attention gives, and of the residual."""
-        if self._offsets_N1 is None:
-            return tuple(hidden_BLD[:, :1] for hidden_BLD in args)
-        return tuple(hidden_1TD.index_select(1, self._offsets_N1[:-1]) for hidden_1TD in args)
+    q_BHQD = heads(own.query(first))
+    if on_gpu(hidden):  # whose attention takes no heads as wide as the hidden states
+        out_BQHD = attend(q_BHQD, heads(own.key(hidden)), heads(own.value(hidden)))
+    else:
+        out_BQHD = _attend_to_hidden_states(own, q_BHQD, hidden, attend)
+    return attention.output(out_BQHD.flatten(2), first), None
+
+
+def _attend_to_hidden_states(
+    own: Any, q_BHQD: Tensor, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """(B, Q, H, D), without the keys and values of all tokens.
+
+    They are linear in [hidden states, 1]. So a query is brought there instead, where all heads share what they read,
+    and what it has read is brought back.
+    """
+    hidden_BLE = F.pad(hidden, (0, 1), value=1.0)
+    key_HDE, value_HDE = (
+        torch.cat([linear.weight, linear.bias[:, None]], 1).unflatten(0, (own.num_attention_heads, -1))
+        for linear in (own.key, own.value)
+    )
+    query_BQHE = torch.einsum("bhqd,hde->bqhe", q_BHQD, key_HDE)
+    read_BQHE = attend(query_BQHE.flatten(1, 2)[:, None], hidden_BLE[:, None], hidden_BLE[:, None])
+    return torch.einsum("bqhe,hde->bqhd", read_BQHE.reshape(query_BQHE.shape), value_HDE)

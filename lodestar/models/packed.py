@@ -102,34 +102,37 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: (1, H, T, D) query, key and value of packed texts -> (1, T, H, D).
 
-    Without cumulative lengths the texts are padded, and it is transformers' own function.
+    Without cumulative lengths the texts are padded, and it is transformers' own function. A text may have fewer queries
+    than keys; the result is of queries.
 
     sliding_window   a token attends to those fewer than so many positions away; none: to all of its text
     """
     causal: bool = getattr(module, "is_causal", True)  # transformers' default
     window = -1 if sliding_window is None else sliding_window - 1
-    if cu_seq_lens_q is None or max_length_q is None:
+    if cu_seq_lens_q is None or max_length_q is None or cu_seq_lens_k is None or max_length_k is None:
         if attention_mask is None:  # `_padding_mask` makes none, not even for a window
             attention_mask = _window_mask(query.shape[2], window, causal, query.device)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if _on_gpu(query) and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
+    if on_gpu(query) and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
         out_THD = torch.ops.aten._flash_attention_forward(
-            q_THD, k_THD, v_THD, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, dropout, causal, False,
+            q_THD, k_THD, v_THD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, dropout, causal, False,
             scale=scaling, window_size_left=window, window_size_right=0 if causal else window,
         )[0]  # fmt: skip
     else:
-        out_THD = _by_length(q_THD, k_THD, v_THD, cu_seq_lens_q, dropout, causal, scaling, window)
+        out_THD = _by_length(q_THD, k_THD, v_THD, cu_seq_lens_q, cu_seq_lens_k, dropout, causal, scaling, window)
     return out_THD[None], None
 
 
-def _on_gpu(x: Tensor) -> bool:
+def on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
@@ -137,18 +140,20 @@ def _by_length(
     q_THD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
-    offsets_N1: Tensor,
+    offsets_q_N1: Tensor,
+    offsets_k_N1: Tensor,
     dropout: float,
     causal: bool,
     scaling: float | None,
     window: int,
 ) -> Tensor:
     """(T, H, D): one call for each run of texts of equal length. A GPU waits here for the lengths."""
-    runs = _runs(offsets_N1.diff().tolist())
-    splits = (x_THD.split([count * length for count, length in runs]) for x_THD in (q_THD, k_THD, v_THD))
+    runs = _runs(offsets_q_N1.diff().tolist(), offsets_k_N1.diff().tolist())
+    queries, keys = ([count * lengths[i] for count, lengths in runs] for i in range(2))
+    splits = q_THD.split(queries), k_THD.split(keys), v_THD.split(keys)
     outputs: list[Tensor] = []
-    for (count, length), *parts in zip(runs, *splits, strict=True):
-        q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in parts)
+    for (count, (_, length)), *parts in zip(runs, *splits, strict=True):
+        q, k, v = (part.unflatten(0, (count, -1)).transpose(1, 2) for part in parts)
         mask_LL = _window_mask(length, window, causal, q.device)
         out = attention(q, k, v, mask_LL, dropout, is_causal=causal and mask_LL is None, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -164,9 +169,9 @@ def _window_mask(length: int, window: int, causal: bool, device: torch.device) -
     return (distance_LL <= window) & (distance_LL >= (0 if causal else -window))
 
 
-def _runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """(count, length) of each run of equal lengths: many where texts are sorted by length."""
-    return [(len(list(run)), length) for length, run in groupby(lengths)]
+def _runs(*lengths: list[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """(count, lengths) of each run of equal lengths: many where texts are sorted by length."""
+    return [(len(list(run)), each) for each, run in groupby(zip(*lengths, strict=True))]
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:

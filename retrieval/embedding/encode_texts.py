@@ -6,7 +6,7 @@ Shape suffixes: N texts, B texts of a batch, C texts of a chunk, L tokens, D emb
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from sentence_transformers.util import batch_to_device, truncate_embeddings
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import BatchEncoding, PreTrainedModel
 
 from lodestar.config.schema import Precision
 from lodestar.errors import ModelError
+from lodestar.models.cpu_linear import use_cpu_linear
 from lodestar.models.last_layer import compute_cls_only
 from lodestar.training.engine import autocast
 from retrieval.embedding.config import Role
@@ -82,6 +82,7 @@ def encode_texts(
     batch_tokens  tokens of one batch, padding included; none: 2,048 on a CPU, 65,536 on a GPU
     width         number of leading dimensions to keep, normalised again (Matryoshka); none: all
     """
+    use_cpu_linear(model)
     max_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 65536)
     result_ND, truncated = torch.empty(len(texts), model.get_embedding_dimension() or 0), 0
     pending: tuple[list[int], Tensor] | None = None
@@ -115,7 +116,7 @@ def _cls_only(model: SentenceTransformer, mask_CL: Tensor) -> Iterator[None]:
 
     mask_CL   of the texts that are read inside: padded on the left, their first tokens stand elsewhere
     """
-    handles: list[RemovableHandle] = []
+    undo: Callable[[], None] | None = None
     match list(model.children()):
         case [
             Transformer(model=PreTrainedModel() as encoder),
@@ -126,12 +127,12 @@ def _cls_only(model: SentenceTransformer, mask_CL: Tensor) -> Iterator[None]:
             and all(isinstance(module, (Dense, Normalize)) for module in others)
             and mask_CL[:, 0].all()
         ):
-            handles = compute_cls_only(encoder)
+            undo = compute_cls_only(encoder)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        if undo:
+            undo()
 
 
 def _tokenized(model: SentenceTransformer, texts: Sequence[str], role: Role) -> Iterator[_Tokens]:

@@ -194,7 +194,7 @@ def run_without_data(family: str, folder: Path, dtype: torch.dtype) -> Calls:
 def test_a_gpu_runs_flash_attention_and_waits_for_nothing(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(packed, "on_gpu", lambda x: True)
     calls = run_without_data(family, tmp_path, torch.bfloat16)
     assert "aten::_flash_attention_backward" in calls.names
     assert not calls.names & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
@@ -206,7 +206,7 @@ def test_a_gpu_runs_flash_attention_and_waits_for_nothing(
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_layer_is_compiled_once_for_all_lengths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(packed, "on_gpu", lambda x: True)
     config = encoder(family, tmp_path, dropout=0.1).config
     counter = CompileCounter()
     torch._dynamo.reset()
