@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from lodestar.errors import ModelError
 from lodestar.models.cpu_dropout import Dropout, attention
+from lodestar.models.cpu_linear import Linear
 
 
 class Decoder(nn.Module):
@@ -36,14 +37,14 @@ class Decoder(nn.Module):
             raise ModelError(f"decoder: a width of {width} does not divide into {heads} heads (change either)")
         self.heads = heads
         self.attention_dropout = attention_dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps=norm_eps)
-        self.fc1 = nn.Linear(width, feed_forward_width)
+        self.fc1 = Linear(width, feed_forward_width)
         self.activation = ACT2FN[activation]
-        self.fc2 = nn.Linear(feed_forward_width, width)
+        self.fc2 = Linear(feed_forward_width, width)
         self.output_norm = nn.LayerNorm(width, eps=norm_eps)
         self.dropout = Dropout(dropout)
         for module in self.modules():

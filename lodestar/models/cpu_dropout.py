@@ -44,7 +44,7 @@ def attention(
 ) -> Tensor:
     """(B, H, L, D): torch's scaled_dot_product_attention, but for how dropout is drawn on a CPU.
 
-    Under autocast it computes in fp32 there, as torch's does with dropout.
+    Under autocast it computes in fp32 there, as torch's does with dropout. Queries may be fewer than keys.
 
     mask   bool, broadcast to (B, H, L, L): whether a row attends to a column; a row may be false everywhere
     """

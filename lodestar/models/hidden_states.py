@@ -29,7 +29,7 @@ def prepare(encoder: PreTrainedModel, model: ModelConfig, device: torch.device, 
     """
     if model.attention == "packed":
         enable_packed(encoder)
-    if cls_only and not model.compile:  # compiled layers leave out its hooks
+    if cls_only and not model.compile:  # compilers have not been tried on it
         compute_cls_only(encoder)
     if model.compile:
         compile_layers(encoder, device)

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lodestar.models.packed import NAME, on_gpu
+from lodestar.models.packed import NAME
 
 FAMILIES = ("bert", "roberta", "xlm-roberta")
 """Those whose last layer has BERT's modules, by their names."""
@@ -39,51 +39,59 @@ def compute_cls_only(encoder: Any) -> Callable[[], None] | None:
         return None
     attention = base.encoder.layer[-1].attention
     attention.forward = partial(_attention_of_first_tokens, attention)
-    return partial(delattr, attention, "forward")
+    return partial(vars(attention).pop, "forward", None)  # another thread may have undone it
 
 
 def _attention_of_first_tokens(
     attention: Any, hidden: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, None]:
     """In place of the forward of BertAttention and its like."""
-    own, offsets_N1 = attention.self, options.get("cu_seq_lens_q")
+    self_attention, offsets_N1 = attention.self, options.get("cu_seq_lens_q")
     first = hidden[:, :1] if offsets_N1 is None else hidden.index_select(1, offsets_N1[:-1])
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, heads, queries, width) of first tokens, (B, heads, L, width) -> (B, queries, heads, width)."""
+        lengths: dict[str, Any] = {}
         if offsets_N1 is not None:
-            each = query.shape[2] // first.shape[1]
+            queries_per_text = query.shape[2] // first.shape[1]
             index_N1 = torch.arange(len(offsets_N1), dtype=torch.int32, device=hidden.device)
-            options.update(cu_seq_lens_q=index_N1 * each, max_length_q=each)
-        function = ALL_ATTENTION_FUNCTIONS[own.config._attn_implementation]
+            lengths = {"cu_seq_lens_q": index_N1 * queries_per_text, "max_length_q": queries_per_text}
+        attention_function = ALL_ATTENTION_FUNCTIONS[self_attention.config._attn_implementation]
         mask = None if attention_mask is None else attention_mask[:, :, :1]
-        dropout, scaling = own.dropout.p if own.training else 0.0, own.attention_head_size**-0.5
-        return function(own, query, key, value, mask, dropout=dropout, scaling=scaling, **options)[0]
+        dropout = self_attention.dropout.p if self_attention.training else 0.0
+        more = {**options, **lengths, "dropout": dropout, "scaling": self_attention.scaling}
+        return attention_function(self_attention, query, key, value, mask, **more)[0]
 
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, own.attention_head_size)).transpose(1, 2)
+    def split_heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self_attention.attention_head_size)).transpose(1, 2)
 
-    q_BHQD = heads(own.query(first))
-    if on_gpu(hidden):  # whose attention takes no heads as wide as the hidden states
-        out_BQHD = attend(q_BHQD, heads(own.key(hidden)), heads(own.value(hidden)))
+    q_BHQD = split_heads(self_attention.query(first))
+    # A GPU's attention takes no heads as wide as the hidden states; ZeRO-3 may hold a part of the weights alone.
+    if hidden.is_cpu and all(_is_whole(linear) for linear in (self_attention.key, self_attention.value)):
+        out_BQHD = _attend_to_hidden_states(self_attention, q_BHQD, hidden, attend)
     else:
-        out_BQHD = _attend_to_hidden_states(own, q_BHQD, hidden, attend)
+        key, value = self_attention.key(hidden), self_attention.value(hidden)
+        out_BQHD = attend(q_BHQD, split_heads(key), split_heads(value))
     return attention.output(out_BQHD.flatten(2), first), None
 
 
+def _is_whole(linear: nn.Module) -> bool:
+    return isinstance(linear, nn.Linear) and linear.weight.shape == (linear.out_features, linear.in_features)
+
+
 def _attend_to_hidden_states(
-    own: Any, q_BHQD: Tensor, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    self_attention: Any, q_BHQD: Tensor, hidden: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
     """(B, Q, H, D), without the keys and values of all tokens.
 
     They are linear in [hidden states, 1]. So a query is brought there instead, where all heads share what they read,
-    and what it has read is brought back.
+    and the context that it finds is brought back.
     """
     hidden_BLE = F.pad(hidden, (0, 1), value=1.0)
     key_HDE, value_HDE = (
-        torch.cat([linear.weight, linear.bias[:, None]], 1).unflatten(0, (own.num_attention_heads, -1))
-        for linear in (own.key, own.value)
+        torch.cat([linear.weight, linear.bias[:, None]], 1).unflatten(0, (self_attention.num_attention_heads, -1))
+        for linear in (self_attention.key, self_attention.value)
     )
     query_BQHE = torch.einsum("bhqd,hde->bqhe", q_BHQD, key_HDE)
-    read_BQHE = attend(query_BQHE.flatten(1, 2)[:, None], hidden_BLE[:, None], hidden_BLE[:, None])
-    return torch.einsum("bqhe,hde->bqhd", read_BQHE.reshape(query_BQHE.shape), value_HDE)
+    context_BQHE = attend(query_BQHE.flatten(1, 2)[:, None], hidden_BLE[:, None], hidden_BLE[:, None])
+    return torch.einsum("bqhe,hde->bqhd", context_BQHE.reshape(query_BQHE.shape), value_HDE)

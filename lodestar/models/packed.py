@@ -122,7 +122,7 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    if on_gpu(query) and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
+    if _on_gpu(query) and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0:
         out_THD = torch.ops.aten._flash_attention_forward(
             q_THD, k_THD, v_THD, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, dropout, causal, False,
             scale=scaling, window_size_left=window, window_size_right=0 if causal else window,
@@ -132,7 +132,7 @@ def packed_attention(
     return out_THD[None], None
 
 
-def on_gpu(x: Tensor) -> bool:
+def _on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
@@ -147,8 +147,8 @@ def _by_length(
     scaling: float | None,
     window: int,
 ) -> Tensor:
-    """(T, H, D): one call for each run of texts of equal length. A GPU waits here for the lengths."""
-    runs = _runs(offsets_q_N1.diff().tolist(), offsets_k_N1.diff().tolist())
+    """As `packed_attention`: one call for each run of texts of equal length. A GPU waits here for the lengths."""
+    runs = _runs(torch.stack([offsets_q_N1, offsets_k_N1], 1).diff(dim=0).tolist())
     queries, keys = ([count * lengths[i] for count, lengths in runs] for i in range(2))
     splits = q_THD.split(queries), k_THD.split(keys), v_THD.split(keys)
     outputs: list[Tensor] = []
@@ -169,9 +169,9 @@ def _window_mask(length: int, window: int, causal: bool, device: torch.device) -
     return (distance_LL <= window) & (distance_LL >= (0 if causal else -window))
 
 
-def _runs(*lengths: list[int]) -> list[tuple[int, tuple[int, ...]]]:
-    """(count, lengths) of each run of equal lengths: many where texts are sorted by length."""
-    return [(len(list(run)), each) for each, run in groupby(zip(*lengths, strict=True))]
+def _runs(lengths_N2: list[list[int]]) -> list[tuple[int, list[int]]]:
+    """(count, lengths) of each run of texts of equal lengths: many where texts are sorted by length."""
+    return [(len(list(run)), lengths) for lengths, run in groupby(lengths_N2)]
 
 
 def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:

@@ -7,15 +7,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib
 from cycler import cycler
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lodestar.files import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SERIES = ("#1a66c9", "#c9510c", "#1a8a58", "#9a3fb5", "#b3261e", "#0f7f93", "#8a6a00")
 """Colours of curves, in this order; they differ from each other and from both backgrounds."""
@@ -122,6 +122,9 @@ def figure(
     key       one line for each of SERIES in use
     height    in inches
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     style: Any = {
         "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "text.color": INK, "axes.labelcolor": MUTED,
         "xtick.color": MUTED, "ytick.color": MUTED, "axes.edgecolor": LINE, "grid.color": LINE, "axes.grid": True,

@@ -8,15 +8,16 @@ from datetime import timedelta
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from markupsafe import Markup, escape
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator
 
 from lodestar.reporting.html import Mark, facts, figure, number, page, table
 from lodestar.reporting.trackers import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Line = Mapping[str, Any]
 """Of metrics.jsonl."""
@@ -206,6 +207,8 @@ def _series(lines: Sequence[Line]) -> dict[str, Series]:
 
 def curves(chart: Chart, series: Sequence[Series]) -> Markup:
     """Values over steps; at most `_POINTS` of each series, with every spike."""
+    from matplotlib.ticker import LogLocator
+
     log = chart.axis == "log" and _spread(series) > 10
 
     def draw(axes: Axes) -> list[Mark]:

@@ -6,11 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from markupsafe import escape
-from matplotlib.axes import Axes
 from pydantic import BaseModel
 
 from lodestar.cli import Parser
@@ -22,6 +21,9 @@ from lodestar.errors import ConfigError, LodestarError
 from lodestar.recipes_cli import SCHEMA_LINE
 from lodestar.reporting import html
 from retrieval.check.training import CheckReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CHECKS = {
     "finetune": "contrastive.check:check",

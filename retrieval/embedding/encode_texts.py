@@ -22,7 +22,6 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from lodestar.config.schema import Precision
 from lodestar.errors import ModelError
-from lodestar.models.cpu_linear import use_cpu_linear
 from lodestar.models.last_layer import compute_cls_only
 from lodestar.training.engine import autocast
 from retrieval.embedding.config import Role
@@ -82,7 +81,6 @@ def encode_texts(
     batch_tokens  tokens of one batch, padding included; none: 2,048 on a CPU, 65,536 on a GPU
     width         number of leading dimensions to keep, normalised again (Matryoshka); none: all
     """
-    use_cpu_linear(model)
     max_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 65536)
     result_ND, truncated = torch.empty(len(texts), model.get_embedding_dimension() or 0), 0
     pending: tuple[list[int], Tensor] | None = None

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from lodestar.distributed.collectives import rank
 from lodestar.errors import ModelError, first_line, naming
+from lodestar.models.cpu_linear import use_cpu_linear
 from lodestar.models.folder_checks import find_folder
 from lodestar.models.load import check_vocabulary
 from lodestar.models.weight_files import FETCH
@@ -45,6 +46,7 @@ def _load(path: str | Path, device: torch.device | str, prompts: Prompts | None,
     except Exception as error:  # each kind of module fails in its own way
         raise ModelError(f"{path}: cannot be opened: {first_line(error)} ({FETCH})") from None
     check_vocabulary(model.tokenizer, str(path))
+    use_cpu_linear(model)
     model.prompts |= prompts
     if missing := _missing_parameters(model, folder):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

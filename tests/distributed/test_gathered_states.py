@@ -58,6 +58,30 @@ def states(rank: int, size: int, folder: Path, stage: str, zero_stage: int) -> t
     return ours, theirs, counted
 
 
+def embeddings(rank: int, size: int, folder: Path, *overrides: str) -> list[Tensor]:
+    """What evaluations before and after the first step read: of the module itself, not through its engine."""
+    recipe = steps.recipe("finetune", folder, *overrides)
+    task, runtime = steps.built_task(recipe, rank, size)
+    engine = build(task.module, runtime, recipe.engine, recipe.optim, recipe.precision)
+    results: list[Tensor] = []
+    for is_first in (True, False):
+        with torch.no_grad():
+            results.append(engine.module.eval()(torch.arange(5, 25).view(2, 10), torch.tensor([7, 10]))[0])
+        if is_first:
+            engine.module.train()
+            task.stage.backward(next(task.batches(0)), engine, 0)
+            engine.step(1.0)
+    return results
+
+
+def test_evaluations_before_and_after_a_step_read_what_is_sharded(tmp_path: Path) -> None:
+    steps.recipe("finetune", tmp_path)
+    whole, sharded = (run_world(embeddings, 2, tmp_path, *steps.ENGINES[name]) for name in ("ddp", "zero3"))
+    for expected, actual in zip(whole, sharded, strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert not torch.allclose(*expected)
+
+
 @pytest.mark.parametrize(
     ("stage", "zero_stage"),
     [("finetune", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],

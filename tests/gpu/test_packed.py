@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
+from lodestar.models.last_layer import compute_cls_only
 from lodestar.models.packed import enable_packed, packed_hidden
 from tests import tiny
 
@@ -44,6 +45,19 @@ def test_packed_texts_on_a_gpu_are_those_on_a_cpu(family: str, dtype: str, toler
     other = results(model, "cuda", getattr(torch, dtype), reversed_N1)
     for x, y, z in zip(actual, expected, other, strict=True):
         assert distance(x, y) < tolerance < distance(z, y)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_cls_alone_on_a_gpu_is_that_of_whole_layers(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(tiny.encoder(tmp_path / "model", "bert", width=64)).eval()
+    enable_packed(model)
+    model.to("cuda", getattr(torch, dtype))
+    offsets_N1 = torch.tensor([0, *LENGTHS]).cumsum(0).cuda()
+    ids_T = torch.randint(5, 60, (sum(LENGTHS),)).cuda()
+    whole_TD = packed_hidden(model, ids_T, offsets_N1, max_length=max(LENGTHS))
+    compute_cls_only(model)
+    cls_ND = packed_hidden(model, ids_T, offsets_N1, max_length=max(LENGTHS))
+    assert distance(cls_ND, whole_TD[offsets_N1[:-1]]) < tolerance < distance(cls_ND, whole_TD[offsets_N1[1:] - 1])
 
 
 def test_flash_attention_waits_for_nothing_and_drops_out_by_the_seed(tmp_path: Path) -> None:

@@ -104,6 +104,8 @@ MAY_BE_ABSENT = ("faiss", "lancedb", "qdrant_client", "psycopg", "onnx", "onnxru
 IMPORTED_LATE = {  # besides those two kinds
     ("lodestar/data/readers", "datasets"): "a second before each mistake in a recipe would be told",
     ("lodestar/training/zero", "deepspeed"): "its environment must be prepared first; DDP does without it",
+    ("lodestar/reporting/html", "matplotlib"): "a quarter of a second, and rank 0 alone draws, at the end of a run",
+    ("lodestar/reporting/training_report", "matplotlib"): "as html",
 }
 
 

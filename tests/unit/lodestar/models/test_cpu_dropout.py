@@ -118,13 +118,19 @@ def test_the_graph_is_smaller_than_that_of_torch() -> None:
     )
 
 
-def test_attention_of_mixed_types_under_autocast_is_that_of_torch() -> None:
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_attention_under_autocast_is_that_in_fp32(precision: torch.dtype) -> None:
     """Some families leave queries and keys in fp32 there."""
     q, k, v = (x.detach().requires_grad_() for x in numbers(3, *SHAPE, dtype=torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
-        out = attention(q, k, v.bfloat16(), None, RATE)
-    out.float().sum().backward()
-    assert out.dtype == torch.bfloat16 and q.grad is not None and q.grad.dtype == torch.float32
+    results: list[tuple[Tensor, ...]] = []
+    for enabled in (True, False):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=enabled):
+            out = attention(q, k, v.to(precision) if enabled else v.to(precision).float(), None, RATE)
+        assert out.dtype == (precision if enabled else torch.float32)
+        results.append((out.float(), *torch.autograd.grad(out.float().sum(), (q, k, v))))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize(("compiled", "replaced"), [(False, True), ("layers", False)])

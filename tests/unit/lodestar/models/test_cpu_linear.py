@@ -11,17 +11,18 @@ from transformers import AutoModel
 
 from lodestar.config.schema import ModelConfig
 from lodestar.models import cpu_linear
-from lodestar.models.cpu_linear import Linear, use_cpu_linear
+from lodestar.models.cpu_linear import Linear, has_onednn, use_cpu_linear
 from lodestar.models.hidden_states import prepare
 from tests import tiny
 
 ONEDNN = "mkldnn::_linear_pointwise"
+pytestmark = pytest.mark.skipif(not has_onednn(), reason="torch is built without oneDNN")
 
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if every product were large."""
-    monkeypatch.setattr(cpu_linear, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(cpu_linear, "MIN_PRODUCTS", 0)
 
 
 def operators(module: nn.Module, x: Tensor) -> set[str]:
@@ -70,11 +71,15 @@ def test_it_takes_large_products_in_fp32_alone(monkeypatch: pytest.MonkeyPatch) 
     _, module = replaced()
     x = torch.randn(3, 24)
     assert ONEDNN in operators(module, x)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), nn.Linear.forward(module[0], x))  # type: ignore[index]
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
-    monkeypatch.setattr(cpu_linear, "LEAST_PRODUCTS", 3 * 24 * 40 + 1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert ONEDNN not in operators(module, x)
+    monkeypatch.setattr(cpu_linear, "MIN_PRODUCTS", 3 * 24 * 40 + 1)
     assert ONEDNN not in operators(module, x)
-    monkeypatch.setattr(cpu_linear, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(cpu_linear, "MIN_PRODUCTS", 0)
     assert ONEDNN not in operators(module.double(), x.double())
 
 

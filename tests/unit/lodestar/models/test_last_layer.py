@@ -14,6 +14,7 @@ from lodestar.data.padding import TextShape
 from lodestar.distributed.runtime import Placement, joined
 from lodestar.models import last_layer
 from lodestar.models.compile import layers_of
+from lodestar.models.cpu_dropout import use_cpu_dropout
 from lodestar.models.hidden_states import hidden_states
 from lodestar.models.last_layer import FAMILIES, compute_cls_only
 from lodestar.models.packed import enable_packed
@@ -53,20 +54,20 @@ def gradients(model: nn.Module, first_BD: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("attention", ["padded", "packed"])
-@pytest.mark.parametrize(("family", "as_on_gpu"), [*((family, False) for family in FAMILIES), ("bert", True)])
+@pytest.mark.parametrize(("family", "whole"), [*((family, True) for family in FAMILIES), ("bert", False)])
 def test_the_first_hidden_states_and_all_gradients_are_the_same(
-    family: str, as_on_gpu: bool, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, whole: bool, attention: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(last_layer, "on_gpu", lambda x: as_on_gpu)
+    monkeypatch.setattr(last_layer, "_is_whole", lambda linear: whole)
     model = encoder(family, tmp_path).double()
     hidden = read(model, attention)
     first_BD = hidden[:, 0] if attention == "padded" else hidden[LENGTHS_B.cumsum(0) - LENGTHS_B]
     expected = gradients(model, first_BD)
     undo = compute_cls_only(model)
-    projected: list[nn.Module] = []
-    model.encoder.layer[-1].attention.self.key.register_forward_hook(lambda module, *_: projected.append(module))
+    calls: list[nn.Module] = []
+    model.encoder.layer[-1].attention.self.key.register_forward_hook(lambda module, *_: calls.append(module))
     cls = read(model, attention)
-    assert len(projected) == as_on_gpu
+    assert len(calls) == (not whole)
     assert cls.shape[:-1] == ((4, 1) if attention == "padded" else (4,))
     cls_BD = cls[:, 0] if attention == "padded" else cls
     torch.testing.assert_close(cls_BD, first_BD)
@@ -76,6 +77,7 @@ def test_the_first_hidden_states_and_all_gradients_are_the_same(
         torch.testing.assert_close(actual[name], gradient, msg=name)
     assert undo
     undo()
+    undo()  # another thread's
     assert read(model, attention).equal(hidden)
 
 
@@ -99,6 +101,35 @@ def test_dropout_is_replayed(attention: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         assert read(model, attention).equal(with_graph) and not read(model, attention).equal(with_graph)
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_dropout_is_the_same_with_and_without_keys_and_values(
+    precision: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout the attention's weights do not sum to 1, nor do those of the values' bias."""
+    model = encoder("bert", tmp_path, dropout=0.3).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("value.bias"):
+            nn.init.normal_(parameter)
+    if precision is None:
+        model.double()
+    use_cpu_dropout(model)
+    compute_cls_only(model)
+    results: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for whole in (True, False):
+        monkeypatch.setattr(last_layer, "_is_whole", lambda linear, whole=whole: whole)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            cls_BD = read(model, "packed")
+        results.append((cls_BD.detach(), gradients(model, cls_BD)))
+    (cls_BD, actual), (expected_BD, expected) = results
+    share = 1e-10 if precision is None else 0.05
+    assert (cls_BD - expected_BD).norm() <= share * expected_BD.norm()
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if not name.endswith("key.bias"):  # zero, but for rounding
+            assert (actual[name] - gradient).norm() <= share * gradient.norm(), name
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, MPNetConfig, MPNetMode
 from lodestar.errors import ModelError
 from lodestar.models import packed
 from lodestar.models.compile import layers_of
+from lodestar.models.last_layer import compute_cls_only
 from lodestar.models.packed import NAME, enable_packed, packed_hidden, pool_packed, text_index, text_positions
 from lodestar.models.pooling import pool
 from lodestar.models.pooling_config import POOLINGS
@@ -169,21 +170,30 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
         self.windows: list[tuple[int, int]] = []
+        self.longest: list[tuple[int, int]] = []
+        """Of the queries and of the keys."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.name())
         if func.name() == "aten::_flash_attention_forward":
             self.windows.append((kwargs["window_size_left"], kwargs["window_size_right"]))
+            self.longest.append((args[5], args[6]))
         return func(*args, **kwargs)
 
 
-def run_without_data(family: str, folder: Path, dtype: torch.dtype) -> Calls:
+def run_without_data(family: str, folder: Path, dtype: torch.dtype, *, cls_only: bool = False) -> Calls:
     """A step of training as on a GPU, on torch's device without data: there is no value that could be waited for."""
     config = encoder(family, folder, dropout=0.1).config
     with torch.device("meta"), Calls() as calls:
         model = AutoModel.from_config(config, attn_implementation=NAME, dtype=dtype).train()
         ids_T, offsets_N1 = torch.ones(sum(LENGTHS), dtype=torch.int64), torch.ones(len(LENGTHS) + 1).long()
+        if cls_only:
+            compute_cls_only(model)
         hidden_TD = packed_hidden(model, ids_T, offsets_N1, max_length=max(LENGTHS))
+        if cls_only:
+            assert len(hidden_TD) == len(LENGTHS)
+            hidden_TD.float().sum().backward()
+            return calls
         torch.stack(
             [pool_packed(hidden_TD, offsets_N1, pooling).float() for pooling in POOLINGS.values()]
         ).sum().backward()
@@ -194,7 +204,7 @@ def run_without_data(family: str, folder: Path, dtype: torch.dtype) -> Calls:
 def test_a_gpu_runs_flash_attention_and_waits_for_nothing(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "on_gpu", lambda x: True)
+    monkeypatch.setattr(packed, "_on_gpu", lambda x: True)
     calls = run_without_data(family, tmp_path, torch.bfloat16)
     assert "aten::_flash_attention_backward" in calls.names
     assert not calls.names & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
@@ -204,9 +214,16 @@ def test_a_gpu_runs_flash_attention_and_waits_for_nothing(
         run_without_data(family, tmp_path, torch.float32)
 
 
+def test_a_gpu_asks_for_cls_alone_in_the_last_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_on_gpu", lambda x: True)
+    calls = run_without_data("bert", tmp_path, torch.bfloat16, cls_only=True)
+    assert calls.longest == [(max(LENGTHS), max(LENGTHS)), (1, max(LENGTHS))]
+    assert not calls.names & {"aten::_local_scalar_dense", "aten::item", "aten::nonzero"}
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_layer_is_compiled_once_for_all_lengths(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "on_gpu", lambda x: True)
+    monkeypatch.setattr(packed, "_on_gpu", lambda x: True)
     config = encoder(family, tmp_path, dropout=0.1).config
     counter = CompileCounter()
     torch._dynamo.reset()
