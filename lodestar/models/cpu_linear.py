@@ -36,7 +36,7 @@ def use_cpu_linear(module: nn.Module) -> None:
 
 
 def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 class _Linear(torch.autograd.Function):
