@@ -204,9 +204,8 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
 
 def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     """SLURM itself sends it, up to a minute early: the shortest limits take two minutes."""
-    job = submit(
-        cluster, "finetune", overrides("finetune", data, tmp_path / "run", 10**6), "--time=2", "--signal=USR1@45"
-    )
+    arguments = overrides("finetune", data, tmp_path / "run", 10**6)
+    job = submit(cluster, "finetune", arguments, "--time=2", "--signal=USR1@45", "--nodes=1")
     deadline = time.monotonic() + 180
     while "Restarts=1" not in cluster.run("scontrol", "show", "job", job):
         assert time.monotonic() < deadline, log(cluster, job)
