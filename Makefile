@@ -46,7 +46,7 @@ test: install-all ## run the fast tests: under five minutes on two cores
 test-slow: install-all slurm ## run the other tests; CONTRIBUTING.md names them
 	$(PYTEST) -m slow
 
-test-all: install-all slurm browser ## run all tests: sixteen minutes on two cores
+test-all: install-all slurm browser ## run all tests: fifteen minutes on two cores
 	$(PYTEST) -m 'slow or not slow'
 
 # torch 2.11, the lowest, may come as a CUDA build of gigabytes: MINIMUM_TORCH=2.11.0 tests it. tests/conformance is about
