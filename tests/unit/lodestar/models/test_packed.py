@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForMaskedLM, MPNetConfig, MPNetModel, PreTrainedModel
 
+from lodestar.config.schema import Pooling
 from lodestar.errors import ModelError
 from lodestar.models import packed
 from lodestar.models.compile import layers_of
@@ -190,13 +191,9 @@ def run_without_data(family: str, folder: Path, dtype: torch.dtype, *, cls_only:
         if cls_only:
             compute_cls_only(model)
         hidden_TD = packed_hidden(model, ids_T, offsets_N1, max_length=max(LENGTHS))
-        if cls_only:
-            assert len(hidden_TD) == len(LENGTHS)
-            hidden_TD.float().sum().backward()
-            return calls
-        torch.stack(
-            [pool_packed(hidden_TD, offsets_N1, pooling).float() for pooling in POOLINGS.values()]
-        ).sum().backward()
+        assert len(hidden_TD) == (len(LENGTHS) if cls_only else sum(LENGTHS))
+        poolings: list[Pooling] = ["cls"] if cls_only else [*POOLINGS.values()]
+        torch.stack([pool_packed(hidden_TD, offsets_N1, pooling).float() for pooling in poolings]).sum().backward()
     return calls
 
 
