@@ -1,4 +1,4 @@
-"""Imports of torch and of what is built on it. Loads no library."""
+"""Imports of torch and of what is built on it, and garbage collection beside them. Loads no library."""
 
 from __future__ import annotations
 
@@ -15,5 +15,22 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
+        with imported_uncollected():
+            pass  # moves all into the oldest generation: the next young collection would go through what was imported
         if was_enabled:
             gc.enable()
+
+
+@contextmanager
+def imported_uncollected() -> Iterator[None]:
+    """Garbage collection inside leaves out what exists now: it would go through all that was imported, half a second.
+
+    Loader workers, which are forks, then share these pages too.
+    """
+    is_outermost = not gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if is_outermost:
+            gc.unfreeze()

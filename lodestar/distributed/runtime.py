@@ -180,6 +180,7 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, which accelerate imports to save a model
         keep_pages()
         if placement.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks compete for cores
@@ -211,7 +212,6 @@ def prepare_deepspeed() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import deepspeed.ops
 

@@ -19,6 +19,7 @@ from lodestar.config import loader
 from lodestar.distributed.collectives import require_same
 from lodestar.distributed.runtime import Placement, Runtime, joined
 from lodestar.distributed.watchdog import watchdog
+from lodestar.imports import imported_uncollected
 
 
 @contextmanager
@@ -32,6 +33,7 @@ def distributed_session(
     """
     quiet(placement.rank == 0)
     with (
+        imported_uncollected(),
         joined(placement, timeout_minutes=timeout_minutes) as runtime,
         watchdog(runtime, timeout_minutes, stacks, placement.located),
     ):

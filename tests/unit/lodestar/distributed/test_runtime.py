@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from lodestar import rng
 from lodestar.config.schema import TrackConfig
-from lodestar.distributed.runtime import Placement
+from lodestar.distributed.runtime import Placement, joined
 from lodestar.errors import LaunchError
 from lodestar.reporting.throughput import Console, Throughput
 from lodestar.reporting.trackers import Tracker, read_metrics
@@ -39,6 +40,14 @@ def test_the_launchers_environment_gives_the_placement(env: dict[str, str], plac
 def test_half_an_environment_is_an_error() -> None:
     with pytest.raises(LaunchError, match="environment: WORLD_SIZE, LOCAL_RANK: not set"):
         Placement.from_env({"RANK": "0"})
+
+
+def test_deepspeed_is_told_of_a_cpu_by_any_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate imports it to save a model; without the name it warns of a missing GPU."""
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is restored
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with joined(Placement(0, 1, 0)) as runtime:
+        assert os.environ.get("DS_ACCELERATOR") == ("cpu" if runtime.device.type == "cpu" else None)
 
 
 def test_a_draw_depends_on_its_key_alone() -> None:
