@@ -15,8 +15,8 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        with imported_uncollected():
-            pass  # moves all into the oldest generation: the next young collection would go through what was imported
+        gc.freeze()
+        gc.unfreeze()  # into the oldest generation: the next young collection would go through all that was imported
         if was_enabled:
             gc.enable()
 
@@ -27,10 +27,8 @@ def imported_uncollected() -> Iterator[None]:
 
     Loader workers, which are forks, then share these pages too.
     """
-    is_outermost = not gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        if is_outermost:
-            gc.unfreeze()
+        gc.unfreeze()

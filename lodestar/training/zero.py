@@ -15,7 +15,6 @@ from lodestar.config.schema import EngineConfig, OptimConfig, Precision
 from lodestar.distributed.collectives import gather_objects, gather_on_main, sum_over_ranks
 from lodestar.distributed.runtime import Runtime, prepare_deepspeed
 from lodestar.errors import ConfigError
-from lodestar.imports import quick_imports
 from lodestar.training import optim as optims
 from lodestar.training.engine import Autocast, ResumeState, StepReport, state_tensor
 from lodestar.training.host_memory import HostMemory, copy_all
@@ -36,9 +35,9 @@ class ZeroEngine:
         precision: Precision,
         muon_fp32: bool,
     ) -> None:
-        with quick_imports():
-            prepare_deepspeed()
-            import deepspeed
+        prepare_deepspeed()
+        import deepspeed
+
         self.module, self._muon_fp32 = module, muon_fp32
         if optim.name == "muon" and engine.zero_stage == 3:
             raise ConfigError(

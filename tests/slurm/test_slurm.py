@@ -147,6 +147,7 @@ def overrides(stage: str, data: Path, run: Path, steps: int) -> list[str]:
         f"schedule.steps={steps}",
         "precision=fp32",
         "track.to=[]",
+        "track.log_every=1",
         *more,
     ]
 
@@ -183,7 +184,7 @@ def log(cluster: Cluster, job: str) -> str:
 def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     stage: str, cluster: Cluster, data: Path, tmp_path: Path
 ) -> None:
-    steps = 100  # the signal comes by the fifteenth
+    steps = 40  # the signal comes by the fifth
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     undisturbed = submit(cluster, stage, overrides(stage, data, whole, steps), "--time=10")
     job = submit(cluster, stage, overrides(stage, data, parts, steps), "--time=10")
