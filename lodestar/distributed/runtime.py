@@ -215,7 +215,7 @@ def prepare_deepspeed() -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.ops.__compatible_ops__ = {}  # none; to find out DeepSpeed would run the compiler at each start
 
 
 def keep_pages() -> None:

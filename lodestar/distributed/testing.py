@@ -24,6 +24,8 @@ PRELOAD = [
     "contrastive.task",
     "sentence_transformers",
     "transformers.models.bert.modeling_bert",
+    "matplotlib.figure",
+    "matplotlib.ticker",
 ]
 
 
