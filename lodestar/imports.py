@@ -25,7 +25,7 @@ def quick_imports() -> Iterator[None]:
 def imported_uncollected() -> Iterator[None]:
     """Garbage collection inside leaves out what exists now: it would go through all that was imported, half a second.
 
-    Loader workers, which are forks, then share these pages too.
+    Loader workers, which are forks, copy fewer pages then. A `quick_imports` inside ends it early.
     """
     gc.freeze()
     try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 
 FIRST = ("tests/slurm/test_slurm.py", "tests/faults/test_soak.py", "tests/e2e/test_launchers.py")
 """Files that take longest: started last, one worker would end alone with them."""
-
-gc.disable()  # until all is imported, which then stays uncollected: each collection would go through it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,6 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Without garbage collection, which afterwards leaves out what was imported: each would go through it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -180,7 +180,8 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, which accelerate imports to save a model
+        # Without it DeepSpeed, which accelerate imports to save a model, warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_pages()
         if placement.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // placement.world_size))  # else ranks compete for cores
@@ -204,18 +205,17 @@ def joined(placement: Placement, *, timeout_minutes: float = 30.0, init_method: 
 
 
 def prepare_deepspeed() -> None:
-    """Keep DeepSpeed from compiling on a machine without a GPU; call it before DeepSpeed is imported.
+    """Keep DeepSpeed from compiling for a CPU; call it in a process group, before DeepSpeed is imported.
 
     Its CPU backend would compile a shared-memory op at start (25 to 150 s; it fails without a compiler), and its Muon
     compiles kernels at import. Both have equivalents that need no compiler.
     """
-    import torch
-
-    if not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import deepspeed.ops
 
-        deepspeed.ops.__compatible_ops__ = {}  # none; to find out DeepSpeed would run the compiler at each start
+        # All that DeepSpeed looks up; to fill it itself, newer versions run the compiler at each start.
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # type: ignore[attr-defined]
 
 
 def keep_pages() -> None:

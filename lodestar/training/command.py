@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class StageCommand(Generic[Recipe]):
         was asked to stop has saved its checkpoint.
         """
         recipe = recipe_of(self.schema, source, overrides)
+        gc.collect()  # what an earlier run in this process has left is not looked at during this one
         if self.run(recipe, Placement.from_env()):
             raise KeyboardInterrupt
         return Path(recipe.run.output_dir) / "model"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -205,12 +206,20 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
     """SLURM itself sends it, up to a minute early: the shortest limits take two minutes."""
     run = tmp_path / "run"
     arguments = overrides("finetune", data, run, 10**6)
-    job = submit(cluster, "finetune", arguments, "--time=2", "--signal=USR1@45", "--nodes=1")
+    limits = ("--time=2", "--signal=USR1@45", "--nodes=1")
+    job, submitted = submit(cluster, "finetune", arguments, *limits), time.monotonic()
     wait_for(cluster, job, (run / "metrics.jsonl").is_file, 120)
-    for process in psutil.process_iter(["cmdline"]):
-        if is_rank(process.info["cmdline"] or [""], run):  # type: ignore[attr-defined]
-            process.suspend()  # or it would take the time of other tests until the signal comes, which also wakes it
-    wait_for(cluster, job, lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", job), 180)
+    ranks = [process for process in psutil.process_iter(["cmdline"]) if is_rank(process, run)]
+    assert ranks
+    try:
+        if time.monotonic() < submitted + 40:  # the signal, before which SLURM sends SIGCONT, comes after 45 seconds
+            for rank in ranks:
+                rank.suspend()  # it would take the time of other tests
+        wait_for(cluster, job, lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", job), 180, every=1)
+    finally:
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
     told = log(cluster, job)
     assert "run: stopped" in told and "stopped by SIGUSR1" in told and "DUE TO TIME LIMIT" not in told
     step = int(told.partition("stopped by SIGUSR1 at step ")[2].partition(";")[0])
@@ -219,13 +228,14 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
     cluster.run("scancel", job)
 
 
-def wait_for(cluster: Cluster, job: str, ready: Callable[[], object], seconds: float) -> None:
+def wait_for(cluster: Cluster, job: str, ready: Callable[[], object], seconds: float, every: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, log(cluster, job)
-        time.sleep(0.2)
+        time.sleep(every)
 
 
-def is_rank(words: list[str], run: Path) -> bool:
-    """Whether a command line is that of a rank, or of its loader's worker, in this run folder."""
+def is_rank(process: psutil.Process, run: Path) -> bool:
+    """Whether it is a rank, or its loader's worker, in this run folder."""
+    words = process.info["cmdline"] or [""]  # type: ignore[attr-defined]
     return words[0] == sys.executable and "torch.distributed.run" not in words and f"run.output_dir={run}" in words

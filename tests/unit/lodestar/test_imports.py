@@ -24,7 +24,7 @@ def test_garbage_collection_is_off_inside_and_then_as_before() -> None:
 def test_the_next_collections_leave_out_what_was_imported() -> None:
     with quick_imports():
         imported = [[] for _ in range(10_000)]
-    assert len(gc.get_objects(generation=0)) < 1_000
+    assert any(each is imported for each in gc.get_objects(generation=2))
     with imported_uncollected():
         assert gc.get_freeze_count() >= len(imported)
     assert gc.get_freeze_count() == 0  # garbage among them is found again
