@@ -52,7 +52,7 @@ test-all: install-all slurm browser ## run all tests: fifteen minutes on two cor
 # torch 2.11, the lowest, may come as a CUDA build of gigabytes: MINIMUM_TORCH=2.11.0 tests it. tests/conformance is about
 # the locked versions of other packages.
 MINIMUM_TORCH ?= 2.13.0
-MINIMUM_TESTS ?= tests/unit tests/databases tests/recipes tests/e2e/test_families.py
+MINIMUM_TESTS ?= tests/unit tests/databases tests/recipes tests/e2e/test_families.py tests/distributed/test_muon.py
 
 test-minimum: $(MINIMUM_VENV)/installed ## run most tests with the lowest versions that pyproject.toml allows
 	PYTHONPATH=. $(subst $(VENV),$(MINIMUM_VENV),$(RUN))/python -m pytest $(MINIMUM_TESTS)

@@ -214,7 +214,7 @@ def prepare_deepspeed() -> None:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         import deepspeed.ops
 
-        # All that DeepSpeed looks up; to fill it itself, newer versions run the compiler at each start.
+        # All that DeepSpeed looks up; to fill it itself, it would run the compiler at each start.
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # type: ignore[attr-defined]
 
 

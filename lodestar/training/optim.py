@@ -108,7 +108,17 @@ def muon_in_fp32(enabled: bool) -> Iterator[None]:
             setattr(module, name, function)
 
 
+class _WithoutHalfPrecision:
+    """As DeepSpeed asks its accelerator for the type of the iteration, in every version."""
+
+    def is_bf16_supported(self) -> bool:
+        return False
+
+    def is_fp16_supported(self) -> bool:
+        return False
+
+
 _IN_FP32 = (
     ("torch.optim._muon", "_zeropower_via_newtonschulz", lambda grad, abc, steps, eps: newton_schulz(grad, steps, eps)),
-    ("deepspeed.runtime.zero.muon.original_muon", "ns_compute_dtype", lambda method="gram": torch.float32),
+    ("deepspeed.runtime.zero.muon.original_muon", "get_accelerator", _WithoutHalfPrecision),
 )
