@@ -25,7 +25,6 @@ PRELOAD = [
     "sentence_transformers",
     "transformers.models.bert.modeling_bert",
     "matplotlib.figure",
-    "matplotlib.ticker",
 ]
 
 

@@ -109,7 +109,7 @@ def muon_in_fp32(enabled: bool) -> Iterator[None]:
 
 
 class _WithoutHalfPrecision:
-    """As DeepSpeed asks its accelerator for the type of the iteration, in every version."""
+    """Stands for DeepSpeed's accelerator, which every version of it asks for the type of the iteration."""
 
     def is_bf16_supported(self) -> bool:
         return False

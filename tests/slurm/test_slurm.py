@@ -81,12 +81,12 @@ class Cluster:
         munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "log-file", "pid-file")]
         self._daemon("munged", "--foreground", "--force", f"--key-file={folder}/munge.key", *munge,
                      f"--seed-file={folder}/munge.seed")  # fmt: skip
-        self._wait(lambda: (folder / "munge.socket").exists(), "munged")
+        self.wait(lambda: (folder / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         for node in NODES:
             self._daemon("slurmd", "-D", "-c", "-N", node, "-f", str(self.conf))
         count = str(len(NODES))
-        self._wait(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == count, f"{count} idle nodes")
+        self.wait(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == count, f"{count} idle nodes")
 
     def stop(self) -> None:
         for daemon in reversed(self.daemons):
@@ -106,12 +106,14 @@ class Cluster:
         log = open(self.folder / f"{command[0]}.out", "ab")  # noqa: SIM115 (the daemon's)
         self.daemons.append(processes.start(command, self.env, stdout=log, stderr=log))
 
-    def _wait(self, ready: object, what: str, seconds: float = 30) -> None:
+    def wait(self, ready: Callable[[], object], what: str, seconds: float = 30, every: float = 0.3) -> None:
+        """AssertionError with the ends of all logs, of daemons and jobs, where that takes too long."""
         deadline = time.monotonic() + seconds
-        while not ready():  # type: ignore[operator]
-            logs = "".join(path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.[lo][ou][gt]"))
-            assert time.monotonic() < deadline, f"{what}: not after {seconds} s\n{logs}"
-            time.sleep(0.3)
+        while not ready():
+            if time.monotonic() > deadline:
+                logs = "".join(path.read_text(errors="replace")[-4000:] for path in self.folder.glob("*.[lo][ou][gt]"))
+                raise AssertionError(f"{what}: not after {seconds} s\n{logs}")
+            time.sleep(every)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +192,7 @@ def test_a_job_that_meets_its_limit_goes_on_to_the_same_weights(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     undisturbed = submit(cluster, stage, overrides(stage, data, whole, steps), "--time=10")
     job = submit(cluster, stage, overrides(stage, data, parts, steps), "--time=10")
-    wait_for(cluster, job, (parts / "metrics.jsonl").is_file, 120)
+    cluster.wait((parts / "metrics.jsonl").is_file, f"job {job}: metrics", 120, every=0.05)
     cluster.run("scancel", "--signal=USR1", job)
     assert ended(cluster, job, 400) == "COMPLETED after 1 restarts", log(cluster, job)
     assert "run: stopped" in log(cluster, job) and "run: finished" in log(cluster, job)
@@ -208,14 +210,16 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
     arguments = overrides("finetune", data, run, 10**6)
     limits = ("--time=2", "--signal=USR1@45", "--nodes=1")
     job, submitted = submit(cluster, "finetune", arguments, *limits), time.monotonic()
-    wait_for(cluster, job, (run / "metrics.jsonl").is_file, 120)
+    cluster.wait((run / "metrics.jsonl").is_file, f"job {job}: metrics", 120)
     ranks = [process for process in psutil.process_iter(["cmdline"]) if is_rank(process, run)]
     assert ranks
     try:
         if time.monotonic() < submitted + 40:  # the signal, before which SLURM sends SIGCONT, comes after 45 seconds
             for rank in ranks:
                 rank.suspend()  # it would take the time of other tests
-        wait_for(cluster, job, lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", job), 180, every=1)
+        cluster.wait(
+            lambda: "Restarts=1" in cluster.run("scontrol", "show", "job", job), f"job {job}: requeued", 180, every=1
+        )
     finally:
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
@@ -224,15 +228,8 @@ def test_the_signal_before_a_real_time_limit_saves_and_requeues(cluster: Cluster
     assert "run: stopped" in told and "stopped by SIGUSR1" in told and "DUE TO TIME LIMIT" not in told
     step = int(told.partition("stopped by SIGUSR1 at step ")[2].partition(";")[0])
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
-    wait_for(cluster, job, lambda: f"resumes from step {step} " in log(cluster, job), 120)
+    cluster.wait(lambda: f"resumes from step {step} " in log(cluster, job), f"job {job}: resumed", 120)
     cluster.run("scancel", job)
-
-
-def wait_for(cluster: Cluster, job: str, ready: Callable[[], object], seconds: float, every: float = 0.05) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < deadline, log(cluster, job)
-        time.sleep(every)
 
 
 def is_rank(process: psutil.Process, run: Path) -> bool:

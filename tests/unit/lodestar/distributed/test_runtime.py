@@ -42,7 +42,7 @@ def test_half_an_environment_is_an_error() -> None:
         Placement.from_env({"RANK": "0"})
 
 
-def test_deepspeed_is_told_of_a_cpu_by_any_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_is_told_of_a_cpu_in_every_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate imports it to save a model; without the name it warns of a missing GPU."""
     monkeypatch.setenv("DS_ACCELERATOR", "")  # so that it is restored
     monkeypatch.delenv("DS_ACCELERATOR")
